@@ -1,0 +1,15 @@
+//! The service that moves running pods between nodes, and the command line that talks to it.
+//!
+//! Four movers (`memory`, `image`, `network`, and the VM's device state in `vm-runtime`) do not know
+//! each other. One conductor (`migration`) knows the order of things.
+
+pub mod api;
+pub mod cli;
+pub mod config;
+pub mod daemon;
+pub mod image;
+pub mod memory;
+pub mod migration;
+pub mod network;
+pub mod pods;
+pub mod wire;

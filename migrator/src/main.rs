@@ -1,0 +1,3 @@
+//! The `migrator` program.
+
+fn main() {}

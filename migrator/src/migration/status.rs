@@ -1,0 +1,123 @@
+//! What a watcher sees of a migration, and the report it ends with.
+
+use serde::{Deserialize, Serialize};
+
+/// Where a migration is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Dialing, and the destination's checks.
+    Handshake,
+    /// Chunks of images that the destination lacks.
+    Image,
+    /// First pass and rounds; the guest runs.
+    Precopy,
+    /// The guest stands still.
+    Switchover,
+    /// The destination runs the guest; the source forwards what still comes to it.
+    Forwarding,
+    /// The grant was sent, and no answer came: the source asks until one does.
+    InDoubt,
+    /// Over; see the outcome.
+    Done,
+}
+
+/// How a migration ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "result", content = "reason")]
+pub enum Outcome {
+    /// The destination runs the guest.
+    Completed,
+    /// The source runs the guest, as before.
+    Failed(String),
+}
+
+/// Memory figures of one migration.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MemoryReport {
+    /// Guest RAM in bytes.
+    pub bytes_ram: u64,
+    /// Page bytes sent, headers included.
+    pub bytes_sent: u64,
+    /// Rounds, the first pass and the last one included.
+    pub rounds: u32,
+    /// Pages compared by hash before the grant; 0 without `--verify`.
+    pub pages_verified: u64,
+    /// Pages that differed: anything but 0 aborts the migration.
+    pub mismatched: u64,
+}
+
+/// Packet figures of one migration: each packet is counted once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PacketReport {
+    /// Frames that either gate saw from the hold to the end of forwarding.
+    pub seen: u64,
+    /// Frames handed to the guest.
+    pub delivered: u64,
+    /// Frames still held: 0 at the end.
+    pub held: u64,
+    /// Of the delivered ones, those that reached the guest through the source's relay.
+    pub forwarded: u64,
+    /// Frames refused with a reason (the other node's copy counts).
+    pub refused: u64,
+    /// Frames lost: anything but 0 is a defect.
+    pub lost: u64,
+}
+
+/// The final report of one migration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MigrationReport {
+    /// Migration id, 32 hex digits.
+    pub id: String,
+    /// Pod.
+    pub pod: String,
+    /// Source node.
+    pub from: String,
+    /// Destination node.
+    pub to: String,
+    /// `precopy` for now.
+    pub mode: String,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Milliseconds from the request to the release of the source's VM.
+    pub total_ms: f64,
+    /// Milliseconds from the source's stop to the destination's resume.
+    pub downtime_ms: f64,
+    /// Unix time of the freeze, in microseconds; 0 if it never froze.
+    pub frozen_at_unix_us: u64,
+    /// Memory figures.
+    pub memory: MemoryReport,
+    /// Packet figures.
+    pub packets: PacketReport,
+    /// Microseconds of each step of the downtime, in order.
+    pub phases: Vec<(String, u64)>,
+}
+
+/// One line of `migrate --watch` and the answer of `status`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MigrationStatus {
+    /// Migration id, 32 hex digits.
+    pub id: String,
+    /// Pod.
+    pub pod: String,
+    /// Source node.
+    pub from: String,
+    /// Destination node.
+    pub to: String,
+    /// Where it is.
+    pub phase: Phase,
+    /// Round under way, from 1; 0 before the first.
+    pub round: u32,
+    /// Page bytes sent so far.
+    pub bytes_sent: u64,
+    /// Pages still to send, as last counted.
+    pub pages_left: u64,
+    /// Measured bandwidth, bytes a second.
+    pub bandwidth_bytes_per_s: u64,
+    /// Measured dirty rate, bytes a second.
+    pub dirty_bytes_per_s: u64,
+    /// Predicted downtime were it frozen now, in milliseconds.
+    pub predicted_downtime_ms: f64,
+    /// Present when the phase is `done`.
+    pub report: Option<MigrationReport>,
+}

@@ -1,0 +1,3 @@
+//! The driver of the lab, the demo and the checks.
+
+fn main() {}
