@@ -177,7 +177,8 @@ pub(crate) fn explain(error: &io::Error, peer: &str) -> Option<String> {
             CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
                 "is not valid yet: check both clocks".to_owned()
             }
-            CertificateError::UnknownIssuer => {
+            // A CA that was made anew under its old name shows as a bad signature.
+            CertificateError::UnknownIssuer | CertificateError::BadSignature => {
                 "is not signed by this node's CA: both nodes need certificates of the same CA".to_owned()
             }
             CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
@@ -209,7 +210,7 @@ fn explain_alert(alert: AlertDescription, peer: &str) -> String {
         AlertDescription::CertificateRequired | AlertDescription::NoCertificate => {
             "wants a certificate and this node presented none: configure tls.cert and tls.key"
         }
-        AlertDescription::UnknownCA => {
+        AlertDescription::UnknownCA | AlertDescription::DecryptError => {
             "does not trust the CA of this node's certificate: both nodes need certificates of the same CA"
         }
         AlertDescription::CertificateExpired => {
@@ -220,8 +221,7 @@ fn explain_alert(alert: AlertDescription, peer: &str) -> String {
         }
         AlertDescription::BadCertificate
         | AlertDescription::CertificateUnknown
-        | AlertDescription::UnsupportedCertificate
-        | AlertDescription::DecryptError => {
+        | AlertDescription::UnsupportedCertificate => {
             "does not accept this node's certificate: issue one with serverAuth and clientAuth, signed by the cluster's CA"
         }
         AlertDescription::ProtocolVersion | AlertDescription::HandshakeFailure => {
