@@ -47,7 +47,9 @@ impl Pace {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         // A panic between two assignments of plain values leaves nothing torn.
-        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.state
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
 
@@ -78,7 +80,10 @@ mod tests {
             sent += 10_000;
             now = state.grant(10_000, now).map_or(now, |until| until.max(now));
         }
-        assert!((1_000_000..=1_040_000).contains(&sent), "{sent} bytes in a second");
+        assert!(
+            (1_000_000..=1_040_000).contains(&sent),
+            "{sent} bytes in a second"
+        );
     }
 
     #[test]

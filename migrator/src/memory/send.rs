@@ -75,7 +75,11 @@ enum Job {
 impl PageSender {
     /// Takes the data connections. The tasks end, and close them, when this is dropped. `limit` bounds the
     /// bytes a second of all connections together, until [`Self::lift_limit`].
-    pub fn start(memory: &Arc<GuestMemory>, writers: Vec<Writer<Data>>, limit: Option<NonZeroU64>) -> Self {
+    pub fn start(
+        memory: &Arc<GuestMemory>,
+        writers: Vec<Writer<Data>>,
+        limit: Option<NonZeroU64>,
+    ) -> Self {
         let bytes = Arc::new(AtomicU64::new(0));
         let pace = Arc::new(Pace::new(limit));
         let lanes = writers
@@ -111,9 +115,18 @@ impl PageSender {
     ///
     /// # Errors
     /// See [`SendError`]; the other connections finish their part first.
-    pub async fn round(&self, round: u32, ranges: &[PageRange], skip_zeros: bool) -> Result<Sent, SendError> {
+    pub async fn round(
+        &self,
+        round: u32,
+        ranges: &[PageRange],
+        skip_zeros: bool,
+    ) -> Result<Sent, SendError> {
         let mut waits = Vec::with_capacity(self.lanes.len());
-        for (lane, pieces) in self.lanes.iter().zip(shard::split(ranges, self.lanes.len())) {
+        for (lane, pieces) in self
+            .lanes
+            .iter()
+            .zip(shard::split(ranges, self.lanes.len()))
+        {
             let (done, wait) = oneshot::channel();
             let job = Job::Round {
                 round,
@@ -177,7 +190,12 @@ impl Lane {
         let _ = self.writer.close().await;
     }
 
-    async fn round(&mut self, round: u32, pieces: &[PageRange], skip_zeros: bool) -> Result<Sent, SendError> {
+    async fn round(
+        &mut self,
+        round: u32,
+        pieces: &[PageRange],
+        skip_zeros: bool,
+    ) -> Result<Sent, SendError> {
         let mut sent = Sent::default();
         for piece in pieces {
             sent += self.load(*piece, skip_zeros)?;

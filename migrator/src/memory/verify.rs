@@ -87,7 +87,10 @@ pub fn hash_all(memory: &GuestMemory, threads: usize) -> io::Result<Vec<u64>> {
     let mut hashes = vec![ZERO_HASH; memory.pages() as usize];
     let data = memory.data_ranges()?;
     let piece = PIECE_PAGES as usize;
-    let per_thread = hashes.len().div_ceil(threads.max(1)).next_multiple_of(piece);
+    let per_thread = hashes
+        .len()
+        .div_ceil(threads.max(1))
+        .next_multiple_of(piece);
     thread::scope(|scope| {
         let workers: Vec<_> = hashes
             .chunks_mut(per_thread)
@@ -98,15 +101,22 @@ pub fn hash_all(memory: &GuestMemory, threads: usize) -> io::Result<Vec<u64>> {
                 scope.spawn(move || hash_slice(memory, data, start, slice))
             })
             .collect();
-        workers
-            .into_iter()
-            .try_for_each(|worker| worker.join().unwrap_or_else(|_| Err(io::Error::other("a hashing thread panicked"))))
+        workers.into_iter().try_for_each(|worker| {
+            worker
+                .join()
+                .unwrap_or_else(|_| Err(io::Error::other("a hashing thread panicked")))
+        })
     })?;
     Ok(hashes)
 }
 
 /// Hashes the data pages among `start..start + out.len()`.
-fn hash_slice(memory: &GuestMemory, data: &[PageRange], start: u64, out: &mut [u64]) -> io::Result<()> {
+fn hash_slice(
+    memory: &GuestMemory,
+    data: &[PageRange],
+    start: u64,
+    out: &mut [u64],
+) -> io::Result<()> {
     let end = start + out.len() as u64;
     let mut buffer = vec![0u8; PIECE_PAGES as usize * PAGE_SIZE];
     for range in data {
@@ -126,7 +136,11 @@ fn hash_slice(memory: &GuestMemory, data: &[PageRange], start: u64, out: &mut [u
 }
 
 fn hash(page: &[u8]) -> u64 {
-    if is_zero(page) { ZERO_HASH } else { page_hash(page) }
+    if is_zero(page) {
+        ZERO_HASH
+    } else {
+        page_hash(page)
+    }
 }
 
 #[cfg(test)]
@@ -144,7 +158,7 @@ mod tests {
         let (source, destination) = (memory(), memory());
         let table = PageHashes::new(destination.pages());
         for page in [0, 3, 255, 256, 1023] {
-            let content = vec![page as u8 + 1; PAGE_SIZE];
+            let content = vec![page as u8 | 1; PAGE_SIZE];
             source.write(PageIndex(page), &content).expect("write");
             destination.write(PageIndex(page), &content).expect("write");
             table.mark(PageRange::new(page, page + 1));
@@ -153,7 +167,9 @@ mod tests {
         let theirs = hash_all(&source, 2).expect("hash");
         assert_eq!(table.compare(PageIndex(0), &theirs), []);
 
-        destination.write(PageIndex(255), &[9; PAGE_SIZE]).expect("write");
+        destination
+            .write(PageIndex(255), &[9; PAGE_SIZE])
+            .expect("write");
         table.mark(PageRange::new(255, 256));
         table.refresh(&destination).expect("refresh");
         assert_eq!(table.compare(PageIndex(0), &theirs), [PageIndex(255)]);
