@@ -1,1 +1,3 @@
 //! Pods.
+
+pub mod logs;
