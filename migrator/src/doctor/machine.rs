@@ -1,0 +1,177 @@
+//! What the machine must have: programs, files, memory.
+
+use std::path::Path;
+
+use vm_runtime::units::Bytes;
+
+use super::{Check, Subject, missing, present};
+
+/// What one small guest and its VMM need.
+const LEAST_RAM: Bytes = Bytes::mib(512);
+
+/// What an image's unpacking and a guest's logs need.
+const LEAST_DISK: Bytes = Bytes::mib(1024);
+
+pub(super) fn ram() -> Check {
+    let purpose = "guest memory";
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let available = Bytes(available_kib(&text).unwrap_or(0) << 10);
+    if available >= LEAST_RAM {
+        present("memory", true, purpose, format!("{available} available"))
+    } else {
+        missing(
+            "memory",
+            true,
+            purpose,
+            format!("{available} available, {LEAST_RAM} needed for one small pod"),
+            "stop something, or add memory",
+        )
+    }
+}
+
+fn available_kib(meminfo: &str) -> Option<u64> {
+    let line = meminfo
+        .lines()
+        .find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse().ok()
+}
+
+pub(super) fn erofs() -> Check {
+    let purpose = "turning images into block devices";
+    let found = std::env::var_os("PATH").and_then(|path| {
+        std::env::split_paths(&path)
+            .map(|dir| dir.join("mkfs.erofs"))
+            .find(|file| file.is_file())
+    });
+    match found {
+        Some(path) => present("mkfs.erofs", true, purpose, path.display().to_string()),
+        None => missing(
+            "mkfs.erofs",
+            true,
+            purpose,
+            "not in PATH",
+            "apt-get install erofs-utils",
+        ),
+    }
+}
+
+fn file(name: &str, purpose: &str, path: &Path, remedy: &str) -> Check {
+    match std::fs::File::open(path).and_then(|f| f.metadata()) {
+        Ok(meta) if meta.is_file() && meta.len() > 0 => present(
+            name,
+            true,
+            purpose,
+            format!("{} ({})", path.display(), Bytes(meta.len())),
+        ),
+        Ok(_) => missing(
+            name,
+            true,
+            purpose,
+            format!("{} is empty or no file", path.display()),
+            remedy,
+        ),
+        Err(error) => missing(
+            name,
+            true,
+            purpose,
+            format!("{}: {error}", path.display()),
+            remedy,
+        ),
+    }
+}
+
+/// Everything that only a configuration names.
+pub(super) fn configured(subject: &Subject) -> Vec<Check> {
+    let mut checks = Vec::new();
+    if let Some((kernel, initramfs)) = &subject.guest {
+        checks.push(file(
+            "guest_kernel",
+            "booting guests",
+            kernel,
+            "unpack vmlinuz of Debian's linux-image-cloud-amd64, as `cargo xtask setup` does",
+        ));
+        checks.push(file(
+            "guest_initramfs",
+            "the agent inside guests",
+            initramfs,
+            "build it with `cargo xtask setup`",
+        ));
+    }
+    if let Some(tls) = &subject.tls {
+        for (name, path) in [
+            ("tls_ca", &tls.ca),
+            ("tls_cert", &tls.cert),
+            ("tls_key", &tls.key),
+        ] {
+            checks.push(file(
+                name,
+                "knowing the other nodes, and being known to them",
+                path,
+                "issue it from the nodes' authority; the lab makes its own",
+            ));
+        }
+    }
+    if let Some((bridge, uplink)) = &subject.links {
+        for (name, link, purpose) in [
+            ("bridge_link", bridge, "the pods' switch"),
+            ("uplink_link", uplink, "the way to the other nodes"),
+        ] {
+            checks.push(match nix::net::if_::if_nametoindex(link.as_str()) {
+                Ok(index) => present(name, true, purpose, format!("{link}, index {index}")),
+                Err(error) => missing(
+                    name,
+                    true,
+                    purpose,
+                    format!("{link}: {error}"),
+                    format!("make it in the service's network namespace, or correct the configuration: ip link show {link}"),
+                ),
+            });
+        }
+    }
+    if let Some(dir) = &subject.state_dir {
+        checks.push(disk(dir));
+    }
+    checks
+}
+
+fn disk(dir: &Path) -> Check {
+    let purpose = "images and logs";
+    // The folder itself may not have been made yet.
+    let existing = dir.ancestors().find(|d| d.exists()).unwrap_or(dir);
+    match nix::sys::statvfs::statvfs(existing) {
+        Ok(stat) => {
+            let free = Bytes(stat.blocks_available() * stat.fragment_size());
+            let text = format!("{free} free at {}", existing.display());
+            if free >= LEAST_DISK {
+                present("disk", false, purpose, text)
+            } else {
+                missing("disk", false, purpose, text, "free some, or move state_dir")
+            }
+        }
+        Err(error) => missing(
+            "disk",
+            false,
+            purpose,
+            format!("{}: {error}", existing.display()),
+            "make the folder",
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn available_memory_is_read_from_meminfo() {
+        let text = "MemTotal: 10 kB\nMemAvailable:   23974520 kB\n";
+        assert_eq!(available_kib(text), Some(23_974_520));
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let check = file("guest_kernel", "booting", Path::new("/nonexistent/vmlinuz"), "get");
+        assert!(!check.result.is_ok());
+        assert!(serde_json::to_string(&check).unwrap().contains("/nonexistent/vmlinuz"));
+    }
+}
