@@ -72,8 +72,6 @@ pub enum PodState {
     Running,
     /// The guest runs here, or stands still, and is on its way to another node.
     Migrating,
-    /// A migration brings it here; it does not run here yet.
-    Incoming,
     /// The migration's grant was sent and not answered: it stands still here until that is known.
     InDoubt,
     /// Containers are being stopped.
@@ -89,7 +87,6 @@ impl PodState {
             Self::Starting => "starting",
             Self::Running => "running",
             Self::Migrating => "migrating",
-            Self::Incoming => "incoming",
             Self::InDoubt => "in_doubt",
             Self::Stopping => "stopping",
             Self::Failed => "failed",

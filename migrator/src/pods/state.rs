@@ -1,6 +1,7 @@
 //! What a pod leaves on disk, so that a restarted service finds it: `pods/NAME/pod.json`.
 //!
 //! Beside it in the folder: the VMM's record, sockets, console and log (vm-runtime), and `logs/`.
+//! Whose the pod is stands in the node's journal, and only there.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -11,7 +12,6 @@ use serde::{Deserialize, Serialize};
 use serde::de::DeserializeOwned;
 use vm_runtime::pod::PodSpec;
 use vm_runtime::spec::VmSpec;
-use vm_runtime::units::Epoch;
 
 use crate::api::types::ContainerStatus;
 
@@ -26,8 +26,6 @@ pub struct PodFile {
     pub vm: VmSpec,
     /// Its slot on this node.
     pub slot: u16,
-    /// Whose it is.
-    pub ownership: Ownership,
     /// What travels with it.
     pub record: PodRecord,
 }
@@ -39,46 +37,6 @@ pub struct PodRecord {
     pub created_unix_ms: u64,
     /// Its containers, as last known.
     pub containers: Vec<ContainerStatus>,
-}
-
-/// Whether this node may run the guest.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", tag = "state")]
-pub enum Ownership {
-    /// It may, by this epoch.
-    Owner {
-        /// The right.
-        epoch: Epoch,
-    },
-    /// A migration brings it here; it may not run here before the grant.
-    Incoming {
-        /// The migration.
-        migration: String,
-        /// The epoch that the grant will carry.
-        epoch: Epoch,
-        /// The source node.
-        from: String,
-    },
-    /// The grant was given away; it may not run here unless the destination discarded it.
-    HandedOver {
-        /// The migration.
-        migration: String,
-        /// The epoch that was granted.
-        epoch: Epoch,
-        /// The destination node.
-        to: String,
-    },
-}
-
-impl Ownership {
-    /// The epoch it speaks of.
-    pub fn epoch(&self) -> Epoch {
-        match self {
-            Self::Owner { epoch }
-            | Self::Incoming { epoch, .. }
-            | Self::HandedOver { epoch, .. } => *epoch,
-        }
-    }
 }
 
 /// Makes a pod's folder, which must not be there.
