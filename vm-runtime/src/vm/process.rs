@@ -5,8 +5,6 @@ use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::process::ExitStatus;
 use std::time::Duration;
 
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -61,7 +59,7 @@ impl Process {
 
     /// Ends when the process has exited.
     pub(super) async fn exited(&self) -> io::Result<()> {
-        let watched = AsyncFd::with_interest(self.pidfd.try_clone()?, Interest::READABLE)?;
+        let watched = pidfd::watch(&self.pidfd)?;
         // Readiness is enough: an exited process does not come back.
         let _guard = watched.readable().await?;
         Ok(())
