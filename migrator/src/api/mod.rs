@@ -3,4 +3,11 @@
 pub mod client;
 pub mod error;
 pub mod frames;
+pub mod server;
 pub mod types;
+
+mod exec;
+mod images;
+mod logs;
+mod migrations;
+mod pods;

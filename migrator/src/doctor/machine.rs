@@ -2,9 +2,15 @@
 
 use std::path::Path;
 
+use vm_runtime::qemu::QemuBinary;
+use vm_runtime::spec::{Accel, MACHINE};
 use vm_runtime::units::Bytes;
 
 use super::{Check, Subject, missing, present};
+use crate::api::error::chain;
+
+/// The first QEMU that migrator is tested with.
+const OLDEST_QEMU: (u32, u32) = (7, 2);
 
 /// What one small guest and its VMM need.
 const LEAST_RAM: Bytes = Bytes::mib(512);
@@ -12,10 +18,15 @@ const LEAST_RAM: Bytes = Bytes::mib(512);
 /// What an image's unpacking and a guest's logs need.
 const LEAST_DISK: Bytes = Bytes::mib(1024);
 
+/// What the kernel says can be had without swapping: `MemAvailable`; 0 if it does not say.
+pub(super) fn available() -> Bytes {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    Bytes(available_kib(&text).unwrap_or(0) << 10)
+}
+
 pub(super) fn ram() -> Check {
     let purpose = "guest memory";
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let available = Bytes(available_kib(&text).unwrap_or(0) << 10);
+    let available = available();
     if available >= LEAST_RAM {
         present("memory", true, purpose, format!("{available} available"))
     } else {
@@ -53,6 +64,61 @@ pub(super) fn erofs() -> Check {
             "apt-get install erofs-utils",
         ),
     }
+}
+
+/// QEMU, its machine type, and what would run guests.
+pub(super) async fn qemu(subject: &Subject) -> Vec<Check> {
+    let config = vm_runtime::qemu::QemuConfig {
+        binary: subject.qemu.binary.clone(),
+        lib_dir: subject.qemu.lib_dir.clone(),
+        data_dirs: subject.qemu.data_dirs.clone(),
+    };
+    let get = "apt-get install qemu-system-x86 (7.2 or later), or name one in qemu.binary";
+    let purpose = "running guests";
+    let qemu = match QemuBinary::open(&config).await {
+        Ok(qemu) => qemu,
+        Err(error) => return vec![missing("qemu", true, purpose, chain(&error), get)],
+    };
+    let (major, minor, micro) = qemu.version;
+    let found = format!("{major}.{minor}.{micro} at {}", qemu.path.display());
+    let mut checks = Vec::new();
+    checks.push(if (major, minor) >= OLDEST_QEMU {
+        present("qemu", true, purpose, found)
+    } else {
+        let why = format!("{found} is older than {}.{}", OLDEST_QEMU.0, OLDEST_QEMU.1);
+        missing("qemu", true, purpose, why, get)
+    });
+    let purpose = "moving guests between QEMUs of different versions";
+    checks.push(if qemu.supports(MACHINE) {
+        present("machine_type", false, purpose, MACHINE)
+    } else {
+        missing(
+            "machine_type",
+            false,
+            purpose,
+            format!("this QEMU does not know {MACHINE}"),
+            "use a QEMU of 7.2 or later that still has it, on every node",
+        )
+    });
+    let purpose = "running guests at full speed";
+    checks.push(match super::choose_accel(&qemu, subject.accel()).await {
+        Ok((Accel::Kvm, reason)) => present("kvm", false, purpose, reason),
+        Ok((Accel::Tcg, reason)) => missing(
+            "kvm",
+            false,
+            purpose,
+            format!("guests run under the emulator: {reason}"),
+            "a machine or outer VM with hardware virtualisation, and /dev/kvm",
+        ),
+        Err(reason) => missing(
+            "kvm",
+            true,
+            purpose,
+            reason,
+            "a machine with hardware virtualisation; or set qemu.accel to `auto`",
+        ),
+    });
+    checks
 }
 
 fn file(name: &str, purpose: &str, path: &Path, remedy: &str) -> Check {

@@ -12,7 +12,10 @@ mod sys;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use vm_runtime::spec::AccelChoice;
+use vm_runtime::probe::probe_accel;
+use vm_runtime::qemu::QemuBinary;
+use vm_runtime::spec::{Accel, AccelChoice};
+use vm_runtime::units::Bytes;
 
 use crate::config::{Config, QemuConfig, TlsPaths};
 
@@ -121,6 +124,29 @@ pub async fn examine(subject: &Subject) -> Report {
     Report {
         ok: checks.iter().all(|c| c.result.is_ok() || !c.required),
         checks,
+    }
+}
+
+/// Memory that a new guest can have: `MemAvailable`; 0 if the kernel does not say.
+pub fn available_memory() -> Bytes {
+    machine::available()
+}
+
+/// What runs guests, and why: as the configuration says, or, for `auto`, as a probe boot shows.
+///
+/// # Errors
+/// KVM is asked for and does not work: why not.
+pub async fn choose_accel(
+    qemu: &QemuBinary,
+    choice: AccelChoice,
+) -> Result<(Accel, String), String> {
+    if choice == AccelChoice::Tcg {
+        return Ok((Accel::Tcg, "the configuration says so".to_owned()));
+    }
+    let (accel, reason) = probe_accel(qemu).await;
+    match (choice, accel) {
+        (AccelChoice::Kvm, Accel::Tcg) => Err(reason),
+        (AccelChoice::Auto | AccelChoice::Kvm | AccelChoice::Tcg, accel) => Ok((accel, reason)),
     }
 }
 

@@ -17,7 +17,7 @@ use super::handle::{Facts, PodResources};
 use super::plan::VMM_OVERHEAD;
 use super::sink::LogSink;
 use crate::daemon::node::Node;
-use crate::network::{PodNetId, Port, Role};
+use crate::network::{ExistingFds, PodNetId, Port, Role};
 
 /// How much of the console's end goes into an error, in bytes.
 const CONSOLE_TAIL: usize = 600;
@@ -155,6 +155,15 @@ pub(super) async fn resources(
         disks: disks.to_vec(),
     };
     Ok((port, res))
+}
+
+/// The descriptors of a running VM's port.
+pub(super) fn existing(vm: &Vm) -> std::io::Result<ExistingFds> {
+    let park = vm.park()?;
+    Ok(ExistingFds {
+        tap: vm.tap()?,
+        park: park.ok_or_else(|| std::io::Error::other("the VMM holds no park"))?,
+    })
 }
 
 /// A pod as the network knows it.

@@ -156,6 +156,11 @@ impl Reservation {
         self.slot
     }
 
+    /// Leaves name, addresses and slot taken, for a pod that nobody may touch.
+    fn keep_for_ever(mut self) {
+        self.keep = true;
+    }
+
     /// Turns it into an entry that lasts until the pod's actor removes it.
     fn become_pod(mut self, handle: PodHandle) {
         self.keep = true;

@@ -19,13 +19,12 @@ use vm_runtime::agent_client::AgentClient;
 use vm_runtime::vm::{AttachError, RunState, Vm, VmRecord};
 
 use super::actor::{self, Birth};
-use super::boot::{self, net_id};
+use super::boot;
 use super::error::PodError;
 use super::handle::{Facts, PodHandle, PodResources};
 use super::logs::LogStore;
 use super::sink::LogSink;
 use super::state::{self, PodFile};
-use super::Reservation;
 use crate::api::error::chain;
 use crate::daemon::node::Node;
 use crate::migration::journal::{DestinationRecord, OwnerState, Recovery, SourceRecord};
@@ -175,11 +174,11 @@ async fn find(
     let migration = source
         .map(|(r, _)| r.migration)
         .or(granted.map(|(r, _)| r.migration));
-    let found = attach(node, dir, file.clone(), migration.is_some()).await?;
+    let containers = file.record.containers.clone();
     let facts = facts(node, dir, file)?;
-    let containers = Some(found.containers);
+    let found = attach(node, &facts, migration.is_some()).await;
     let epoch = owner.epoch;
-    let birth = match (&found.resources, migration) {
+    let birth = match (&found, migration) {
         (Err(reason), _) => Birth::Dead(reason.clone()),
         (Ok(resources), None) => Birth::Running(Arc::clone(resources)),
         (Ok(resources), Some(id)) => Birth::Migrating {
@@ -188,8 +187,8 @@ async fn find(
             in_doubt: handed_over,
         },
     };
-    let handle = spawn(node, reservation, facts, epoch, containers, birth);
-    let pod = found.resources.ok().map(|resources| (handle, resources));
+    let handle = actor::spawn(node, reservation, facts, epoch, Some(containers), birth);
+    let pod = found.ok().map(|resources| (handle, resources));
     Ok(match (source, granted) {
         (Some((record, _)), _) => Some(OpenMigration::Source {
             record: record.clone(),
@@ -202,4 +201,108 @@ async fn find(
         }),
         (None, None) => None,
     })
+}
+
+fn facts(node: &Node, dir: &Path, file: PodFile) -> Result<Facts, PodError> {
+    let logs = LogStore::open(&dir.join("logs"), node.config.limits.log_bytes).map_err(|source| {
+        PodError::State {
+            verb: "open the log in",
+            path: dir.to_owned(),
+            source,
+        }
+    })?;
+    Ok(Facts {
+        node: node.config.name.as_str().to_owned(),
+        created_unix_ms: file.record.created_unix_ms,
+        spec: file.spec,
+        vm_spec: file.vm,
+        slot: file.slot,
+        dir: dir.to_owned(),
+        logs: Arc::new(logs),
+    })
+}
+
+/// Takes VM, port and agent back. The error is the reason that the pod is shown as failed with.
+async fn attach(
+    node: &Node,
+    facts: &Facts,
+    migrating: bool,
+) -> Result<Arc<PodResources>, String> {
+    let name = facts.spec.name.as_str();
+    let vm = match find_vm(&facts.dir).await {
+        Ok(vm) => Arc::new(vm),
+        Err(error) => {
+            // Nothing of a dead VM may stay behind on the bridge.
+            clean_network(node, facts.slot, name).await;
+            let reason = match error {
+                AttachError::Gone { .. } => boot::death(None, &facts.dir),
+                other => chain(&other),
+            };
+            tracing::error!(pod = name, reason, "its VM is not there any more");
+            return Err(reason);
+        }
+    };
+    let fds = boot::existing(&vm).map_err(|e| format!("cannot take its TAP back: {e}"))?;
+    let port = node
+        .network
+        .attach(&boot::net_id(&facts.spec), facts.slot, Role::Local, Some(fds))
+        .await
+        .map_err(|e| format!("cannot take its network port back: {}", chain(&e)))?;
+    if !migrating {
+        resume(name, &vm).await;
+    }
+    let sink = LogSink::new(Arc::clone(&facts.logs));
+    let agent = AgentClient::connect(&vm.agent_socket(), sink, AGENT_DEADLINE)
+        .await
+        .map_err(|e| format!("cannot reach its agent again: {}", chain(&e)))?;
+    tracing::info!(pod = name, pid = vm.pid(), "found again");
+    Ok(Arc::new(PodResources {
+        spec: facts.spec.clone(),
+        vm_spec: facts.vm_spec.clone(),
+        vm,
+        port,
+        agent,
+        logs: Arc::clone(&facts.logs),
+    }))
+}
+
+async fn find_vm(dir: &Path) -> Result<Vm, AttachError> {
+    let record = VmRecord::load(dir).map_err(|_| AttachError::Gone { pid: 0 })?;
+    Vm::attach(&record).await
+}
+
+/// A guest that this node owns, and that no migration holds, has no reason to stand still.
+async fn resume(pod: &str, vm: &Vm) {
+    match vm.query_status().await {
+        Ok(RunState::Paused | RunState::Saved) => {
+            tracing::warn!(pod, "its guest stood still: it goes on");
+            if let Err(error) = vm.cont().await {
+                tracing::error!(pod, error = chain(&error), "its guest does not go on");
+            }
+        }
+        Ok(RunState::Running | RunState::Saving | RunState::Incoming | RunState::Other(_)) => {}
+        Err(error) => tracing::error!(pod, error = chain(&error), "its VMM does not answer"),
+    }
+}
+
+/// Removes a pod that this node does not own: its VM, its port, its folder.
+async fn remove(node: &Node, dir: &Path, file: Option<&PodFile>) -> Result<(), PodError> {
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    tracing::warn!(pod = %name, "it is not this node's (any more): removing what is left of it");
+    if let Ok(record) = VmRecord::load(dir) {
+        record
+            .kill()
+            .await
+            .map_err(|e| PodError::step(&name, "end its VM", e))?;
+    }
+    if let Some(file) = file {
+        clean_network(node, file.slot, &name).await;
+    }
+    super::run::remove_folder(dir).await
+}
+
+async fn clean_network(node: &Node, slot: u16, pod: &str) {
+    if let Err(error) = node.network.remove_leftovers(slot).await {
+        tracing::error!(pod, error = chain(&error), "cannot remove what is left of its port");
+    }
 }
