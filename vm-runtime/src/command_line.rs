@@ -13,7 +13,7 @@ use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
-use crate::spec::{Accel, SpecError, VmSpec};
+use crate::spec::{Accel, MAX_DISKS, SpecError, VmSpec};
 
 /// Name of the virtio-serial port that the guest agent opens.
 pub const AGENT_PORT: &str = "migrator.agent";
@@ -25,6 +25,9 @@ mod slot {
     pub(super) const RNG: usize = 0x04;
     pub(super) const DISK: usize = 0x08;
 }
+
+// The last disk stays clear of the chipset.
+const _: () = assert!(slot::DISK + MAX_DISKS <= 0x1c);
 
 /// How the VM begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -231,7 +234,6 @@ impl Args {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::MAX_DISKS;
     use crate::spec::tests::example;
 
     const FDS: FdNumbers = FdNumbers {
@@ -331,10 +333,5 @@ mod tests {
         spec.machine = "q35,accel=kvm".to_owned();
         let disks = [PathBuf::from("/i/a")];
         assert!(build(&spec, &local(BootMode::Boot, &disks)).is_err());
-    }
-
-    #[test]
-    fn the_last_disk_stays_clear_of_the_chipset() {
-        assert!(slot::DISK + MAX_DISKS <= 0x1c);
     }
 }

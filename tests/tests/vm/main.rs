@@ -16,7 +16,9 @@ use std::time::{Duration, Instant};
 use lab::{Lab, copy, count, counts_past, hashes};
 use tokio::io::AsyncWrite;
 use vm_runtime::memory::DirtyTracker;
+use vm_runtime::probe::{probe_accel, resolve, try_accel};
 use vm_runtime::qemu::QemuBinary;
+use vm_runtime::spec::{Accel, AccelChoice};
 use vm_runtime::vm::{AttachError, RunState, SpawnError, Vm, VmRecord};
 
 /// Moves a guest as the migration does, checks that nothing differs, and gives back the new VM.
@@ -282,5 +284,18 @@ async fn a_qemu_that_does_not_start_says_why_and_leaves_nothing() -> anyhow::Res
         other => panic!("{other}"),
     }
     assert!(VmRecord::load(&dir).is_err());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_accelerator_is_chosen_by_a_boot_that_works() -> anyhow::Result<()> {
+    let lab = Lab::new().await?;
+    // The emulator always works: this proves the boot sector, and that its end is recognised.
+    try_accel(&lab.qemu, Accel::Tcg).await?;
+    let began = Instant::now();
+    let (accel, reason) = probe_accel(&lab.qemu).await;
+    eprintln!("{accel:?} in {:?}: {reason}", began.elapsed());
+    let strict = resolve(&lab.qemu, AccelChoice::Kvm).await;
+    assert_eq!(strict.is_ok(), accel == Accel::Kvm);
     Ok(())
 }
