@@ -233,11 +233,13 @@ impl Config {
         {
             *binary = folder.join(&*binary);
         }
-        config.check().map_err(|(key, problem)| ConfigError::Value {
-            path: path.to_owned(),
-            key,
-            problem,
-        })?;
+        config
+            .check()
+            .map_err(|(key, problem)| ConfigError::Value {
+                path: path.to_owned(),
+                key,
+                problem,
+            })?;
         Ok(config)
     }
 
@@ -245,7 +247,10 @@ impl Config {
         if self.peers.contains_key(&self.name) {
             return Err((
                 "peers",
-                format!("names this node itself (`{}`): remove that entry", self.name),
+                format!(
+                    "names this node itself (`{}`): remove that entry",
+                    self.name
+                ),
             ));
         }
         if self.advertise.unwrap_or(self.listen).port() == 0 {

@@ -79,11 +79,7 @@ fn values_that_cannot_work_are_refused_by_key() {
         ("name: a", "name: A_b", "A_b"),
         ("bridge: br0", "bridge: a/b", "a/b"),
         ("pods: 3", "pods: 0", "limits.pods"),
-        (
-            "connections: 4",
-            "connections: 99",
-            "migration.connections",
-        ),
+        ("connections: 4", "connections: 99", "migration.connections"),
         ("10.78.0.1:7078", "10.78.0.1:0", "listen"),
     ] {
         assert!(FULL.contains(from), "{from}");
@@ -96,5 +92,8 @@ fn values_that_cannot_work_are_refused_by_key() {
 fn a_state_folder_too_deep_for_its_sockets_is_refused() {
     let deep = format!("state_dir: /{}", "d".repeat(80));
     let text = message(&FULL.replace("state_dir: state", &deep));
-    assert!(text.contains("state_dir") && text.contains("too long"), "{text}");
+    assert!(
+        text.contains("state_dir") && text.contains("too long"),
+        "{text}"
+    );
 }

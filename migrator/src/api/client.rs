@@ -105,7 +105,11 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
-        json(self.send(request(Method::GET, path, None, Bytes::new())?).await?).await
+        json(
+            self.send(request(Method::GET, path, None, Bytes::new())?)
+                .await?,
+        )
+        .await
     }
 
     /// `POST` of JSON; the answer is JSON.
@@ -140,7 +144,11 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
-        json(self.send(request(Method::DELETE, path, None, Bytes::new())?).await?).await
+        json(
+            self.send(request(Method::DELETE, path, None, Bytes::new())?)
+                .await?,
+        )
+        .await
     }
 
     /// `GET`; the answer comes piece by piece.
@@ -174,7 +182,10 @@ impl Client {
             to_json(exec)?,
         )?;
         let headers = request.headers_mut();
-        headers.insert(CONNECTION, hyper::header::HeaderValue::from_static("upgrade"));
+        headers.insert(
+            CONNECTION,
+            hyper::header::HeaderValue::from_static("upgrade"),
+        );
         headers.insert(UPGRADE, hyper::header::HeaderValue::from_static(PROTOCOL));
         let response = self.send(request).await?;
         if response.status() != StatusCode::SWITCHING_PROTOCOLS {

@@ -164,7 +164,11 @@ async fn serve(stream: Upgraded, running: Exec, shutdown: CancellationToken) {
     let _ = out.close().await;
 }
 
-async fn send(out: &mut Out, stream: Stream, data: Vec<u8>) -> Result<(), super::frames::FrameError> {
+async fn send(
+    out: &mut Out,
+    stream: Stream,
+    data: Vec<u8>,
+) -> Result<(), super::frames::FrameError> {
     let mut data = Bytes::from(data);
     while !data.is_empty() {
         let piece = data.split_to(data.len().min(MAX_PAYLOAD));

@@ -82,7 +82,10 @@ pub(super) async fn remove(
     State(node): State<Arc<Node>>,
     Path(name): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
-    let used: Vec<Digest> = in_use(&node).into_iter().map(|(digest, _)| digest).collect();
+    let used: Vec<Digest> = in_use(&node)
+        .into_iter()
+        .map(|(digest, _)| digest)
+        .collect();
     let store = Arc::clone(&node.images);
     let image = name.clone();
     match blocking(move || store.remove(&image, &used)).await? {

@@ -122,7 +122,11 @@ pub(super) async fn status(
         let next = value.report.is_none().then_some((status, shutdown));
         Some((line(&value), next))
     });
-    Ok(([(CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response())
+    Ok((
+        [(CONTENT_TYPE, "application/x-ndjson")],
+        Body::from_stream(lines),
+    )
+        .into_response())
 }
 
 fn line(status: &MigrationStatus) -> Result<Bytes, serde_json::Error> {

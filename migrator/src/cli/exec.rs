@@ -1,6 +1,6 @@
 //! `migrator exec POD -- COMMAND`.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Read, Write};
 use std::os::fd::AsFd;
 use std::process::ExitCode;
 
@@ -9,8 +9,8 @@ use clap::Args;
 use futures::SinkExt;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
 use tokio_util::codec::Framed;
 
 use super::failure::{Exit, Failure};
@@ -60,10 +60,8 @@ impl ExecArgs {
     async fn follow(self, context: &Context) -> Result<ExitCode, Failure> {
         let terminal = self.tty && std::io::stdin().is_terminal();
         if self.tty && self.interactive && !terminal {
-            return Err(
-                Failure::new(Exit::Exec, "standard input is not a terminal")
-                    .hint("leave out -t, or leave out -i"),
-            );
+            return Err(Failure::new(Exit::Exec, "standard input is not a terminal")
+                .hint("leave out -t, or leave out -i"));
         }
         let size = self.tty.then(|| {
             tty::size(std::io::stdout().as_fd()).unwrap_or(TtySize { rows: 24, cols: 80 })
@@ -111,9 +109,7 @@ struct Session {
 impl Session {
     async fn run(&mut self, interactive: bool, tty: bool) -> Result<ExitCode, Failure> {
         use futures::StreamExt;
-        let mut stdin = tokio::io::stdin();
-        let mut buffer = vec![0; 16 << 10];
-        let mut reading = interactive;
+        let mut stdin = interactive.then(read_stdin);
         loop {
             tokio::select! {
                 frame = self.stream.next() => match frame {
@@ -124,16 +120,13 @@ impl Session {
                     None => return Err(Failure::new(Exit::Exec, "the service closed the stream")
                         .hint("the pod may have moved or stopped: see `migrator ps`")),
                 },
-                read = stdin.read(&mut buffer), if reading => {
-                    // An unreadable stdin is an ended one.
-                    let read = read.unwrap_or(0);
-                    reading = read > 0;
-                    let frame = match buffer.get(..read) {
-                        Some(data) if read > 0 => ExecFrame::Stdin(Bytes::copy_from_slice(data)),
-                        _ => ExecFrame::StdinEnd,
-                    };
-                    self.send(frame).await?;
-                }
+                data = next(&mut stdin), if stdin.is_some() => match data {
+                    Some(data) => self.send(ExecFrame::Stdin(data)).await?,
+                    None => {
+                        stdin = None;
+                        self.send(ExecFrame::StdinEnd).await?;
+                    }
+                },
                 _ = self.winch.recv(), if tty => {
                     if let Some(size) = tty::size(std::io::stdout().as_fd()) {
                         self.send(ExecFrame::Resize(size)).await?;
@@ -193,7 +186,7 @@ impl Session {
         })
     }
 
-    async fn print(&mut self, stream: LogStream, data: &[u8]) -> Result<(), Failure> {
+    async fn print(&mut self, stream: LogStream, data: &Bytes) -> Result<(), Failure> {
         if self.output == Output::Json {
             output::json(&ExecEvent::Output {
                 stream,
@@ -201,18 +194,40 @@ impl Session {
             })?;
             return Ok(());
         }
-        match stream {
-            LogStream::Stdout => {
-                let mut out = tokio::io::stdout();
-                out.write_all(data).await?;
-                out.flush().await?;
-            }
-            LogStream::Stderr => {
-                let mut out = tokio::io::stderr();
-                out.write_all(data).await?;
-                out.flush().await?;
-            }
-        }
+        // Whoever reads us may be slow, and input goes on meanwhile.
+        let data = data.clone();
+        let write = move || match stream {
+            LogStream::Stdout => write_all(std::io::stdout().lock(), &data),
+            LogStream::Stderr => write_all(std::io::stderr().lock(), &data),
+        };
+        tokio::task::spawn_blocking(write)
+            .await
+            .unwrap_or_else(|e| Err(std::io::Error::other(e)))?;
         Ok(())
     }
+}
+
+fn write_all(mut out: impl Write, data: &[u8]) -> std::io::Result<()> {
+    out.write_all(data)?;
+    out.flush()
+}
+
+/// Reads standard input on a thread of its own, which may be left behind in its read at the end.
+fn read_stdin() -> mpsc::Receiver<Bytes> {
+    let (sender, receiver) = mpsc::channel(4);
+    std::thread::spawn(move || {
+        let mut buffer = vec![0; 16 << 10];
+        // An unreadable stdin is an ended one.
+        while let Ok(read) = std::io::stdin().read(&mut buffer) {
+            let data = buffer.get(..read).unwrap_or_default();
+            if data.is_empty() || sender.blocking_send(Bytes::copy_from_slice(data)).is_err() {
+                return;
+            }
+        }
+    });
+    receiver
+}
+
+async fn next(stdin: &mut Option<mpsc::Receiver<Bytes>>) -> Option<Bytes> {
+    stdin.as_mut()?.recv().await
 }

@@ -48,16 +48,26 @@ fn describe(pod: &PodDetail) -> String {
         ("MAC", s.mac.to_string()),
         (
             "IPv4",
-            pod.spec.net.ipv4.map_or_else(none, |(a, p)| format!("{a}/{p}")),
+            pod.spec
+                .net
+                .ipv4
+                .map_or_else(none, |(a, p)| format!("{a}/{p}")),
         ),
         (
             "IPv6",
-            pod.spec.net.ipv6.map_or_else(none, |(a, p)| format!("{a}/{p}")),
+            pod.spec
+                .net
+                .ipv6
+                .map_or_else(none, |(a, p)| format!("{a}/{p}")),
         ),
-        ("Machine", format!("{} under {:?}", pod.vm.machine, pod.vm.accel)),
+        (
+            "Machine",
+            format!("{} under {:?}", pod.vm.machine, pod.vm.accel),
+        ),
         (
             "VMM",
-            pod.vmm_pid.map_or_else(none, |pid| format!("process {pid}")),
+            pod.vmm_pid
+                .map_or_else(none, |pid| format!("process {pid}")),
         ),
         ("Slot", pod.slot.to_string()),
         ("Folder", pod.dir.display().to_string()),
@@ -76,7 +86,10 @@ fn describe(pod: &PodDetail) -> String {
             ContainerState::Running => "running".to_owned(),
             ContainerState::Exited { code } => format!("exited with {code}"),
         };
-        out.push_str(&format!("  {}  {}  {state}\n", container.name, container.image));
+        out.push_str(&format!(
+            "  {}  {}  {state}\n",
+            container.name, container.image
+        ));
     }
     out
 }

@@ -100,7 +100,10 @@ async fn wait(client: &Client, id: &str, watch: bool) -> Result<MigrationReport,
         if since.elapsed() > SERVICE_BACK {
             return Err(match failure {
                 Some(error) => error.into(),
-                None => Failure::new(Exit::Unreachable, "the service does not follow the migration"),
+                None => Failure::new(
+                    Exit::Unreachable,
+                    "the service does not follow the migration",
+                ),
             });
         }
         tokio::time::sleep(Duration::from_millis(200)).await;

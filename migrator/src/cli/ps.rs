@@ -20,7 +20,16 @@ impl PsArgs {
             Output::Text => {
                 let rows: Vec<Vec<String>> = list.pods.iter().map(row).collect();
                 output::table(
-                    &["POD", "STATE", "CONTAINERS", "IPV4", "IPV6", "MEMORY", "CPUS", "AGE"],
+                    &[
+                        "POD",
+                        "STATE",
+                        "CONTAINERS",
+                        "IPV4",
+                        "IPV6",
+                        "MEMORY",
+                        "CPUS",
+                        "AGE",
+                    ],
                     &rows,
                 )?;
             }

@@ -25,10 +25,7 @@ pub(super) struct RunArgs {
 impl RunArgs {
     pub(super) async fn run(self, context: &Context) -> Result<ExitCode, Failure> {
         let yaml = read(&self.file)?;
-        let path = format!(
-            "/v1/pods?wait={}&timeout_s={}",
-            !self.no_wait, self.timeout
-        );
+        let path = format!("/v1/pods?wait={}&timeout_s={}", !self.no_wait, self.timeout);
         let pod: PodSummary = context.client.post_yaml(&path, yaml).await?;
         match context.output {
             Output::Json => output::json(&pod)?,

@@ -195,8 +195,7 @@ impl Ticket {
             entry.cancel = None;
         }
         let path = self.registry.dir.join(format!("{}.json", self.id));
-        let written =
-            tokio::task::spawn_blocking(move || state::write_json(&path, &status)).await;
+        let written = tokio::task::spawn_blocking(move || state::write_json(&path, &status)).await;
         if let Ok(Err(error)) = written {
             tracing::warn!(id = %self.id, %error, "cannot keep the report");
         }

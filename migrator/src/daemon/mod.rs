@@ -58,9 +58,6 @@ pub enum DaemonError {
         #[source]
         source: Box<dyn Error + Send + Sync>,
     },
-    /// The accelerator that the configuration insists on.
-    #[error("qemu.accel is `kvm`, and KVM does not work here: {0}")]
-    Accel(String),
 }
 
 impl DaemonError {

@@ -12,6 +12,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use vm_runtime::probe;
 use vm_runtime::qemu::{QemuBinary, QemuConfig};
 use vm_runtime::spec::MACHINE;
 
@@ -79,9 +80,9 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
     .await
     .map_err(|e| DaemonError::open("QEMU", e))?;
     let machine = qemu.machine_or_newest(MACHINE).to_owned();
-    let (accel, accel_reason) = crate::doctor::choose_accel(&qemu, config.qemu.accel)
+    let (accel, accel_reason) = probe::resolve(&qemu, config.qemu.accel)
         .await
-        .map_err(DaemonError::Accel)?;
+        .map_err(|e| DaemonError::open("the accelerator", e))?;
     let (major, minor, micro) = qemu.version;
     tracing::info!(
         qemu = %qemu.path.display(),

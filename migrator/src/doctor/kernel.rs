@@ -5,7 +5,8 @@ use super::{Check, missing, present, sys, tried};
 /// The first kernel with `PAGEMAP_SCAN` and `UFFD_FEATURE_WP_ASYNC`.
 const OLDEST: (u32, u32) = (6, 7);
 
-const NEWER: &str = "boot Linux 6.7 or later; Debian 12 has one as linux-image-amd64 in bookworm-backports";
+const NEWER: &str =
+    "boot Linux 6.7 or later; Debian 12 has one as linux-image-amd64 in bookworm-backports";
 
 /// Capabilities by their bit in `CapEff` (linux/capability.h), and what each is for.
 const CAPABILITIES: [(u32, &str, &str); 6] = [
@@ -29,7 +30,10 @@ pub(super) fn version() -> Check {
             "kernel",
             true,
             purpose,
-            format!("this is Linux {release}, older than {}.{}", OLDEST.0, OLDEST.1),
+            format!(
+                "this is Linux {release}, older than {}.{}",
+                OLDEST.0, OLDEST.1
+            ),
             NEWER,
         ),
     }

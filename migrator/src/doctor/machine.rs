@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use vm_runtime::probe;
 use vm_runtime::qemu::QemuBinary;
 use vm_runtime::spec::{Accel, MACHINE};
 use vm_runtime::units::Bytes;
@@ -101,7 +102,7 @@ pub(super) async fn qemu(subject: &Subject) -> Vec<Check> {
         )
     });
     let purpose = "running guests at full speed";
-    checks.push(match super::choose_accel(&qemu, subject.accel()).await {
+    checks.push(match probe::resolve(&qemu, subject.accel()).await {
         Ok((Accel::Kvm, reason)) => present("kvm", false, purpose, reason),
         Ok((Accel::Tcg, reason)) => missing(
             "kvm",
@@ -110,11 +111,11 @@ pub(super) async fn qemu(subject: &Subject) -> Vec<Check> {
             format!("guests run under the emulator: {reason}"),
             "a machine or outer VM with hardware virtualisation, and /dev/kvm",
         ),
-        Err(reason) => missing(
+        Err(error) => missing(
             "kvm",
             true,
             purpose,
-            reason,
+            chain(&error),
             "a machine with hardware virtualisation; or set qemu.accel to `auto`",
         ),
     });
@@ -236,8 +237,17 @@ mod tests {
 
     #[test]
     fn a_missing_file_is_named() {
-        let check = file("guest_kernel", "booting", Path::new("/nonexistent/vmlinuz"), "get");
+        let check = file(
+            "guest_kernel",
+            "booting",
+            Path::new("/nonexistent/vmlinuz"),
+            "get",
+        );
         assert!(!check.result.is_ok());
-        assert!(serde_json::to_string(&check).unwrap().contains("/nonexistent/vmlinuz"));
+        assert!(
+            serde_json::to_string(&check)
+                .unwrap()
+                .contains("/nonexistent/vmlinuz")
+        );
     }
 }

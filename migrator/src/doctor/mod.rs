@@ -12,9 +12,7 @@ mod sys;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use vm_runtime::probe::probe_accel;
-use vm_runtime::qemu::QemuBinary;
-use vm_runtime::spec::{Accel, AccelChoice};
+use vm_runtime::spec::AccelChoice;
 use vm_runtime::units::Bytes;
 
 use crate::config::{Config, QemuConfig, TlsPaths};
@@ -132,24 +130,6 @@ pub fn available_memory() -> Bytes {
     machine::available()
 }
 
-/// What runs guests, and why: as the configuration says, or, for `auto`, as a probe boot shows.
-///
-/// # Errors
-/// KVM is asked for and does not work: why not.
-pub async fn choose_accel(
-    qemu: &QemuBinary,
-    choice: AccelChoice,
-) -> Result<(Accel, String), String> {
-    if choice == AccelChoice::Tcg {
-        return Ok((Accel::Tcg, "the configuration says so".to_owned()));
-    }
-    let (accel, reason) = probe_accel(qemu).await;
-    match (choice, accel) {
-        (AccelChoice::Kvm, Accel::Tcg) => Err(reason),
-        (AccelChoice::Auto | AccelChoice::Kvm | AccelChoice::Tcg, accel) => Ok((accel, reason)),
-    }
-}
-
 fn present(name: &str, required: bool, purpose: &str, found: impl Into<String>) -> Check {
     Check {
         name: name.to_owned(),
@@ -199,7 +179,13 @@ mod tests {
 
     #[test]
     fn a_check_reads_well_in_json() {
-        let check = missing("tun", true, "guests' network", "no such device", "CONFIG_TUN");
+        let check = missing(
+            "tun",
+            true,
+            "guests' network",
+            "no such device",
+            "CONFIG_TUN",
+        );
         let json = serde_json::to_value(&check).unwrap();
         assert_eq!(json["status"], "missing");
         assert_eq!(json["remedy"], "CONFIG_TUN");

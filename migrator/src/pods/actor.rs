@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
-use vm_runtime::agent_client::AgentEvent;
+use vm_runtime::agent_client::Event;
 use vm_runtime::units::Epoch;
 use vm_runtime::vm::VmExit;
 
@@ -253,10 +253,8 @@ impl Actor {
                     Ok(event) => self.event(event),
                     // Some were missed: ask for the whole.
                     Err(broadcast::error::RecvError::Lagged(_)) => self.refresh(&resources).await,
-                    Err(broadcast::error::RecvError::Closed) => {
-                        events = resources.agent.events();
-                        tokio::task::yield_now().await;
-                    }
+                    // Never: `resources` holds a sender.
+                    Err(broadcast::error::RecvError::Closed) => return End::Left,
                 },
             }
         }
@@ -330,17 +328,19 @@ impl Actor {
 
     /// Stops the containers, ends the VM, and removes everything; goes on where a step fails.
     async fn stop(&mut self, grace: Duration, resources: &PodResources) -> Result<(), PodError> {
-        self.view.send_modify(|view| view.state = PodState::Stopping);
-        let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
+        self.view
+            .send_modify(|view| view.state = PodState::Stopping);
         let asked = tokio::time::timeout(grace + STOP_MARGIN, async {
             tokio::select! {
-                asked = resources.agent.stop_pod(grace_ms) => asked.map_err(|e| e.to_string()),
+                asked = resources.agent.stop_pod(grace) => asked.map_err(|e| e.to_string()),
                 _ = resources.vm.wait_exit() => Ok(()),
             }
         });
         match asked.await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(pod = self.name(), error, "the agent does not stop it"),
+            Ok(Err(error)) => {
+                tracing::warn!(pod = self.name(), error, "the agent does not stop it")
+            }
             Err(_) => tracing::warn!(pod = self.name(), "the agent does not answer"),
         }
         self.view.send_modify(|view| view.resources = None);
@@ -406,7 +406,11 @@ impl Actor {
         let done = tokio::task::spawn_blocking(move || journal.stop_owner(&name)).await;
         if let Ok(Err(error)) = done {
             // The next pod of this name gets a higher epoch all the same.
-            tracing::warn!(pod = self.name(), error = chain(&error), "cannot note that it was stopped");
+            tracing::warn!(
+                pod = self.name(),
+                error = chain(&error),
+                "cannot note that it was stopped"
+            );
         }
     }
 
@@ -427,21 +431,28 @@ impl Actor {
                     }
                 }
             }),
-            Err(error) => tracing::warn!(pod = self.name(), %error, "the agent does not tell its state"),
+            Err(error) => {
+                tracing::warn!(pod = self.name(), %error, "the agent does not tell its state")
+            }
         }
     }
 
-    fn event(&self, event: AgentEvent) {
+    fn event(&self, event: Event) {
         match event {
-            AgentEvent::Started { container, .. } => self.show(&container, ContainerState::Running),
-            AgentEvent::ContainerExited { container, code } => {
+            Event::Started { container, .. } => self.show(&container, ContainerState::Running),
+            Event::ContainerExited { container, code } => {
                 tracing::info!(pod = self.name(), container, code, "container ended");
                 self.show(&container, ContainerState::Exited { code });
             }
-            AgentEvent::Error { context, message } => {
+            Event::Error { context, message } => {
                 tracing::warn!(pod = self.name(), context, message, "the agent reports");
             }
-            AgentEvent::Ready { .. } | AgentEvent::Stopped => {}
+            Event::Ready { .. }
+            | Event::Stopped
+            | Event::Output { .. }
+            | Event::ExecOutput { .. }
+            | Event::StdinCredit { .. }
+            | Event::ExecExited { .. } => {}
         }
     }
 

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use guest_agent::protocol::Configuration;
 use vm_runtime::agent_client::AgentClient;
+use vm_runtime::agent_client::Configuration;
 use vm_runtime::memory::GuestMemory;
 use vm_runtime::pod::PodSpec;
 use vm_runtime::spec::VmSpec;
@@ -110,7 +110,7 @@ async fn start_containers(
     parts: &mut Parts,
 ) -> Result<AgentClient, PodError> {
     let name = facts.spec.name.as_str();
-    let sink = LogSink::new(Arc::clone(&facts.logs));
+    let sink = Arc::new(LogSink::new(Arc::clone(&facts.logs)));
     let agent = AgentClient::connect(&vm.agent_socket(), sink, order.deadline)
         .await
         .map_err(|e| PodError::step(name, "reach the agent in its guest", e))?;
@@ -191,7 +191,9 @@ pub(super) async fn disk_paths(
         digests
             .iter()
             .map(|text| {
-                let digest = text.parse().map_err(|e| Box::new(e) as super::error::Cause)?;
+                let digest = text
+                    .parse()
+                    .map_err(|e| Box::new(e) as super::error::Cause)?;
                 images
                     .erofs_path(&digest)
                     .map_err(|e| Box::new(e) as super::error::Cause)

@@ -179,7 +179,8 @@ impl PodError {
     fn hint(&self) -> Option<String> {
         Some(match self {
             Self::NoImage { .. } => {
-                "`migrator image ls` lists the images here, `migrator image import PATH` adds one".to_owned()
+                "`migrator image ls` lists the images here, `migrator image import PATH` adds one"
+                    .to_owned()
             }
             Self::NotFound(_) => {
                 "`migrator ps` lists the pods of this node; it may have moved to another".to_owned()

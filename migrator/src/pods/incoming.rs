@@ -112,8 +112,8 @@ impl IncomingPod {
     }
 
     /// What the agent's client writes the output to.
-    pub fn sink(&self) -> LogSink {
-        LogSink::new(self.logs())
+    pub fn sink(&self) -> Arc<LogSink> {
+        Arc::new(LogSink::new(self.logs()))
     }
 
     /// Enters it into the register as a pod that runs here, which the journal must say by now. Call it

@@ -34,6 +34,8 @@ use vm_runtime::pod::PodSpec;
 
 pub use error::PodError;
 pub use handle::{MigrationEnd, PodHandle, PodResources, View};
+pub use sink::LogSink;
+pub(crate) use sink::log_stream;
 pub use state::PodRecord;
 
 /// The register of a node's pods. Cheap to clone.

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use guest_agent::protocol as agent;
+use vm_runtime::agent_client as agent;
 use vm_runtime::pod::PodSpec;
 use vm_runtime::spec::{Accel, CPU, DiskSpec, KERNEL_CMDLINE, VmSpec};
 use vm_runtime::units::Bytes;
@@ -108,8 +108,12 @@ pub fn plan(
 
 fn interface(spec: &PodSpec) -> agent::Interface {
     let net = &spec.net;
-    let v4 = net.ipv4.map(|(address, prefix)| (IpAddr::V4(address), prefix));
-    let v6 = net.ipv6.map(|(address, prefix)| (IpAddr::V6(address), prefix));
+    let v4 = net
+        .ipv4
+        .map(|(address, prefix)| (IpAddr::V4(address), prefix));
+    let v6 = net
+        .ipv6
+        .map(|(address, prefix)| (IpAddr::V6(address), prefix));
     let g4 = net.gateway4.map(IpAddr::V4);
     let g6 = net.gateway6.map(IpAddr::V6);
     agent::Interface {

@@ -91,7 +91,11 @@ pub async fn recover(node: &Arc<Node>, journal: Recovery) -> Vec<OpenMigration> 
             && !seen.contains(&owner.pod)
             && let Err(error) = node.journal.stop_owner(&owner.pod)
         {
-            tracing::warn!(pod = owner.pod, error = chain(&error), "cannot close its entry");
+            tracing::warn!(
+                pod = owner.pod,
+                error = chain(&error),
+                "cannot close its entry"
+            );
         }
     }
     for (record, owner) in &journal.sources {
@@ -204,13 +208,14 @@ async fn find(
 }
 
 fn facts(node: &Node, dir: &Path, file: PodFile) -> Result<Facts, PodError> {
-    let logs = LogStore::open(&dir.join("logs"), node.config.limits.log_bytes).map_err(|source| {
-        PodError::State {
-            verb: "open the log in",
-            path: dir.to_owned(),
-            source,
-        }
-    })?;
+    let logs =
+        LogStore::open(&dir.join("logs"), node.config.limits.log_bytes).map_err(|source| {
+            PodError::State {
+                verb: "open the log in",
+                path: dir.to_owned(),
+                source,
+            }
+        })?;
     Ok(Facts {
         node: node.config.name.as_str().to_owned(),
         created_unix_ms: file.record.created_unix_ms,
@@ -223,11 +228,7 @@ fn facts(node: &Node, dir: &Path, file: PodFile) -> Result<Facts, PodError> {
 }
 
 /// Takes VM, port and agent back. The error is the reason that the pod is shown as failed with.
-async fn attach(
-    node: &Node,
-    facts: &Facts,
-    migrating: bool,
-) -> Result<Arc<PodResources>, String> {
+async fn attach(node: &Node, facts: &Facts, migrating: bool) -> Result<Arc<PodResources>, String> {
     let name = facts.spec.name.as_str();
     let vm = match find_vm(&facts.dir).await {
         Ok(vm) => Arc::new(vm),
@@ -245,13 +246,18 @@ async fn attach(
     let fds = boot::existing(&vm).map_err(|e| format!("cannot take its TAP back: {e}"))?;
     let port = node
         .network
-        .attach(&boot::net_id(&facts.spec), facts.slot, Role::Local, Some(fds))
+        .attach(
+            &boot::net_id(&facts.spec),
+            facts.slot,
+            Role::Local,
+            Some(fds),
+        )
         .await
         .map_err(|e| format!("cannot take its network port back: {}", chain(&e)))?;
     if !migrating {
         resume(name, &vm).await;
     }
-    let sink = LogSink::new(Arc::clone(&facts.logs));
+    let sink = Arc::new(LogSink::new(Arc::clone(&facts.logs)));
     let agent = AgentClient::connect(&vm.agent_socket(), sink, AGENT_DEADLINE)
         .await
         .map_err(|e| format!("cannot reach its agent again: {}", chain(&e)))?;
@@ -303,6 +309,10 @@ async fn remove(node: &Node, dir: &Path, file: Option<&PodFile>) -> Result<(), P
 
 async fn clean_network(node: &Node, slot: u16, pod: &str) {
     if let Err(error) = node.network.remove_leftovers(slot).await {
-        tracing::error!(pod, error = chain(&error), "cannot remove what is left of its port");
+        tracing::error!(
+            pod,
+            error = chain(&error),
+            "cannot remove what is left of its port"
+        );
     }
 }

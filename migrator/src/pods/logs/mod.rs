@@ -87,7 +87,13 @@ impl LogStore {
     ///
     /// # Errors
     /// The disk: nothing was stored, and the piece may be sent again.
-    pub fn append(&self, key: &StreamKey, offset: u64, data: &[u8], unix_ms: u64) -> io::Result<u64> {
+    pub fn append(
+        &self,
+        key: &StreamKey,
+        offset: u64,
+        data: &[u8],
+        unix_ms: u64,
+    ) -> io::Result<u64> {
         let mut inner = self.lock();
         let next = inner.offsets.get(key).copied().unwrap_or(0);
         let end = offset.saturating_add(data.len() as u64);
@@ -189,7 +195,10 @@ impl LogStore {
             first -= 1;
         }
         let mut blob = Vec::new();
-        record::encode(&Record::Offsets(self.offsets().into_iter().collect()), &mut blob);
+        record::encode(
+            &Record::Offsets(self.offsets().into_iter().collect()),
+            &mut blob,
+        );
         for entry in entries.into_iter().skip(first) {
             record::encode(&Record::Entry(entry), &mut blob);
         }
@@ -225,7 +234,10 @@ impl LogStore {
             *known = (*known).max(offset);
         }
         let Inner { segments, offsets } = &mut *inner;
-        segments.append(&Record::Offsets(offsets.clone().into_iter().collect()), offsets)?;
+        segments.append(
+            &Record::Offsets(offsets.clone().into_iter().collect()),
+            offsets,
+        )?;
         let position = inner.segments.end();
         drop(inner);
         self.end.send_replace(position);

@@ -111,10 +111,7 @@ impl Segments {
 
     /// Adds a record; opens a new segment first if the newest is full.
     pub(super) fn append(&mut self, record: &Record, offsets: &Offsets) -> io::Result<()> {
-        let full = self
-            .list
-            .last()
-            .is_none_or(|s| s.len >= self.segment_limit);
+        let full = self.list.last().is_none_or(|s| s.len >= self.segment_limit);
         if full {
             self.add(self.end())?;
             while self.list.len() > 2 {

@@ -37,7 +37,11 @@ fn a_reopened_log_goes_on_where_it_stood_and_cuts_an_unfinished_record() {
         log.append(&out, 0, b"one\n", 1).unwrap();
         log.append(&err, 0, b"two\n", 1).unwrap();
     }
-    let file = std::fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap();
+    let file = std::fs::read_dir(dir.path())
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap();
     let mut bytes = std::fs::read(file.path()).unwrap();
     bytes.extend_from_slice(&[200, 0, 0, 0, 1, 2]);
     std::fs::write(file.path(), bytes).unwrap();
@@ -134,10 +138,7 @@ fn junk_from_a_peer_is_refused_and_stores_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let log = LogStore::open(dir.path(), 1 << 20).unwrap();
     for junk in [&b"\xff\xff\xff\xff"[..], &[9, 0, 0, 0, 1], &[0; 64]] {
-        assert!(matches!(
-            log.install(junk),
-            Err(InstallError::Malformed(_))
-        ));
+        assert!(matches!(log.install(junk), Err(InstallError::Malformed(_))));
     }
     assert!(log.offsets().is_empty());
 }
