@@ -10,7 +10,7 @@ use anyhow::{Context, bail};
 use nix::sched::{CloneFlags, unshare};
 use vm_runtime::memory::{GuestMemory, is_zero, page_hash};
 use vm_runtime::qemu::{QemuBinary, QemuConfig};
-use vm_runtime::spec::{Accel, CPU, KERNEL_CMDLINE, MACHINE, VmSpec};
+use vm_runtime::spec::{Accel, CPU, DiskSpec, KERNEL_CMDLINE, MACHINE, VmSpec};
 use vm_runtime::units::{Bytes, PAGE_SIZE, PageIndex};
 use vm_runtime::vm::{CONSOLE, Vm, VmResources};
 
@@ -71,9 +71,13 @@ impl Lab {
             cpu: CPU.to_owned(),
             accel: Accel::Tcg,
             memory: Bytes::mib(128),
-            vcpus: 1,
+            vcpus: 2,
             mac: "52:54:00:00:00:02".parse().unwrap(),
-            disks: vec![],
+            disks: vec![DiskSpec {
+                serial: "img0".to_owned(),
+                image_digest: String::new(),
+                size: Bytes::mib(1),
+            }],
             cmdline: format!("{KERNEL_CMDLINE} quiet"),
             kernel_sha256: String::new(),
             initramfs_sha256: String::new(),
@@ -83,6 +87,8 @@ impl Lab {
     pub fn resources(&self, name: &str, qemu: &QemuBinary) -> anyhow::Result<VmResources> {
         let dir = self.dir.path().join(name);
         std::fs::create_dir(&dir)?;
+        let disk = dir.join("a disk, with a comma");
+        File::create(&disk)?.set_len(Bytes::mib(1).0)?;
         Ok(VmResources {
             dir,
             memory: Arc::new(GuestMemory::create("test", self.spec().memory)?),
@@ -91,7 +97,7 @@ impl Lab {
             qemu: qemu.clone(),
             kernel: self.kernel.clone(),
             initramfs: self.dir.path().join("initramfs"),
-            disks: vec![],
+            disks: vec![disk],
         })
     }
 

@@ -10,11 +10,14 @@ mod lab;
 use std::collections::HashSet;
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use anyhow::bail;
 use lab::{Lab, copy, count, counts_past, hashes};
-use tokio::io::AsyncWrite;
+use tokio::io::{AsyncWrite, AsyncWriteExt};
+use tokio::sync::oneshot;
 use vm_runtime::memory::DirtyTracker;
 use vm_runtime::probe::{probe_accel, resolve, try_accel};
 use vm_runtime::qemu::QemuBinary;
@@ -22,9 +25,24 @@ use vm_runtime::spec::{Accel, AccelChoice};
 use vm_runtime::vm::{AttachError, RunState, SpawnError, Vm, VmRecord};
 
 /// Moves a guest as the migration does, checks that nothing differs, and gives back the new VM.
-async fn moved(lab: &Lab, from: &Vm, name: &str, qemu: &QemuBinary) -> anyhow::Result<Vm> {
+async fn moved(lab: &Lab, from: &Vm, name: &str, qemu: &QemuBinary) -> anyhow::Result<Arc<Vm>> {
     let to = Vm::incoming(&lab.spec(), lab.resources(name, qemu)?).await?;
     assert_eq!(to.query_status().await?, RunState::Incoming);
+
+    // QEMU waits for the state already when the source stops.
+    let (sender, receiver) = oneshot::channel::<Vec<u8>>();
+    let to = Arc::new(to);
+    let loading = tokio::spawn({
+        let to = Arc::clone(&to);
+        async move {
+            let (mut ours, mut theirs) = tokio::io::duplex(1 << 20);
+            let feed = async move {
+                let state = receiver.await.expect("the state comes");
+                ours.write_all(&state).await.expect("it is taken");
+            };
+            tokio::join!(to.load_state(&mut theirs), feed).0
+        }
+    });
 
     let began = Instant::now();
     from.stop().await?;
@@ -41,7 +59,10 @@ async fn moved(lab: &Lab, from: &Vm, name: &str, qemu: &QemuBinary) -> anyhow::R
     );
 
     let pages = copy(&from.memory(), &to.memory())?;
-    let loaded = to.load_state(&mut state.as_slice()).await?;
+    let loaded = match sender.send(state) {
+        Ok(()) => loading.await??,
+        Err(_) => bail!("the loading VM did not wait for its state"),
+    };
     assert_eq!(to.query_status().await?, RunState::Paused);
     assert!(hashes(&to.memory())? == before, "the memory differs");
     let began = Instant::now();
@@ -100,8 +121,11 @@ async fn dirty_tracking_sees_what_the_guest_writes() -> anyhow::Result<()> {
     let started = began.elapsed();
 
     let base = hashes(&memory)?;
-    tracker.scan()?;
-    let mut seen = HashSet::new();
+    let mut seen: HashSet<u64> = tracker
+        .scan()?
+        .iter()
+        .flat_map(|r| r.start.0..r.end.0)
+        .collect();
     for _ in 0..3 {
         let now = count(vm.dir()).unwrap();
         counts_past(vm.dir(), now + 2).await?;
@@ -284,6 +308,18 @@ async fn a_qemu_that_does_not_start_says_why_and_leaves_nothing() -> anyhow::Res
         other => panic!("{other}"),
     }
     assert!(VmRecord::load(&dir).is_err());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_that_panics_ends_its_vm() -> anyhow::Result<()> {
+    let lab = Lab::new().await?;
+    let mut spec = lab.spec();
+    spec.cmdline.push_str(" rdinit=/nonexistent");
+    let vm = Vm::boot(&spec, lab.resources("vm", &lab.qemu)?).await?;
+    let exit = tokio::time::timeout(Duration::from_secs(120), vm.wait_exit()).await??;
+    assert_eq!(exit.reason.as_deref(), Some("guest-reset"));
+    assert_eq!(exit.status.as_deref(), Some("exit status: 0"));
     Ok(())
 }
 
