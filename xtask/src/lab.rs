@@ -27,7 +27,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Subcommand, ValueEnum};
 
 use crate::project::Project;
-use crate::{cmd, netns, process, setup};
+use crate::{cmd, demo_image, netns, process, run, setup};
 
 pub use node::http_get;
 pub use state::{Owner, State};
@@ -180,6 +180,11 @@ impl Lab {
         self.netns("client")
     }
 
+    /// The demo's pod, ready for `migrator run`.
+    pub fn demo_pod(&self) -> PathBuf {
+        self.dir.join("demo-pod.yaml")
+    }
+
     /// The lab's own copy of the program, so that a later build does not change what runs.
     pub fn migrator(&self) -> PathBuf {
         self.dir.join("bin/migrator")
@@ -226,6 +231,8 @@ impl Lab {
         for node in Node::ALL {
             node::write_config(self, &self.project, node)?;
         }
+        std::fs::write(self.demo_pod(), run::pod_yaml())
+            .with_context(|| format!("cannot write {}", self.demo_pod().display()))?;
         for node in Node::ALL {
             self.spawn_node(node)?;
         }
@@ -283,11 +290,14 @@ impl Lab {
     }
 }
 
-/// Builds the `migrator` program.
+/// Builds the `migrator` program, unless `MIGRATOR_BIN` names one.
 ///
 /// # Errors
 /// It does not build.
 pub fn build(project: &Project) -> Result<()> {
+    if project.has_given_migrator() {
+        return Ok(());
+    }
     cmd::run(&mut cmd::cargo(
         project,
         ["build", "--quiet", "-p", "migrator", "--bin", "migrator"],
@@ -334,18 +344,23 @@ fn up(lab: &Lab) -> Result<()> {
         lab.up(Owner::User)?;
         println!("lab: up\n");
     }
+    let image = demo_image::ensure(&lab.project)?;
     println!(
-        "    cargo xtask lab exec a -- ps                     migrator's verbs, on node a (or b)
-    cargo xtask lab exec client -- busybox ping ...  a command in the client's namespace ({})
-    curl --unix-socket {} http://node/v1/health
-    cargo xtask lab kill a; cargo xtask lab start a  the service dies and comes back; pods run on
-    cargo xtask lab status
-    cargo xtask lab down
+        "    cargo xtask lab exec a -- image import {image}
+    cargo xtask lab exec a -- run {pod}
+    cargo xtask lab exec a -- ps                      migrator's verbs, on node a or b
+    cargo xtask lab exec a -- migrate demo --to b --watch
+    cargo xtask lab exec client -- iperf3 -c 10.77.0.10   a command in the client's namespace, {client}
+    cargo xtask lab kill a; cargo xtask lab start a   the service dies and comes back; pods run on
+    curl --unix-socket {socket} http://node/v1/health
+    cargo xtask lab status; cargo xtask lab down
 
-Pods: 10.77.0.0/24 and fd77::/64; the client is 10.77.0.1 and fd77::1. Logs: {}",
-        lab.client(),
-        lab.project.short(&lab.api_socket(Node::A)),
-        lab.project.short(&lab.log(Node::A)),
+Pods live in 10.77.0.0/24 and fd77::/64, where the client is 10.77.0.1 and fd77::1. Node a's log: {log}",
+        image = lab.project.short(&image),
+        pod = lab.project.short(&lab.demo_pod()),
+        client = lab.client(),
+        socket = lab.project.short(&lab.api_socket(Node::A)),
+        log = lab.project.short(&lab.log(Node::A)),
     );
     Ok(())
 }

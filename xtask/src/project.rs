@@ -4,6 +4,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+/// Names a `migrator` to use instead of building one.
+const MIGRATOR_BIN: &str = "MIGRATOR_BIN";
+
 /// The source tree and its build folder.
 #[derive(Clone, Debug)]
 pub struct Project {
@@ -57,9 +60,17 @@ impl Project {
         self.target.join("demo-image")
     }
 
-    /// The `migrator` program, as `cargo build -p migrator` leaves it.
+    /// The `migrator` program: `MIGRATOR_BIN`, or as `cargo build -p migrator` leaves it.
     pub fn migrator(&self) -> PathBuf {
-        self.target.join("debug/migrator")
+        std::env::var_os(MIGRATOR_BIN).map_or_else(
+            || self.target.join("debug/migrator"),
+            |program| self.root.join(program),
+        )
+    }
+
+    /// Whether `MIGRATOR_BIN` names a program that is not ours to build.
+    pub fn has_given_migrator(&self) -> bool {
+        std::env::var_os(MIGRATOR_BIN).is_some()
     }
 
     /// `path` as the user would write it: relative to the source tree where it is inside.

@@ -131,10 +131,8 @@ fn act(lab: &Lab, image: &Path, moves: u32, verify: bool) -> Result<Report> {
         image.file_name().unwrap_or_default().display()
     );
     cmd::output(lab.on(Node::A).args(["image", "import"]).arg(image))?;
-    let pod = lab.dir().join("demo-pod.yaml");
-    std::fs::write(&pod, pod_yaml()).with_context(|| format!("cannot write {}", pod.display()))?;
     let begun = Instant::now();
-    cmd::output(lab.on(Node::A).arg("run").arg(&pod))?;
+    cmd::output(lab.on(Node::A).arg("run").arg(lab.demo_pod()))?;
     await_pod(lab)?;
     println!(
         "demo: the pod answers over IPv4 and IPv6, {:.1} s after `run`",
