@@ -11,10 +11,8 @@ use crate::cmd;
 /// # Errors
 /// apt does not know the package, or it has no dependency that starts with `prefix`.
 pub fn dependency(package: &str, prefix: &str) -> Result<String> {
-    let listing = cmd::output(&mut cmd::command(
-        "apt-cache",
-        ["depends", "--important", package],
-    ))?;
+    let mut depends = cmd::command("apt-cache", ["depends", "--important", package]);
+    let listing = with_lists(|| cmd::output(&mut depends))?;
     parse_dependency(&listing, prefix)
         .with_context(|| format!("{package} depends on nothing that starts with {prefix}; is its repository enabled in apt?"))
 }
@@ -42,12 +40,22 @@ pub fn download(package: &str, dir: &Path) -> Result<PathBuf> {
         "apt-get",
         ["-o", "APT::Sandbox::User=root", "-qq", "download", package],
     );
-    cmd::output(download.current_dir(dir))?;
+    download.current_dir(dir);
+    with_lists(|| cmd::output(&mut download))?;
     find(package, dir)?.with_context(|| {
         format!(
             "apt-get download {package} left no file in {}",
             dir.display()
         )
+    })
+}
+
+/// Tries once more with fresh package lists: a clean machine has none, an old one names files that are gone.
+fn with_lists(mut ask: impl FnMut() -> Result<String>) -> Result<String> {
+    ask().or_else(|_| {
+        // Its failure may concern a source that does not matter here: what counts is whether asking works now.
+        let _ = cmd::output(&mut cmd::command("apt-get", ["update", "-qq"]));
+        ask()
     })
 }
 

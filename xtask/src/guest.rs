@@ -69,14 +69,7 @@ fn kernel(project: &Project) -> Result<()> {
     let dir = project.guest_dir();
     std::fs::create_dir_all(dir.join("modules"))
         .with_context(|| format!("cannot create {}", dir.display()))?;
-    let concrete = match deb::dependency(KERNEL, "linux-image-") {
-        Ok(concrete) => concrete,
-        Err(_) => {
-            // A machine whose package lists were never fetched.
-            cmd::run(&mut cmd::command("apt-get", ["update", "-qq"]))?;
-            deb::dependency(KERNEL, "linux-image-")?
-        }
-    };
+    let concrete = deb::dependency(KERNEL, "linux-image-")?;
     println!("setup: the guest's kernel: {concrete}");
     let tree = dir.join("unpacked");
     let _ = std::fs::remove_dir_all(&tree);
@@ -153,7 +146,6 @@ fn agent_build(project: &Project) -> std::process::Command {
         project,
         [
             "build",
-            "--quiet",
             "--release",
             "-p",
             "guest-agent",
@@ -176,12 +168,19 @@ fn agent_build(project: &Project) -> std::process::Command {
 
 /// Builds the agent as one static program.
 fn agent(project: &Project) -> Result<PathBuf> {
-    cmd::run(&mut agent_build(project)).context("the guest's agent does not build")?;
-    Ok(project
+    let program = project
         .target
         .join("guest-agent")
         .join(TARGET)
-        .join("release/guest-agent"))
+        .join("release/guest-agent");
+    let mut build = agent_build(project);
+    if program.exists() {
+        build.arg("--quiet");
+    } else {
+        println!("setup: building the guest's agent");
+    }
+    cmd::run(&mut build).context("the guest's agent does not build")?;
+    Ok(program)
 }
 
 /// Writes the initramfs only if its content changed: both nodes compare it by digest, and a running VM may have it open.

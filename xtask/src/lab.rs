@@ -27,7 +27,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Subcommand, ValueEnum};
 
 use crate::project::Project;
-use crate::{cmd, demo_image, netns, process, run, setup};
+use crate::{cmd, demo_image, netns, process, qemu10, run, setup};
 
 pub use node::http_get;
 pub use state::{Owner, State};
@@ -218,6 +218,9 @@ impl Lab {
     pub fn up(&self, owner: Owner) -> Result<()> {
         setup::require_root("to make network namespaces")?;
         setup::ensure(&self.project, &setup::Args::default())?;
+        if std::env::var("MIGRATOR_QEMU").is_ok_and(|version| version == "10") {
+            qemu10::ensure(&self.project)?;
+        }
         build(&self.project)?;
         self.down()?;
         std::fs::create_dir_all(self.dir.join("bin"))
@@ -298,10 +301,13 @@ pub fn build(project: &Project) -> Result<()> {
     if project.has_given_migrator() {
         return Ok(());
     }
-    cmd::run(&mut cmd::cargo(
-        project,
-        ["build", "--quiet", "-p", "migrator", "--bin", "migrator"],
-    ))
+    let mut build = cmd::cargo(project, ["build", "-p", "migrator", "--bin", "migrator"]);
+    if project.migrator().exists() {
+        build.arg("--quiet");
+    } else {
+        println!("building migrator; the first time takes minutes");
+    }
+    cmd::run(&mut build)
 }
 
 /// The verb.

@@ -17,6 +17,7 @@ pub mod oci;
 pub mod probe;
 pub mod process;
 pub mod project;
+pub mod qemu10;
 pub mod report;
 pub mod run;
 pub mod sched;

@@ -52,7 +52,7 @@ impl Project {
 
     /// The guest's initramfs.
     pub fn initramfs(&self) -> PathBuf {
-        self.guest_dir().join("initramfs.cpio.gz")
+        self.guest_dir().join("initramfs.img")
     }
 
     /// The demo's OCI image layout.

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 
 use crate::project::Project;
-use crate::{cmd, guest};
+use crate::{cmd, guest, qemu10};
 
 /// The release of bpf-linker that fits aya 0.14: it brings its own LLVM.
 const BPF_LINKER: &str = "0.10.3";
@@ -18,7 +18,7 @@ pub struct Args {
     /// Only print the commands that would run
     #[arg(long)]
     pub no_install: bool,
-    /// Also what only the tests need: tools that make container images
+    /// Also what only the tests need: tools that make container images, and QEMU 10 beside 7.2
     #[arg(long)]
     pub tests: bool,
 }
@@ -125,6 +125,15 @@ pub fn ensure(project: &Project, args: &Args) -> Result<()> {
     }
     packages(args)?;
     bpf_linker(args)?;
+    if args.tests {
+        if args.no_install {
+            println!(
+                "would run: apt-get download of bookworm-backports' qemu-system-x86, and unpack it into the build folder"
+            );
+        } else {
+            qemu10::ensure(project)?;
+        }
+    }
     guest::ensure(project, args.no_install)
 }
 

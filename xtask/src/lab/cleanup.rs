@@ -57,23 +57,34 @@ pub(super) fn down(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// The VMs that a node's state folder tells of, alive or not.
+/// The VMs that a node's state folder tells of, alive or not: every `vmm.json` in it, whichever pod or migration made it.
 pub(super) fn vms(node_dir: &Path) -> Vec<ProcessId> {
-    let Ok(pods) = std::fs::read_dir(node_dir.join("state/pods")) else {
-        return Vec::new();
-    };
-    pods.flatten()
-        .filter_map(|pod| {
-            let record: Value =
-                serde_json::from_slice(&std::fs::read(pod.path().join("vm.json")).ok()?).ok()?;
-            let (pid, start_time) = find_process(&record)?;
-            Some(ProcessId {
-                what: format!("the VM of pod {}", pod.file_name().display()),
-                pid,
-                start_time,
-            })
-        })
-        .collect()
+    let mut found = Vec::new();
+    let mut folders = vec![node_dir.join("state")];
+    while let Some(folder) = folders.pop() {
+        let Ok(entries) = std::fs::read_dir(&folder) else {
+            continue;
+        };
+        for entry in entries.flatten() {
+            let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
+            if is_dir {
+                folders.push(entry.path());
+            } else if entry.file_name() == "vmm.json" {
+                found.extend(recorded(&entry.path(), &folder));
+            }
+        }
+    }
+    found
+}
+
+fn recorded(file: &Path, folder: &Path) -> Option<ProcessId> {
+    let record: Value = serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
+    let (pid, start_time) = find_process(&record)?;
+    Some(ProcessId {
+        what: format!("the VM of {}", folder.display()),
+        pid,
+        start_time,
+    })
 }
 
 /// The first object with both `pid` and `start_time`, at any depth.

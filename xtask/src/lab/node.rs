@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -14,12 +14,13 @@ use super::{Lab, Node};
 use crate::netns;
 use crate::process::{ProcessId, poll_until};
 use crate::project::Project;
+use crate::qemu10::{self, Unpacked};
 
 /// A service starts in a second; `accel: auto` may first boot a probe VM under emulation.
 const COMES_UP_WITHIN: Duration = Duration::from_secs(60);
 
-/// Writes `config.yaml`. `MIGRATOR_QEMU` names another QEMU, `MIGRATOR_QEMU_LIB_DIR` and `MIGRATOR_QEMU_DATA_DIRS`
-/// (separated by colons) its libraries and firmware, `MIGRATOR_ACCEL` the accelerator.
+/// Writes `config.yaml`. `MIGRATOR_QEMU` names another QEMU than the one in PATH, or is `10` for the unpacked one;
+/// `MIGRATOR_ACCEL` names the accelerator.
 pub(super) fn write_config(lab: &Lab, project: &Project, node: Node) -> Result<()> {
     let dir = lab.node_dir(node);
     let path = dir.join("config.yaml");
@@ -68,20 +69,31 @@ qemu:
         initramfs = quoted(&project.initramfs())?,
         accel = setting("MIGRATOR_ACCEL").unwrap_or_else(|| "auto".to_owned()),
     );
-    if let Some(binary) = setting("MIGRATOR_QEMU") {
-        writeln!(text, "  binary: {}", serde_json::to_string(&binary)?)?;
-    }
-    if let Some(folder) = setting("MIGRATOR_QEMU_LIB_DIR") {
-        writeln!(text, "  lib_dir: {}", serde_json::to_string(&folder)?)?;
-    }
-    if let Some(folders) = setting("MIGRATOR_QEMU_DATA_DIRS") {
-        writeln!(
-            text,
-            "  data_dirs: {}",
-            serde_json::to_string(&folders.split(':').collect::<Vec<_>>())?
-        )?;
+    if let Some(qemu) = qemu(project, setting) {
+        let Unpacked {
+            binary,
+            lib_dir,
+            data_dirs,
+        } = qemu;
+        writeln!(text, "  binary: {}", quoted(&binary)?)?;
+        if !data_dirs.is_empty() {
+            writeln!(text, "  lib_dir: {}", quoted(&lib_dir)?)?;
+            writeln!(text, "  data_dirs: {}", serde_json::to_string(&data_dirs)?)?;
+        }
     }
     Ok(text)
+}
+
+/// Another QEMU than the one in PATH.
+fn qemu(project: &Project, setting: &dyn Fn(&str) -> Option<String>) -> Option<Unpacked> {
+    match setting("MIGRATOR_QEMU")?.as_str() {
+        "10" => Some(qemu10::unpacked(project)),
+        binary => Some(Unpacked {
+            binary: binary.into(),
+            lib_dir: PathBuf::new(),
+            data_dirs: Vec::new(),
+        }),
+    }
 }
 
 /// Starts the service; it outlives this process.
@@ -157,10 +169,9 @@ pub fn http_get(socket: &Path, path: &str, limit: Duration) -> Result<String> {
     let mut stream = UnixStream::connect(socket)
         .with_context(|| format!("cannot connect to {}", socket.display()))?;
     stream.set_write_timeout(Some(limit))?;
-    write!(
-        stream,
-        "GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n"
-    )?;
+    // One write: formatting into the socket would send it in pieces.
+    let request = format!("GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes())?;
     let mut answer = Vec::new();
     let mut chunk = [0; 4096];
     loop {
@@ -220,5 +231,13 @@ mod tests {
             );
         }
         assert!(!text.contains("lib_dir"));
+        let text = config(&lab, &project, Node::A, &|name| {
+            (name == "MIGRATOR_QEMU").then(|| "10".to_owned())
+        })
+        .unwrap();
+        assert!(
+            text.contains("/t/qemu10/root/usr/lib/x86_64-linux-gnu\"\n  data_dirs: [\""),
+            "{text}"
+        );
     }
 }
