@@ -1,0 +1,353 @@
+//! From a fork to a running program: what the child does, and how the agent learns whether it worked.
+
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::IpAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use guest_agent::protocol::message::{Failure, FailureKind};
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sched::{CloneFlags, setns};
+use nix::unistd::{
+    Gid, Pid, Uid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, execve, fchown, pipe2, setgid,
+    setgroups, sethostname, setsid, setuid,
+};
+
+use crate::cgroups::Cgroup;
+use crate::disks::Root;
+use crate::users::Identity;
+use crate::{rootfs, sys, users};
+
+/// Looked through when the environment has no PATH.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// What root in a container may do: Docker's default set without MKNOD (linux/capability.h).
+const CAPABILITIES: u64 = {
+    const CHOWN: u64 = 1 << 0;
+    const DAC_OVERRIDE: u64 = 1 << 1;
+    const FOWNER: u64 = 1 << 3;
+    const FSETID: u64 = 1 << 4;
+    const KILL: u64 = 1 << 5;
+    const SETGID: u64 = 1 << 6;
+    const SETUID: u64 = 1 << 7;
+    const SETPCAP: u64 = 1 << 8;
+    const NET_BIND_SERVICE: u64 = 1 << 10;
+    const NET_RAW: u64 = 1 << 13;
+    const SYS_CHROOT: u64 = 1 << 18;
+    const AUDIT_WRITE: u64 = 1 << 29;
+    const SETFCAP: u64 = 1 << 31;
+    CHOWN
+        | DAC_OVERRIDE
+        | FOWNER
+        | FSETID
+        | KILL
+        | SETGID
+        | SETUID
+        | SETPCAP
+        | NET_BIND_SERVICE
+        | NET_RAW
+        | SYS_CHROOT
+        | AUDIT_WRITE
+        | SETFCAP
+};
+
+/// The child's three standard descriptors.
+pub(crate) enum Stdio {
+    /// Three pipes, or files.
+    Pipes([OwnedFd; 3]),
+    /// A terminal's slave side, which becomes the controlling terminal.
+    Terminal(OwnedFd),
+}
+
+/// Where the child lives.
+pub(crate) enum Place<'a> {
+    /// In new namespaces, on this root.
+    New {
+        root: &'a Root,
+        hostname: &'a str,
+        addresses: &'a [IpAddr],
+        dns: &'a [IpAddr],
+    },
+    /// In those of a container, by its first process.
+    Join(&'a Namespaces),
+}
+
+/// A container's namespaces, opened when it started: its first process's pid may not be trusted later.
+#[derive(Debug)]
+pub(crate) struct Namespaces {
+    pid: File,
+    mount: File,
+    uts: File,
+    ipc: File,
+}
+
+impl Namespaces {
+    /// Those of a child that has not been waited for.
+    pub(crate) fn of(pid: Pid) -> Result<Self> {
+        let open = |kind: &str| {
+            let path = format!("/proc/{pid}/ns/{kind}");
+            File::open(&path).with_context(|| format!("opening {path}"))
+        };
+        Ok(Self {
+            pid: open("pid")?,
+            mount: open("mnt")?,
+            uts: open("uts")?,
+            ipc: open("ipc")?,
+        })
+    }
+}
+
+/// A program to run.
+pub(crate) struct Launch<'a> {
+    pub(crate) place: Place<'a>,
+    pub(crate) cgroup: &'a Cgroup,
+    pub(crate) argv: &'a [String],
+    pub(crate) env: Vec<(String, String)>,
+    pub(crate) working_dir: &'a str,
+    pub(crate) user: &'a str,
+    pub(crate) stdio: Stdio,
+}
+
+impl Launch<'_> {
+    /// Starts it, and returns when the program itself runs, or why it does not.
+    pub(crate) fn run(self) -> Result<(Pid, Namespaces), Failure> {
+        // Holds the child until its namespaces are open: a short program may be gone before.
+        let (mut wait, go) = pipe2(OFlag::O_CLOEXEC)
+            .map(|(r, w)| (File::from(r), File::from(w)))
+            .map_err(|e| system("making a pipe", e))?;
+        let (mut report, tell) = pipe2(OFlag::O_CLOEXEC)
+            .map(|(r, w)| (File::from(r), File::from(w)))
+            .map_err(|e| system("making a pipe", e))?;
+        let pid = match self.fork().map_err(|e| system("starting a process", e))? {
+            Some(pid) => pid,
+            None => {
+                drop(go);
+                wait.read_to_end(&mut Vec::new()).ok();
+                let bytes = postcard::to_allocvec(&self.become_program()).unwrap_or_default();
+                (&tell).write_all(&bytes).ok();
+                sys::exit_now(127);
+            }
+        };
+        drop(tell);
+        let namespaces = Namespaces::of(pid);
+        drop(go);
+        // Ends at exec, which closes the other end, or with the child.
+        let mut bytes = Vec::new();
+        report.read_to_end(&mut bytes).ok();
+        if bytes.is_empty() {
+            return namespaces
+                .map(|n| (pid, n))
+                .map_err(|e| system("opening a new process's namespaces", format!("{e:#}")));
+        }
+        Err(postcard::from_bytes(&bytes)
+            .unwrap_or_else(|_| system("starting a process", "it died")))
+    }
+
+    fn fork(&self) -> std::io::Result<Option<Pid>> {
+        let cgroup = self.cgroup.dir().as_fd();
+        match self.place {
+            Place::New { .. } => sys::fork_into(
+                libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWUTS | libc::CLONE_NEWIPC,
+                cgroup,
+            ),
+            Place::Join(namespaces) => {
+                // A process never changes its own PID namespace, only its children's.
+                let own = File::open("/proc/self/ns/pid")?;
+                setns(&namespaces.pid, CloneFlags::CLONE_NEWPID)?;
+                let child = sys::fork_into(0, cgroup);
+                if !matches!(child, Ok(None)) {
+                    setns(&own, CloneFlags::CLONE_NEWPID)?;
+                }
+                child
+            }
+        }
+    }
+
+    /// The child's way. Returns only if it fails.
+    fn become_program(self) -> Failure {
+        let argv = self.argv;
+        match self.settle() {
+            Ok(env) => Failure {
+                kind: FailureKind::NotExecutable,
+                message: format!("{:#}", execute(argv, &env)),
+            },
+            Err(e) => Failure {
+                kind: FailureKind::System,
+                message: format!("{e:#}"),
+            },
+        }
+    }
+
+    /// Everything up to the program itself. Returns the program's environment.
+    fn settle(self) -> Result<Vec<(String, String)>> {
+        sys::default_signals();
+        fs::write("/proc/self/oom_score_adj", "0").ok();
+        setsid().context("starting a session")?;
+        match self.place {
+            Place::New {
+                root,
+                hostname,
+                addresses,
+                dns,
+            } => {
+                let pts = sys::clone_mount(&root.pts).context("copying the mount of /dev/pts")?;
+                sethostname(hostname).context("setting the host name")?;
+                rootfs::enter(&root.path, &pts)?;
+                rootfs::write_etc(hostname, addresses, dns)?;
+            }
+            Place::Join(namespaces) => {
+                setns(&namespaces.uts, CloneFlags::CLONE_NEWUTS)
+                    .context("joining the UTS namespace")?;
+                setns(&namespaces.ipc, CloneFlags::CLONE_NEWIPC)
+                    .context("joining the IPC namespace")?;
+                setns(&namespaces.mount, CloneFlags::CLONE_NEWNS)
+                    .context("joining the mount namespace")?;
+            }
+        }
+        let identity = users::resolve(self.user)?;
+        let dir = if self.working_dir.is_empty() {
+            "/"
+        } else {
+            self.working_dir
+        };
+        fs::create_dir_all(dir).with_context(|| format!("making the working directory {dir}"))?;
+        chdir(dir).with_context(|| format!("entering the working directory {dir}"))?;
+        wire(&self.stdio, &identity)?;
+        let env = environment(self.env, &identity);
+        drop_rights(&identity)?;
+        Ok(env)
+    }
+}
+
+fn system(doing: &str, error: impl std::fmt::Display) -> Failure {
+    Failure {
+        kind: FailureKind::System,
+        message: format!("{doing}: {error}"),
+    }
+}
+
+fn wire(stdio: &Stdio, owner: &Identity) -> Result<()> {
+    let [stdin, stdout, stderr] = match stdio {
+        Stdio::Pipes([a, b, c]) => [a, b, c],
+        Stdio::Terminal(slave) => {
+            sys::control_terminal(slave.as_fd()).context("taking the terminal")?;
+            [slave, slave, slave]
+        }
+    };
+    for fd in [stdin, stdout, stderr] {
+        // So that a program that is not root can open /dev/stdout again. /dev/null cannot be given away.
+        fchown(
+            fd,
+            Some(Uid::from_raw(owner.uid)),
+            Some(Gid::from_raw(owner.gid)),
+        )
+        .ok();
+    }
+    dup2_stdin(stdin).context("wiring standard input")?;
+    dup2_stdout(stdout).context("wiring standard output")?;
+    dup2_stderr(stderr).context("wiring standard error")
+}
+
+fn drop_rights(identity: &Identity) -> Result<()> {
+    sys::bound_capabilities(CAPABILITIES).context("dropping capabilities")?;
+    let groups: Vec<Gid> = identity.groups.iter().copied().map(Gid::from_raw).collect();
+    setgroups(&groups).context("setting the groups")?;
+    setgid(Gid::from_raw(identity.gid)).context("setting the group")?;
+    setuid(Uid::from_raw(identity.uid)).context("setting the user")?;
+    if identity.uid == 0 {
+        sys::limit_capabilities(CAPABILITIES).context("dropping capabilities")?;
+    }
+    Ok(())
+}
+
+/// The later of two with one name wins; PATH and HOME are there in any case.
+fn environment(given: Vec<(String, String)>, identity: &Identity) -> Vec<(String, String)> {
+    let mut env: Vec<(String, String)> = vec![
+        ("PATH".into(), DEFAULT_PATH.into()),
+        ("HOME".into(), identity.home.clone()),
+    ];
+    for (key, value) in given {
+        match env.iter_mut().find(|(k, _)| *k == key) {
+            Some(slot) => slot.1 = value,
+            None => env.push((key, value)),
+        }
+    }
+    env
+}
+
+/// execve with a search through PATH. Returns why it did not work, for a [`Failure`].
+fn execute(argv: &[String], env: &[(String, String)]) -> anyhow::Error {
+    let Some(program) = argv.first().filter(|p| !p.is_empty()) else {
+        return anyhow::anyhow!("there is no program to run: give the container a command");
+    };
+    let c = |text: String| CString::new(text).context("an argument or variable with a NUL in it");
+    let args = argv.iter().cloned().map(c).collect::<Result<Vec<_>>>();
+    let vars = env
+        .iter()
+        .map(|(k, v)| c(format!("{k}={v}")))
+        .collect::<Result<Vec<_>>>();
+    let (args, vars) = match (args, vars) {
+        (Ok(args), Ok(vars)) => (args, vars),
+        (Err(e), _) | (_, Err(e)) => return e,
+    };
+    let path = env
+        .iter()
+        .find(|(k, _)| k == "PATH")
+        .map_or(DEFAULT_PATH, |(_, v)| v);
+    let mut worst = Errno::ENOENT;
+    for candidate in candidates(program, path) {
+        let Ok(file) = c(candidate.to_string_lossy().into_owned()) else {
+            continue;
+        };
+        let Err(errno) = execve(&file, &args, &vars);
+        if errno != Errno::ENOENT && errno != Errno::ENOTDIR {
+            worst = errno;
+        }
+    }
+    anyhow::Error::from(worst).context(format!("cannot execute `{program}`"))
+}
+
+fn candidates(program: &str, path: &str) -> Vec<PathBuf> {
+    if program.contains('/') {
+        return vec![program.into()];
+    }
+    path.split(':')
+        .map(|dir| PathBuf::from(if dir.is_empty() { "." } else { dir }).join(program))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_later_variable_wins_and_the_defaults_are_there() {
+        let identity = users::Identity {
+            uid: 0,
+            gid: 0,
+            groups: vec![],
+            home: "/root".into(),
+        };
+        let given = [("A", "1"), ("HOME", "/h"), ("A", "2")].map(|(k, v)| (k.into(), v.into()));
+        let env = environment(given.to_vec(), &identity);
+        assert_eq!(
+            env.iter().filter(|(k, _)| k == "A").collect::<Vec<_>>(),
+            [&("A".into(), "2".into())]
+        );
+        assert!(env.contains(&("HOME".into(), "/h".into())));
+        assert!(env.iter().any(|(k, _)| k == "PATH"));
+    }
+
+    #[test]
+    fn a_name_is_looked_up_in_path_and_a_path_is_not() {
+        assert_eq!(
+            candidates("sh", "/a:/b"),
+            [PathBuf::from("/a/sh"), "/b/sh".into()]
+        );
+        assert_eq!(candidates("./sh", "/a"), [PathBuf::from("./sh")]);
+    }
+}

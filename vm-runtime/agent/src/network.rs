@@ -1,0 +1,258 @@
+//! Addresses and routes by rtnetlink, in messages of our own: the guest has no tools.
+//!
+//! Layouts: linux/rtnetlink.h, linux/if_addr.h; all integers are in the machine's byte order.
+
+use std::fs;
+use std::io::IoSliceMut;
+use std::net::IpAddr;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use anyhow::{Context, Result, bail};
+use guest_agent::protocol::message::Interface;
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recvmsg, sendto, socket,
+};
+
+use crate::boot::set_sysctl;
+
+/// Brings the loopback interface up.
+pub(crate) fn loopback() -> Result<()> {
+    let index = interface_index("lo")?;
+    Netlink::open()?
+        .call(link_up(index))
+        .context("bringing lo up")
+}
+
+/// Gives one interface its addresses and routes, ready for use at once.
+pub(crate) fn configure(interface: &Interface) -> Result<()> {
+    let name = find(interface.mac)?;
+    for (key, value) in [
+        ("accept_dad", "0"),
+        ("dad_transmits", "0"),
+        ("accept_ra", "0"),
+    ] {
+        set_sysctl(&format!("net.ipv6.conf.{name}.{key}"), value)?;
+    }
+    let index = interface_index(&name)?;
+    let mut netlink = Netlink::open()?;
+    netlink
+        .call(link_up(index))
+        .with_context(|| format!("bringing {name} up"))?;
+    for (address, prefix) in &interface.addresses {
+        netlink
+            .call(new_address(index, *address, *prefix))
+            .with_context(|| format!("adding {address}/{prefix} to {name}"))?;
+    }
+    for gateway in &interface.gateways {
+        netlink
+            .call(default_route(index, *gateway))
+            .with_context(|| format!("adding the default route by {gateway}"))?;
+    }
+    Ok(())
+}
+
+fn find(mac: [u8; 6]) -> Result<String> {
+    let wanted = mac.map(|b| format!("{b:02x}")).join(":");
+    for entry in fs::read_dir("/sys/class/net").context("listing the network interfaces")? {
+        let entry = entry.context("listing the network interfaces")?;
+        let address = fs::read_to_string(entry.path().join("address")).unwrap_or_default();
+        if address.trim_end() == wanted {
+            return Ok(entry.file_name().to_string_lossy().into_owned());
+        }
+    }
+    bail!("the VM has no network interface with the MAC {wanted}")
+}
+
+fn interface_index(name: &str) -> Result<u32> {
+    let path = format!("/sys/class/net/{name}/ifindex");
+    let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+    text.trim_end()
+        .parse()
+        .with_context(|| format!("reading {path}"))
+}
+
+/// A request: its type, its flags beyond REQUEST and ACK, and what follows the header.
+struct Message {
+    kind: u16,
+    flags: i32,
+    body: Vec<u8>,
+}
+
+impl Message {
+    fn attribute(&mut self, kind: u16, value: &[u8]) {
+        let length = (value.len() + 4) as u16;
+        self.body.extend(length.to_ne_bytes());
+        self.body.extend(kind.to_ne_bytes());
+        self.body.extend(value);
+        self.body.resize(self.body.len().next_multiple_of(4), 0);
+    }
+
+    fn encode(&self, sequence: u32) -> Vec<u8> {
+        let flags = libc::NLM_F_REQUEST | libc::NLM_F_ACK | self.flags;
+        let mut out = Vec::with_capacity(16 + self.body.len());
+        out.extend((16 + self.body.len() as u32).to_ne_bytes());
+        out.extend(self.kind.to_ne_bytes());
+        out.extend((flags as u16).to_ne_bytes());
+        out.extend(sequence.to_ne_bytes());
+        out.extend(0u32.to_ne_bytes());
+        out.extend(&self.body);
+        out
+    }
+}
+
+fn family(address: IpAddr) -> u8 {
+    match address {
+        IpAddr::V4(_) => libc::AF_INET as u8,
+        IpAddr::V6(_) => libc::AF_INET6 as u8,
+    }
+}
+
+fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
+    }
+}
+
+/// RTM_NEWLINK, struct ifinfomsg.
+fn link_up(index: u32) -> Message {
+    let up = libc::IFF_UP as u32;
+    let mut body = vec![0; 4];
+    body.extend(index.to_ne_bytes());
+    body.extend(up.to_ne_bytes());
+    body.extend(up.to_ne_bytes());
+    Message {
+        kind: libc::RTM_NEWLINK,
+        flags: 0,
+        body,
+    }
+}
+
+/// RTM_NEWADDR, struct ifaddrmsg.
+fn new_address(index: u32, address: IpAddr, prefix: u8) -> Message {
+    let mut body = vec![family(address), prefix, 0, 0];
+    body.extend(index.to_ne_bytes());
+    let mut message = Message {
+        kind: libc::RTM_NEWADDR,
+        flags: libc::NLM_F_CREATE | libc::NLM_F_REPLACE,
+        body,
+    };
+    message.attribute(libc::IFA_LOCAL, &octets(address));
+    message.attribute(libc::IFA_ADDRESS, &octets(address));
+    match address {
+        IpAddr::V4(v4) if prefix < 31 => {
+            let broadcast = v4.to_bits() | (u32::MAX >> prefix);
+            message.attribute(libc::IFA_BROADCAST, &broadcast.to_be_bytes());
+        }
+        IpAddr::V4(_) => {}
+        IpAddr::V6(_) => {
+            message.attribute(libc::IFA_FLAGS, &(libc::IFA_F_NODAD as u32).to_ne_bytes());
+        }
+    }
+    message
+}
+
+/// RTM_NEWROUTE, struct rtmsg: the default route, its gateway on the link whatever the prefix says.
+fn default_route(index: u32, gateway: IpAddr) -> Message {
+    let mut body = vec![
+        family(gateway),
+        0,
+        0,
+        0,
+        libc::RT_TABLE_MAIN,
+        libc::RTPROT_STATIC,
+        libc::RT_SCOPE_UNIVERSE,
+        libc::RTN_UNICAST,
+    ];
+    /// `RTNH_F_ONLINK` (linux/rtnetlink.h).
+    const ONLINK: u32 = 4;
+    body.extend(ONLINK.to_ne_bytes());
+    let mut message = Message {
+        kind: libc::RTM_NEWROUTE,
+        flags: libc::NLM_F_CREATE | libc::NLM_F_REPLACE,
+        body,
+    };
+    message.attribute(libc::RTA_GATEWAY, &octets(gateway));
+    message.attribute(libc::RTA_OIF, &index.to_ne_bytes());
+    message
+}
+
+struct Netlink {
+    socket: OwnedFd,
+    sequence: u32,
+}
+
+impl Netlink {
+    fn open() -> Result<Self> {
+        let socket = socket(
+            AddressFamily::Netlink,
+            SockType::Raw,
+            SockFlag::SOCK_CLOEXEC,
+            SockProtocol::NetlinkRoute,
+        )
+        .context("opening an rtnetlink socket")?;
+        Ok(Self {
+            socket,
+            sequence: 0,
+        })
+    }
+
+    fn call(&mut self, message: Message) -> Result<()> {
+        self.sequence += 1;
+        let kernel = NetlinkAddr::new(0, 0);
+        let fd = self.socket.as_raw_fd();
+        sendto(
+            fd,
+            &message.encode(self.sequence),
+            &kernel,
+            MsgFlags::empty(),
+        )
+        .context("sending to rtnetlink")?;
+        let mut buffer = [0u8; 4096];
+        let mut slices = [IoSliceMut::new(&mut buffer)];
+        let length = recvmsg::<()>(fd, &mut slices, None, MsgFlags::empty())
+            .context("receiving from rtnetlink")?
+            .bytes;
+        match acknowledgement(&buffer[..length]) {
+            Some(0) => Ok(()),
+            Some(errno) => Err(std::io::Error::from_raw_os_error(errno).into()),
+            None => bail!("rtnetlink did not answer with an acknowledgement"),
+        }
+    }
+}
+
+/// The errno in an NLMSG_ERROR message, 0 being success.
+fn acknowledgement(answer: &[u8]) -> Option<i32> {
+    let kind = u16::from_ne_bytes(answer.get(4..6)?.try_into().ok()?);
+    let error = i32::from_ne_bytes(answer.get(16..20)?.try_into().ok()?);
+    (i32::from(kind) == libc::NLMSG_ERROR).then_some(error.checked_neg()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_ipv4_address_carries_its_broadcast_address() {
+        let message = new_address(2, "10.77.0.10".parse().expect("an address"), 24);
+        let wire = message.encode(7);
+        assert_eq!(wire.len(), 16 + 8 + 3 * 8);
+        assert_eq!(wire[..4], (wire.len() as u32).to_ne_bytes());
+        assert_eq!(wire[wire.len() - 4..], [10, 77, 0, 255]);
+    }
+
+    #[test]
+    fn an_ipv6_address_skips_duplicate_detection() {
+        let message = new_address(2, "fd77::10".parse().expect("an address"), 64);
+        assert_eq!(message.body[message.body.len() - 4..], 2u32.to_ne_bytes());
+    }
+
+    #[test]
+    fn an_error_answer_gives_its_errno() {
+        let mut answer = vec![0u8; 36];
+        answer[4..6].copy_from_slice(&2u16.to_ne_bytes());
+        answer[16..20].copy_from_slice(&(-17i32).to_ne_bytes());
+        assert_eq!(acknowledgement(&answer), Some(17));
+        assert_eq!(acknowledgement(&answer[..10]), None);
+    }
+}

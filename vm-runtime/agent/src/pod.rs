@@ -1,0 +1,172 @@
+//! The pod: configured once, started once, stopped once.
+
+use std::time::{Duration, Instant};
+
+use guest_agent::protocol::message::{
+    Configuration, ContainerStatus, Event, Failure, FailureKind, RequestId, Status,
+};
+use nix::sys::signal::Signal;
+
+use crate::boot::set_sysctl;
+use crate::containers::{Container, failed};
+use crate::network;
+use crate::outbox::Outbox;
+
+#[derive(Default)]
+pub(crate) struct Pod {
+    configuration: Option<Configuration>,
+    pub(crate) containers: Vec<Container>,
+    started: bool,
+    /// When the containers that are left get SIGKILL.
+    pub(crate) kill_at: Option<Instant>,
+    /// StopPod requests that wait for the end.
+    stopping: Vec<RequestId>,
+}
+
+/// A [`Failure`] of class State.
+fn wrong_time(message: &str) -> Failure {
+    Failure {
+        kind: FailureKind::State,
+        message: message.into(),
+    }
+}
+
+/// A DNS label: it becomes part of a path and of mount options.
+fn is_label(name: &str) -> bool {
+    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    !name.is_empty() && name.len() <= 63 && name.chars().all(plain)
+}
+
+impl Pod {
+    pub(crate) fn configure(&mut self, wanted: Configuration) -> Result<(), Failure> {
+        if let Some(have) = &self.configuration {
+            return match *have == wanted {
+                true => Ok(()),
+                false => Err(wrong_time(
+                    "the guest is configured already, and otherwise: start a new VM",
+                )),
+            };
+        }
+        for container in &wanted.containers {
+            for name in [&container.name, &container.disk] {
+                if !is_label(name) {
+                    return Err(Failure {
+                        kind: FailureKind::Invalid,
+                        message: format!("`{name}` is not a name of a-z, 0-9 and `-`, 63 at most"),
+                    });
+                }
+            }
+        }
+        nix::unistd::sethostname(&wanted.hostname).map_err(failed)?;
+        network::loopback().map_err(failed)?;
+        for interface in &wanted.interfaces {
+            network::configure(interface).map_err(failed)?;
+        }
+        for (key, value) in &wanted.sysctls {
+            set_sysctl(key, value).map_err(failed)?;
+        }
+        self.containers = wanted
+            .containers
+            .iter()
+            .cloned()
+            .map(Container::new)
+            .collect();
+        self.configuration = Some(wanted);
+        Ok(())
+    }
+
+    pub(crate) fn start(&mut self, outbox: &mut Outbox) -> Result<(), Failure> {
+        let Some(configuration) = &self.configuration else {
+            return Err(wrong_time(
+                "the guest is not configured: send Configure first",
+            ));
+        };
+        if std::mem::replace(&mut self.started, true) {
+            return Ok(());
+        }
+        for container in &mut self.containers {
+            let name = container.spec.name.clone();
+            let pid = container.start(configuration).map_err(|f| Failure {
+                kind: f.kind,
+                message: format!("container `{name}`: {}", f.message),
+            })?;
+            outbox.event(Event::Started {
+                container: name,
+                pid: pid.as_raw(),
+            });
+        }
+        Ok(())
+    }
+
+    /// The container of this name, or the failure that says there is none.
+    pub(crate) fn container(&self, name: &str) -> Result<&Container, Failure> {
+        self.containers
+            .iter()
+            .find(|c| c.spec.name == name)
+            .ok_or_else(|| {
+                let names: Vec<&str> = self
+                    .containers
+                    .iter()
+                    .map(|c| c.spec.name.as_str())
+                    .collect();
+                Failure {
+                    kind: FailureKind::NoContainer,
+                    message: format!(
+                        "the pod has no container `{name}`; it has: {}",
+                        names.join(", ")
+                    ),
+                }
+            })
+    }
+
+    /// Asks every container to end, the last one first. Answered by [`Self::finish`].
+    pub(crate) fn stop(&mut self, id: RequestId, grace: Duration, now: Instant) {
+        self.started = true;
+        if self.stopping.is_empty() {
+            for container in self.containers.iter().rev() {
+                container.signal(Signal::SIGTERM);
+            }
+        }
+        // A second request can shorten the grace, never lengthen it. A year is as good as for ever.
+        let at = now + grace.min(Duration::from_secs(365 * 86400));
+        self.kill_at = Some(self.kill_at.map_or(at, |old| old.min(at)));
+        self.stopping.push(id);
+    }
+
+    /// Tells what has ended, kills what has outstayed its grace, and answers StopPod at the end of all.
+    pub(crate) fn finish(&mut self, outbox: &mut Outbox, now: Instant) -> Vec<RequestId> {
+        for container in &mut self.containers {
+            container.finish(outbox);
+        }
+        if self.kill_at.is_some_and(|at| at <= now) {
+            self.kill_at = None;
+            for container in self.containers.iter().rev() {
+                container.signal(Signal::SIGKILL);
+                if let Some(cgroup) = container.cgroup() {
+                    cgroup.kill();
+                }
+            }
+        }
+        if self.stopping.is_empty() || !self.containers.iter().all(Container::is_over) {
+            return Vec::new();
+        }
+        self.kill_at = None;
+        outbox.event(Event::Stopped);
+        std::mem::take(&mut self.stopping)
+    }
+
+    pub(crate) fn status(&self) -> Status {
+        Status {
+            configured: self.configuration.is_some(),
+            started: self.started,
+            containers: self
+                .containers
+                .iter()
+                .map(|c| ContainerStatus {
+                    name: c.spec.name.clone(),
+                    state: c.state(),
+                })
+                .collect(),
+        }
+    }
+}

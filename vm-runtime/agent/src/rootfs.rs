@@ -1,0 +1,166 @@
+//! What a container sees as `/`. Runs in the container's first process, before its program.
+//!
+//! The root is changed first and everything else is mounted inside, so that a symlink in an image
+//! (`/proc -> ...`) can only lead to other places in the same image.
+
+use std::fs::{self, Permissions};
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::{Mode, SFlag, makedev, mknod, umask};
+use nix::unistd::{chdir, pivot_root};
+
+use crate::boot::mount_at;
+use crate::sys;
+
+/// Files of /proc that act on the whole guest: read-only, as in Docker.
+const READ_ONLY: &[&str] = &["bus", "fs", "irq", "sys", "sysrq-trigger"];
+
+/// Files of /proc that tell too much: behind /dev/null.
+const HIDDEN: &[&str] = &["kcore", "keys", "timer_list"];
+
+/// (name, major, minor), Documentation/admin-guide/devices.txt.
+const DEVICES: &[(&str, u64, u64)] = &[
+    ("null", 1, 3),
+    ("zero", 1, 5),
+    ("full", 1, 7),
+    ("random", 1, 8),
+    ("urandom", 1, 9),
+    ("tty", 5, 0),
+];
+
+/// Enters `root` and mounts what a program expects. The process is alone in new mount and PID namespaces.
+pub(crate) fn enter(root: &Path, pts: &OwnedFd) -> Result<()> {
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(None::<&str>, "/", None::<&str>, private, None::<&str>)
+        .context("making the mounts private")?;
+    chdir(root).with_context(|| format!("entering {}", root.display()))?;
+    // Both at the same place: the old root ends up on top of the new one and is taken off.
+    pivot_root(".", ".").context("changing the root")?;
+    umount2(".", MntFlags::MNT_DETACH).context("leaving the old root")?;
+    chdir("/").context("entering the new root")?;
+    umask(Mode::empty());
+    let result = furnish(pts);
+    umask(Mode::S_IWGRP | Mode::S_IWOTH);
+    result
+}
+
+fn furnish(pts: &OwnedFd) -> Result<()> {
+    let plain = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
+    let sealed = plain | MsFlags::MS_NODEV;
+    for dir in ["/proc", "/sys", "/dev", "/tmp"] {
+        make_dir(dir, if dir == "/tmp" { 0o1777 } else { 0o755 })?;
+    }
+    mount_at("proc", "/proc", "proc", sealed, "")?;
+    mount_at("sysfs", "/sys", "sysfs", sealed | MsFlags::MS_RDONLY, "")?;
+    mount_at(
+        "tmpfs",
+        "/dev",
+        "tmpfs",
+        plain,
+        "mode=0755,size=64k,nr_inodes=1k",
+    )?;
+    for dir in ["/dev/pts", "/dev/shm", "/dev/mqueue"] {
+        make_dir(dir, 0o755)?;
+    }
+    sys::attach_mount(std::os::fd::AsFd::as_fd(pts), c"/dev/pts").context("attaching /dev/pts")?;
+    mount_at("shm", "/dev/shm", "tmpfs", sealed, "mode=1777,size=64m")?;
+    mount_at("mqueue", "/dev/mqueue", "mqueue", sealed, "")?;
+    for (name, major, minor) in DEVICES {
+        let path = format!("/dev/{name}");
+        let mode = Mode::from_bits_truncate(0o666);
+        mknod(path.as_str(), SFlag::S_IFCHR, mode, makedev(*major, *minor))
+            .with_context(|| format!("making {path}"))?;
+    }
+    for (target, link) in [
+        ("/proc/self/fd", "/dev/fd"),
+        ("/proc/self/fd/0", "/dev/stdin"),
+        ("/proc/self/fd/1", "/dev/stdout"),
+        ("/proc/self/fd/2", "/dev/stderr"),
+        ("pts/ptmx", "/dev/ptmx"),
+    ] {
+        symlink(target, link).with_context(|| format!("making {link}"))?;
+    }
+    for name in READ_ONLY {
+        let path = format!("/proc/{name}");
+        if !Path::new(&path).exists() {
+            continue;
+        }
+        bind(&path, &path)?;
+        let flags = sealed | MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        mount(
+            None::<&str>,
+            path.as_str(),
+            None::<&str>,
+            flags,
+            None::<&str>,
+        )
+        .with_context(|| format!("making {path} read-only"))?;
+    }
+    for name in HIDDEN {
+        let path = format!("/proc/{name}");
+        if Path::new(&path).exists() {
+            bind("/dev/null", &path)?;
+        }
+    }
+    Ok(())
+}
+
+fn bind(from: &str, to: &str) -> Result<()> {
+    mount(Some(from), to, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+        .with_context(|| format!("binding {from} at {to}"))
+}
+
+fn make_dir(path: &str, mode: u32) -> Result<()> {
+    if !Path::new(path).is_dir() {
+        fs::create_dir_all(path).with_context(|| format!("making {path}"))?;
+        fs::set_permissions(path, Permissions::from_mode(mode))
+            .with_context(|| format!("setting the mode of {path}"))?;
+    }
+    Ok(())
+}
+
+/// Writes /etc/hostname, /etc/hosts and /etc/resolv.conf where the image has none.
+pub(crate) fn write_etc(hostname: &str, addresses: &[IpAddr], dns: &[IpAddr]) -> Result<()> {
+    fs::create_dir_all("/etc").context("making /etc")?;
+    for (path, text) in [
+        ("/etc/hostname", format!("{hostname}\n")),
+        ("/etc/hosts", hosts(hostname, addresses)),
+        (
+            "/etc/resolv.conf",
+            dns.iter().map(|a| format!("nameserver {a}\n")).collect(),
+        ),
+    ] {
+        // An empty file counts as none: image builders leave one where a file was mounted over.
+        let absent = fs::symlink_metadata(path).map_or(true, |m| m.is_file() && m.len() == 0);
+        if absent && !text.is_empty() {
+            fs::write(path, text).with_context(|| format!("writing {path}"))?;
+        }
+    }
+    Ok(())
+}
+
+fn hosts(hostname: &str, addresses: &[IpAddr]) -> String {
+    let mut text =
+        String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
+    for address in addresses {
+        text += &format!("{address}\t{hostname}\n");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_names_the_pod_at_each_of_its_addresses() {
+        let addresses = ["10.77.0.10", "fd77::10"].map(|a| a.parse().expect("an address"));
+        let text = hosts("web", &addresses);
+        assert!(text.ends_with("10.77.0.10\tweb\nfd77::10\tweb\n"), "{text}");
+    }
+}
