@@ -1,1 +1,340 @@
-//! Stub.
+//! The QEMU command line, from a [`VmSpec`]. Pure: both nodes build the same shape from the same
+//! spec, and only paths, descriptor numbers and the boot mode differ.
+//!
+//! - Each device sits at a PCI address that is written here, and no option ROM is loaded, so that
+//!   the device tree does not depend on the QEMU version.
+//! - The guest's RAM, its TAP and both sockets are inherited descriptors: nothing has to appear in
+//!   a file system first, and nothing has to be polled for.
+//! - A VM starts paused in either mode; a guest that reboots, powers off or panics ends its VM,
+//!   and the pod's restart policy decides what is next. A reboot would keep the pod's VM, but
+//!   a container that "reboots" is a container that has ended.
+
+use std::ffi::OsString;
+use std::os::fd::RawFd;
+use std::path::{Path, PathBuf};
+
+use crate::spec::{Accel, SpecError, VmSpec};
+
+/// Name of the virtio-serial port that the guest agent opens.
+pub const AGENT_PORT: &str = "migrator.agent";
+
+/// PCI slots on the root bus. 0x1f is the chipset's own; disks start at [`slot::DISK`].
+mod slot {
+    pub(super) const SERIAL: usize = 0x02;
+    pub(super) const NET: usize = 0x03;
+    pub(super) const RNG: usize = 0x04;
+    pub(super) const DISK: usize = 0x08;
+}
+
+/// How the VM begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BootMode {
+    /// At the kernel's first instruction.
+    Boot,
+    /// With a state that another VM saved.
+    Incoming,
+}
+
+/// Descriptor numbers in the QEMU process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FdNumbers {
+    /// The memfd that is guest RAM.
+    pub memory: RawFd,
+    /// The TAP.
+    pub tap: RawFd,
+    /// The listening socket of the monitor.
+    pub qmp: RawFd,
+    /// The listening socket of the agent's port.
+    pub agent: RawFd,
+}
+
+/// What a node adds to the spec.
+#[derive(Clone, Copy, Debug)]
+pub struct Local<'a> {
+    /// How it begins.
+    pub mode: BootMode,
+    /// Descriptor numbers in QEMU.
+    pub fds: FdNumbers,
+    /// The kernel image.
+    pub kernel: &'a Path,
+    /// The initramfs.
+    pub initramfs: &'a Path,
+    /// One read-only file a disk of the spec, in its order.
+    pub disks: &'a [PathBuf],
+    /// `-L` folders.
+    pub data_dirs: &'a [PathBuf],
+}
+
+/// Builds QEMU's arguments (without the program's name). Its working folder must be the VM's own:
+/// the console goes to `console.log` there.
+///
+/// # Errors
+/// The spec is not right, or the disks are not as many as the spec says.
+pub fn build(spec: &VmSpec, local: &Local<'_>) -> Result<Vec<OsString>, SpecError> {
+    spec.check()?;
+    if spec.disks.len() != local.disks.len() {
+        return Err(SpecError {
+            name: spec.name.clone(),
+            field: "disks",
+            problem: format!(
+                "are {}, but {} files are given",
+                spec.disks.len(),
+                local.disks.len()
+            ),
+        });
+    }
+    let mut args = Args::default();
+    args.process(spec, local);
+    args.machine(spec, local.fds.memory);
+    args.guest_code(spec, local);
+    args.devices(spec, local.fds);
+    for (index, path) in local.disks.iter().enumerate() {
+        args.disk(index, &spec.disks[index].serial, path);
+    }
+    match local.mode {
+        BootMode::Boot => {}
+        BootMode::Incoming => args.pair("-incoming", "defer"),
+    }
+    Ok(args.0)
+}
+
+#[derive(Default)]
+struct Args(Vec<OsString>);
+
+impl Args {
+    fn flag(&mut self, name: &str) {
+        self.0.push(name.into());
+    }
+
+    fn pair(&mut self, name: &str, value: impl Into<OsString>) {
+        self.0.push(name.into());
+        self.0.push(value.into());
+    }
+
+    fn process(&mut self, spec: &VmSpec, local: &Local<'_>) {
+        for dir in local.data_dirs {
+            self.pair("-L", dir);
+        }
+        self.pair("-name", format!("guest={},debug-threads=on", spec.name));
+        self.flag("-nodefaults");
+        self.flag("-no-user-config");
+        // A device that cannot be saved is an error now, and not at the first migration.
+        self.flag("-only-migratable");
+        self.flag("-S");
+        self.pair("-display", "none");
+        self.pair("-msg", "timestamp=on");
+        self.pair(
+            "-action",
+            "reboot=shutdown,shutdown=poweroff,panic=shutdown",
+        );
+        self.pair(
+            "-sandbox",
+            "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        );
+    }
+
+    fn machine(&mut self, spec: &VmSpec, memory: RawFd) {
+        let machine = &spec.machine;
+        self.pair(
+            "-machine",
+            format!(
+                "{machine},hpet=on,vmport=off,smbus=off,sata=off,dump-guest-core=off,mem-merge=off,memory-backend=ram"
+            ),
+        );
+        self.pair(
+            "-accel",
+            match spec.accel {
+                Accel::Kvm => "kvm",
+                Accel::Tcg => "tcg,thread=multi",
+            },
+        );
+        self.pair("-cpu", &spec.cpu);
+        let cores = spec.vcpus;
+        self.pair(
+            "-smp",
+            format!("cpus={cores},sockets=1,cores={cores},threads=1,maxcpus={cores}"),
+        );
+        let size = spec.memory.0;
+        self.pair("-m", format!("size={}M", size >> 20));
+        self.pair(
+            "-object",
+            format!(
+                "memory-backend-file,id=ram,size={size},mem-path=/proc/self/fd/{memory},share=on"
+            ),
+        );
+        self.pair("-uuid", &spec.uuid);
+    }
+
+    fn guest_code(&mut self, spec: &VmSpec, local: &Local<'_>) {
+        self.pair("-kernel", local.kernel);
+        self.pair("-initrd", local.initramfs);
+        self.pair("-append", &spec.cmdline);
+    }
+
+    fn devices(&mut self, spec: &VmSpec, fds: FdNumbers) {
+        let FdNumbers {
+            tap, qmp, agent, ..
+        } = fds;
+        let socket = |id: &str, fd: RawFd| format!("socket,id={id},fd={fd},server=on,wait=off");
+        self.pair("-chardev", socket("qmp", qmp));
+        self.pair("-mon", "chardev=qmp,mode=control");
+        self.pair("-chardev", "file,id=console,path=console.log,append=on");
+        self.pair("-serial", "chardev:console");
+        self.pair("-chardev", socket("agent", agent));
+        self.device("virtio-serial-pci,id=serial0,max_ports=2", slot::SERIAL);
+        self.pair(
+            "-device",
+            format!("virtserialport,bus=serial0.0,nr=1,chardev=agent,name={AGENT_PORT}"),
+        );
+        // The longest ring that QEMU has: what was parked during a move arrives at once.
+        self.pair("-netdev", format!("tap,id=net0,fd={tap},vhost=off"));
+        self.device(
+            &format!(
+                "virtio-net-pci,netdev=net0,mac={},rx_queue_size=1024,romfile=",
+                spec.mac
+            ),
+            slot::NET,
+        );
+        self.pair("-object", "rng-random,id=rng0,filename=/dev/urandom");
+        self.device("virtio-rng-pci,rng=rng0", slot::RNG);
+    }
+
+    fn disk(&mut self, index: usize, serial: &str, path: &Path) {
+        // As JSON, a path may hold commas; lossy only for names that are no UTF-8, which our
+        // own image store never makes.
+        let node = serde_json::json!({
+            "driver": "raw",
+            "file": {
+                "driver": "file",
+                "filename": path.to_string_lossy(),
+                "read-only": true,
+            },
+            "node-name": format!("disk{index}"),
+            "read-only": true,
+        });
+        self.pair("-blockdev", node.to_string());
+        self.device(
+            &format!("virtio-blk-pci,drive=disk{index},serial={serial}"),
+            slot::DISK + index,
+        );
+    }
+
+    /// A PCI device on the root bus, of today's virtio only: no I/O ports, no legacy layout.
+    fn device(&mut self, text: &str, slot: usize) {
+        self.pair(
+            "-device",
+            format!("{text},bus=pcie.0,addr=0x{slot:x},disable-legacy=on,disable-modern=off"),
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::MAX_DISKS;
+    use crate::spec::tests::example;
+
+    const FDS: FdNumbers = FdNumbers {
+        memory: 200,
+        tap: 201,
+        qmp: 202,
+        agent: 203,
+    };
+
+    fn local<'a>(mode: BootMode, disks: &'a [PathBuf]) -> Local<'a> {
+        Local {
+            mode,
+            fds: FDS,
+            kernel: Path::new("/g/vmlinuz"),
+            initramfs: Path::new("/g/initramfs"),
+            disks,
+            data_dirs: &[],
+        }
+    }
+
+    fn text(spec: &VmSpec, local: &Local<'_>) -> String {
+        let mut text = String::new();
+        for arg in build(spec, local).unwrap() {
+            let arg = arg.into_string().unwrap();
+            text.push(if arg.starts_with('-') { '\n' } else { ' ' });
+            text.push_str(&arg);
+        }
+        text
+    }
+
+    /// Each line here is part of the machine that a saved state expects: a change of it breaks
+    /// migration between versions of this program.
+    const GOLDEN: &str = "
+-name guest=web,debug-threads=on
+-nodefaults
+-no-user-config
+-only-migratable
+-S
+-display none
+-msg timestamp=on
+-action reboot=shutdown,shutdown=poweroff,panic=shutdown
+-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
+-machine pc-q35-7.2,hpet=on,vmport=off,smbus=off,sata=off,dump-guest-core=off,mem-merge=off,memory-backend=ram
+-accel tcg,thread=multi
+-cpu qemu64-v1,-svm,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16,+lahf-lm,+rdrand,enforce
+-smp cpus=2,sockets=1,cores=2,threads=1,maxcpus=2
+-m size=256M
+-object memory-backend-file,id=ram,size=268435456,mem-path=/proc/self/fd/200,share=on
+-uuid 8a5e2f0c-0000-4000-8000-000000000001
+-kernel /g/vmlinuz
+-initrd /g/initramfs
+-append console=ttyS0 panic=-1
+-chardev socket,id=qmp,fd=202,server=on,wait=off
+-mon chardev=qmp,mode=control
+-chardev file,id=console,path=console.log,append=on
+-serial chardev:console
+-chardev socket,id=agent,fd=203,server=on,wait=off
+-device virtio-serial-pci,id=serial0,max_ports=2,bus=pcie.0,addr=0x2,disable-legacy=on,disable-modern=off
+-device virtserialport,bus=serial0.0,nr=1,chardev=agent,name=migrator.agent
+-netdev tap,id=net0,fd=201,vhost=off
+-device virtio-net-pci,netdev=net0,mac=52:54:00:12:34:56,rx_queue_size=1024,romfile=,bus=pcie.0,addr=0x3,disable-legacy=on,disable-modern=off
+-object rng-random,id=rng0,filename=/dev/urandom
+-device virtio-rng-pci,rng=rng0,bus=pcie.0,addr=0x4,disable-legacy=on,disable-modern=off
+-blockdev {\"driver\":\"raw\",\"file\":{\"driver\":\"file\",\"filename\":\"/i/a,b.erofs\",\"read-only\":true},\"node-name\":\"disk0\",\"read-only\":true}
+-device virtio-blk-pci,drive=disk0,serial=img0,bus=pcie.0,addr=0x8,disable-legacy=on,disable-modern=off";
+
+    #[test]
+    fn the_command_line_is_pinned() {
+        let disks = [PathBuf::from("/i/a,b.erofs")];
+        assert_eq!(text(&example(), &local(BootMode::Boot, &disks)), GOLDEN);
+    }
+
+    #[test]
+    fn the_destination_differs_by_its_boot_mode_only() {
+        let disks = [PathBuf::from("/i/a,b.erofs")];
+        let incoming = text(&example(), &local(BootMode::Incoming, &disks));
+        assert_eq!(incoming, format!("{GOLDEN}\n-incoming defer"));
+    }
+
+    #[test]
+    fn kvm_and_data_folders_are_options() {
+        let mut spec = example();
+        spec.accel = Accel::Kvm;
+        let disks = [PathBuf::from("/i/a")];
+        let dirs = [PathBuf::from("/q/share/qemu"), PathBuf::from("/q/seabios")];
+        let mut local = local(BootMode::Boot, &disks);
+        local.data_dirs = &dirs;
+        let text = text(&spec, &local);
+        assert!(text.starts_with("\n-L /q/share/qemu\n-L /q/seabios\n-name "));
+        assert!(text.contains("\n-accel kvm\n"));
+    }
+
+    #[test]
+    fn wrong_specs_and_missing_files_build_nothing() {
+        let mut spec = example();
+        assert!(build(&spec, &local(BootMode::Boot, &[])).is_err());
+        spec.machine = "q35,accel=kvm".to_owned();
+        let disks = [PathBuf::from("/i/a")];
+        assert!(build(&spec, &local(BootMode::Boot, &disks)).is_err());
+    }
+
+    #[test]
+    fn the_last_disk_stays_clear_of_the_chipset() {
+        assert!(slot::DISK + MAX_DISKS <= 0x1c);
+    }
+}

@@ -2,7 +2,35 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::units::{Bytes, MacAddress};
+use crate::units::{Bytes, MacAddress, PAGE_SIZE};
+
+/// The machine type of new VMs: the newest that QEMU 7.2 (Debian 12) and QEMU 10 both have, so
+/// that a pod can move between nodes of either.
+pub const MACHINE: &str = "pc-q35-7.2";
+
+/// The CPU model of new VMs, the same under the emulator and the hypervisor, and in each QEMU.
+///
+/// Not `max` or `host`: these are whatever this QEMU and this host can do, which differs between
+/// versions and hosts, and a guest that has seen a feature cannot be moved to where it is missing.
+/// `qemu64-v1` is versioned, thus fixed; the additions make it x86-64-v2, which today's
+/// distributions are built for, and are all emulated by QEMU 7.2 already. `rdrand` gives the guest
+/// entropy at once. `svm` would be a nested hypervisor. `enforce` makes a QEMU that lacks one of
+/// these refuse to start, and not start with something else.
+pub const CPU: &str =
+    "qemu64-v1,-svm,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16,+lahf-lm,+rdrand,enforce";
+
+/// What every guest's kernel command line begins with: console on the serial port, and a kernel
+/// panic reboots at once, which ends the VM (see [`crate::command_line`]).
+pub const KERNEL_CMDLINE: &str = "console=ttyS0 panic=-1 reboot=t";
+
+/// The most block devices a VM may have: one PCI slot each.
+pub const MAX_DISKS: usize = 20;
+/// The most virtual CPUs a VM may have.
+pub const MAX_VCPUS: u32 = 64;
+/// `COMMAND_LINE_SIZE` of Linux on x86, without the final zero.
+const MAX_CMDLINE: usize = 2047;
+/// Longest serial of virtio-blk, `VIRTIO_BLK_ID_BYTES` in linux/virtio_blk.h.
+const MAX_SERIAL: usize = 20;
 
 /// What runs the guest's instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,4 +93,137 @@ pub struct DiskSpec {
     pub image_digest: String,
     /// Size in bytes.
     pub size: Bytes,
+}
+
+/// A spec that cannot become a VM.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("VM `{name}`: {field} {problem}")]
+pub struct SpecError {
+    /// The VM's name, cleaned of what a terminal would obey.
+    pub name: String,
+    /// The field.
+    pub field: &'static str,
+    /// What is wrong with it, and what would be right.
+    pub problem: String,
+}
+
+impl VmSpec {
+    /// Checks each field: a spec may come from another node, and its text goes into a command line.
+    ///
+    /// # Errors
+    /// The first field that is not right.
+    pub fn check(&self) -> Result<(), SpecError> {
+        let bad = |field, problem: &str| {
+            Err(SpecError {
+                name: self.name.escape_debug().take(80).collect(),
+                field,
+                problem: problem.to_owned(),
+            })
+        };
+        let dns = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-';
+        if !only(&self.name, 63, dns) {
+            return bad("name", "must be 1 to 63 of a-z, 0-9 and `-`");
+        }
+        let hex_dash = |c: u8| c.is_ascii_hexdigit() || c == b'-';
+        if self.uuid.len() != 36 || !only(&self.uuid, 36, hex_dash) {
+            return bad(
+                "uuid",
+                "must look like 8a5e2f0c-0000-4000-8000-000000000000",
+            );
+        }
+        let version = |c: u8| c.is_ascii_digit() || c == b'.';
+        match self.machine.strip_prefix("pc-q35-") {
+            Some(rest) if only(rest, 8, version) => {}
+            _ => return bad("machine", "must be a versioned q35, such as pc-q35-7.2"),
+        }
+        let cpu = |c: u8| c.is_ascii_alphanumeric() || b"-+_.,".contains(&c);
+        if !only(&self.cpu, 512, cpu) {
+            return bad("cpu", "must be a CPU model with +feature and -feature");
+        }
+        let memory = self.memory.0;
+        if memory < Bytes::mib(64).0 || !memory.is_multiple_of(512 * PAGE_SIZE as u64) {
+            return bad("memory", "must be a multiple of 2 MiB, and at least 64 MiB");
+        }
+        if memory > 1 << 42 {
+            return bad("memory", "must be at most 4 TiB");
+        }
+        if self.vcpus == 0 || self.vcpus > MAX_VCPUS {
+            return bad("vcpus", "must be 1 to 64");
+        }
+        if self.disks.len() > MAX_DISKS {
+            return bad("disks", "must be 20 at most");
+        }
+        let alnum = |c: u8| c.is_ascii_alphanumeric();
+        for (at, disk) in self.disks.iter().enumerate() {
+            if !only(&disk.serial, MAX_SERIAL, alnum) {
+                return bad("disk serial", "must be 1 to 20 letters and digits");
+            }
+            if self.disks[..at].iter().any(|d| d.serial == disk.serial) {
+                return bad("disk serial", "must be unique");
+            }
+        }
+        let printable = |c: u8| (b' '..=b'~').contains(&c);
+        if !only(&self.cmdline, MAX_CMDLINE, printable) {
+            return bad("cmdline", "must be 1 to 2047 printable ASCII characters");
+        }
+        Ok(())
+    }
+}
+
+fn only(text: &str, longest: usize, allowed: impl Fn(u8) -> bool) -> bool {
+    (1..=longest).contains(&text.len()) && text.bytes().all(allowed)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn example() -> VmSpec {
+        VmSpec {
+            name: "web".to_owned(),
+            uuid: "8a5e2f0c-0000-4000-8000-000000000001".to_owned(),
+            machine: MACHINE.to_owned(),
+            cpu: CPU.to_owned(),
+            accel: Accel::Tcg,
+            memory: Bytes::mib(256),
+            vcpus: 2,
+            mac: "52:54:00:12:34:56".parse().unwrap(),
+            disks: vec![DiskSpec {
+                serial: "img0".to_owned(),
+                image_digest: "sha256:00".to_owned(),
+                size: Bytes::mib(8),
+            }],
+            cmdline: "console=ttyS0 panic=-1".to_owned(),
+            kernel_sha256: String::new(),
+            initramfs_sha256: String::new(),
+        }
+    }
+
+    #[test]
+    fn a_plain_spec_is_right() {
+        assert_eq!(example().check(), Ok(()));
+    }
+
+    #[test]
+    fn each_field_is_checked_because_a_peer_may_have_written_it() {
+        type Change = fn(&mut VmSpec);
+        let changes: [(&str, Change); 11] = [
+            ("name", |s| s.name = "Web,debug-threads=off".to_owned()),
+            ("uuid", |s| s.uuid = "1".to_owned()),
+            ("machine", |s| s.machine = "pc-q35-7.2,accel=kvm".to_owned()),
+            ("machine", |s| s.machine = "q35".to_owned()),
+            ("cpu", |s| s.cpu = "qemu64 -monitor stdio".to_owned()),
+            ("memory", |s| s.memory = Bytes(Bytes::mib(256).0 + 1)),
+            ("memory", |s| s.memory = Bytes(u64::MAX & !0x1f_ffff)),
+            ("vcpus", |s| s.vcpus = 0),
+            ("disks", |s| s.disks = vec![s.disks[0].clone(); 21]),
+            ("disk serial", |s| s.disks.push(s.disks[0].clone())),
+            ("cmdline", |s| s.cmdline = "a\nb".to_owned()),
+        ];
+        for (field, change) in changes {
+            let mut spec = example();
+            change(&mut spec);
+            assert_eq!(spec.check().unwrap_err().field, field);
+        }
+    }
 }

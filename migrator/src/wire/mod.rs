@@ -1,1 +1,102 @@
-//! Stub.
+//! The wire between two nodes. This page is its specification.
+//!
+//! # Connections
+//!
+//! TLS 1.3 over TCP, certificates on both sides ([`tls`]). A node's certificate carries the DNS name `<node>.migrator`: the dialer
+//! checks it against the node it meant, the listener against the names of its peers. A *session* is one control connection, and
+//! as its shape says N data connections and one urgent connection, tied together by a session id ([`preamble`]):
+//!
+//! ```text
+//! dialer                                          listener
+//!   | TLS handshake                                  |
+//!   | preamble: magic, versions, role, shape, id --->|
+//!   |<--------- reply: magic, version or refusal ----|
+//!   | frames <-------------------------------------->|
+//! ```
+//!
+//! Preamble and reply are 32 and 12 bytes that never change. The listener chooses the highest version both speak; what a frame
+//! holds is decided by that version, so an unknown type or trailing bytes are errors, not extensions. A session whose connections have
+//! not all come within 10 s is dropped.
+//!
+//! # Frames
+//!
+//! `u32` little-endian length of what follows, `u8` type, payload ([`frame`]). Length 0 and type 0 are invalid. A frame is at most 1 MiB on
+//! the control lane, 1 MiB and 64 bytes on the data lane, 128 KiB on the urgent lane; the length is checked before anything is allocated.
+//!
+//! | lane | types | payload |
+//! |---|---|---|
+//! | control | `0x01`-`0x18` ([`message`]) | postcard; `StateChunk` and `PageHashes` raw |
+//! | data | `0x41` Pages, `0x42` Zeros, `0x43` Barrier, `0x44` Chunk ([`bulk`]) | fixed header, raw bytes |
+//! | urgent | `0x61` Packet, `0x62` PacketAck ([`bulk`]) | fixed header, raw bytes |
+//!
+//! # A migration
+//!
+//! ```text
+//! source                                          destination
+//!   | Offer ---------------------------------------->|  checks; on failure Refuse, and nothing is kept
+//!   |<--------------------------------- Accept{wants}|
+//!   | Chunk* (data), ImageDone --------------------->|  only if something is wanted
+//!   |<--------------------------------------Prepared |  the VM waits, its gate is shut
+//!   | Pages* Zeros* Barrier(n) (data) -------------->|
+//!   | RoundEnd(n) ---------------------------------->|
+//!   |<----------------------------------- RoundAck(n)|  every barrier seen, every page placed; then the next round
+//!   .   ...                                          .
+//!   | gate to HOLD, stop: Packet* (urgent) --------->|  the log flows from here to the end, PacketAck comes back
+//!   | Handover ------------------------------------->|
+//!   | Pages* Zeros* Barrier(last) (data) ----------->|  in parallel with
+//!   | StateBegin StateChunk* StateEnd -------------->|  the device state
+//!   | MemoryDone(last) ----------------------------->|
+//!   | PageHashes* HashesEnd ------------------------>|  only with verify
+//!   | journal HandedOver                             |
+//!   |<--------------------------------------- Ready  |  memory placed, hashes compared, device state loaded
+//!   | Grant ---------------------------------------->|  journal Owner; gate opens; the guest resumes
+//!   |<------------------------------------- Running  |
+//!   | Packet* until End (urgent) ------------------->|  the source's node forwards until the neighbours have learned
+//!   | Released ------------------------------------->|  nothing is left at the source
+//!   |<------------------------------------------ Bye |  the journal entry may be forgotten
+//! ```
+//!
+//! Before the grant either side may send `Abort` and go its way: the destination has journaled that it discarded the guest before it
+//! says so, the source has not given the right away. `Abort` crossing a `Grant` therefore means the same as the answer `Discarded`.
+//!
+//! # Lost links
+//!
+//! Both sides send `Ping` every 500 ms and answer with `Pong` ([`control`]); silence for 3 s, or any error on any connection, is the loss of the
+//! session. A destination without the grant journals Discarded and keeps nothing. A source that has journaled HandedOver is in
+//! doubt, and dials sessions of the shape *resume* until it knows:
+//!
+//! ```text
+//! source                                          destination
+//!   | Query(migration) ----------------------------->|  a destination still without the grant discards now, and the old
+//!   |                                                |  session is void; an unknown migration is journaled as Discarded first
+//!   |<--------------------- QueryReply(Running) -----|  the source's copy dies, the log goes on from the last ack
+//!   |<--------------------- QueryReply(Discarded) ---|  the source goes on, in a new epoch
+//! ```
+//!
+//! Either answer is final.
+
+pub mod bulk;
+pub mod codec;
+pub mod conn;
+pub mod control;
+pub mod frame;
+pub mod id;
+mod listener;
+pub mod message;
+pub mod preamble;
+pub mod session;
+pub mod tls;
+
+#[cfg(test)]
+mod golden;
+#[cfg(test)]
+mod link_tests;
+
+pub use bulk::{Batch, Data, PacketKind, Urgent};
+pub use conn::{Connection, LinkError, Reader, Writer};
+pub use control::{ControlReceiver, ControlSender};
+pub use id::{MigrationId, SessionId};
+pub use message::Control;
+pub use preamble::Shape;
+pub use session::{DialError, Limits, Listener, Session, dial, dial_shape};
+pub use tls::TlsConfig;

@@ -1,1 +1,18 @@
-//! Guest memory.
+//! Guest memory, seen from outside the VMM.
+//!
+//! Guest RAM is one memfd that the service makes and QEMU maps shared. The service reads and
+//! writes it with `pread` and `pwrite` only: no Rust reference ever points into memory that a
+//! guest can change. Which pages the guest wrote is asked of the kernel ([`DirtyTracker`]).
+
+mod dirty;
+mod file;
+mod maps;
+mod page;
+mod pagemap;
+mod uffd;
+
+pub use dirty::{DirtyError, DirtyTracker};
+pub use file::GuestMemory;
+pub use maps::{Mapping, find_mappings};
+pub use page::{is_zero, page_hash};
+pub use uffd::{UFFD_FEATURES, handshake};

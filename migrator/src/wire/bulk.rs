@@ -1,0 +1,308 @@
+//! What crosses the data connections and the urgent one: a fixed little-endian header, then raw bytes that are never copied.
+
+use bytes::{Buf, Bytes};
+use vm_runtime::units::{PAGE_SIZE, PageIndex};
+
+use crate::wire::codec::{DecodeError, Message, split_u8, split_u32, split_u64};
+use crate::wire::frame::{self, Lane};
+
+/// Pages that one `Pages` frame may hold: 1 MiB.
+pub const MAX_PAGES: u32 = 256;
+
+const PAGES: u8 = 0x41;
+const ZEROS: u8 = 0x42;
+const BARRIER: u8 = 0x43;
+const CHUNK: u8 = 0x44;
+const PACKET: u8 = 0x61;
+const PACKET_ACK: u8 = 0x62;
+
+/// Bytes before the raw pages of a `Pages` frame: first page and count.
+const PAGES_HEAD: usize = 8 + 4;
+
+/// A message of a data connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Data {
+    /// `raw.len() / PAGE_SIZE` consecutive pages (1 to [`MAX_PAGES`]). `u64` first, `u32` count, raw.
+    Pages {
+        /// The first page.
+        first: PageIndex,
+        /// Their content.
+        raw: Bytes,
+    },
+    /// Consecutive pages of zeros. `u64` first, `u64` count.
+    Zeros {
+        /// The first page.
+        first: PageIndex,
+        /// How many, at least 1.
+        count: u64,
+    },
+    /// Nothing of this round or an earlier one follows on this connection. `u32` round.
+    Barrier {
+        /// The round, from 1.
+        round: u32,
+    },
+    /// A chunk of an image. 32 bytes digest, raw.
+    Chunk {
+        /// SHA-256 that the raw bytes must have; the receiver checks.
+        digest: [u8; 32],
+        /// The content.
+        raw: Bytes,
+    },
+}
+
+impl Message for Data {
+    const LANE: Lane = Lane::Data;
+
+    fn kind(&self) -> u8 {
+        match self {
+            Self::Pages { .. } => PAGES,
+            Self::Zeros { .. } => ZEROS,
+            Self::Barrier { .. } => BARRIER,
+            Self::Chunk { .. } => CHUNK,
+        }
+    }
+
+    fn head(&self, out: &mut Vec<u8>) {
+        match self {
+            Self::Pages { first, raw } => {
+                out.extend_from_slice(&first.0.to_le_bytes());
+                out.extend_from_slice(&((raw.len() / PAGE_SIZE) as u32).to_le_bytes());
+            }
+            Self::Zeros { first, count } => {
+                out.extend_from_slice(&first.0.to_le_bytes());
+                out.extend_from_slice(&count.to_le_bytes());
+            }
+            Self::Barrier { round } => out.extend_from_slice(&round.to_le_bytes()),
+            Self::Chunk { digest, .. } => out.extend_from_slice(digest),
+        }
+    }
+
+    fn tail(&self) -> &[u8] {
+        match self {
+            Self::Pages { raw, .. } | Self::Chunk { raw, .. } => raw,
+            Self::Zeros { .. } | Self::Barrier { .. } => &[],
+        }
+    }
+
+    fn decode(kind: u8, mut payload: Bytes) -> Result<Self, DecodeError> {
+        match kind {
+            PAGES => {
+                let bad = DecodeError::Malformed("Pages");
+                let first = PageIndex(split_u64("Pages", &mut payload)?);
+                let count = split_u32("Pages", &mut payload)?;
+                let fits = (1..=MAX_PAGES).contains(&count)
+                    && payload.len() == count as usize * PAGE_SIZE
+                    && in_range(first, u64::from(count));
+                fits.then_some(Self::Pages {
+                    first,
+                    raw: payload,
+                })
+                .ok_or(bad)
+            }
+            ZEROS => {
+                let bad = DecodeError::Malformed("Zeros");
+                let first = PageIndex(split_u64("Zeros", &mut payload)?);
+                let count = split_u64("Zeros", &mut payload)?;
+                let fits = payload.is_empty() && count > 0 && in_range(first, count);
+                fits.then_some(Self::Zeros { first, count }).ok_or(bad)
+            }
+            BARRIER => {
+                let round = split_u32("Barrier", &mut payload)?;
+                payload
+                    .is_empty()
+                    .then_some(Self::Barrier { round })
+                    .ok_or(DecodeError::Malformed("Barrier"))
+            }
+            CHUNK => {
+                let digest = *payload
+                    .first_chunk::<32>()
+                    .ok_or(DecodeError::Malformed("Chunk"))?;
+                payload.advance(32);
+                Ok(Self::Chunk {
+                    digest,
+                    raw: payload,
+                })
+            }
+            kind => Err(DecodeError::UnknownType {
+                lane: Lane::Data,
+                kind,
+            }),
+        }
+    }
+}
+
+/// Whether the byte offsets of these pages fit a signed 64-bit file offset. The receiver still checks against its RAM.
+fn in_range(first: PageIndex, count: u64) -> bool {
+    first
+        .0
+        .checked_add(count)
+        .is_some_and(|end| end <= i64::MAX as u64 / PAGE_SIZE as u64)
+}
+
+/// What an item of the packet log is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PacketKind {
+    /// What was left in the TAP's queue when the VM stopped: precedes the log.
+    Residue,
+    /// A parked frame.
+    Frame,
+    /// No residue follows.
+    ResidueEnd,
+    /// The source's node has seen the announcement: nothing more comes the old way.
+    End,
+}
+
+/// A message of the urgent connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Urgent {
+    /// An item of the packet log. `u64` sequence number, `u8` kind, raw.
+    Packet {
+        /// Its place in the log.
+        seq: u64,
+        /// What it is.
+        kind: PacketKind,
+        /// virtio-net header and Ethernet frame; empty for the markers.
+        frame: Bytes,
+    },
+    /// The destination has injected everything up to here. `u64` sequence number.
+    PacketAck {
+        /// The highest sequence number injected.
+        seq: u64,
+    },
+}
+
+impl Message for Urgent {
+    const LANE: Lane = Lane::Urgent;
+
+    fn kind(&self) -> u8 {
+        match self {
+            Self::Packet { .. } => PACKET,
+            Self::PacketAck { .. } => PACKET_ACK,
+        }
+    }
+
+    fn head(&self, out: &mut Vec<u8>) {
+        match self {
+            Self::Packet { seq, kind, .. } => {
+                out.extend_from_slice(&seq.to_le_bytes());
+                out.push(match kind {
+                    PacketKind::Residue => 1,
+                    PacketKind::Frame => 2,
+                    PacketKind::ResidueEnd => 3,
+                    PacketKind::End => 4,
+                });
+            }
+            Self::PacketAck { seq } => out.extend_from_slice(&seq.to_le_bytes()),
+        }
+    }
+
+    fn tail(&self) -> &[u8] {
+        match self {
+            Self::Packet { frame, .. } => frame,
+            Self::PacketAck { .. } => &[],
+        }
+    }
+
+    fn decode(kind: u8, mut payload: Bytes) -> Result<Self, DecodeError> {
+        match kind {
+            PACKET => {
+                let seq = split_u64("Packet", &mut payload)?;
+                let kind = match split_u8("Packet", &mut payload)? {
+                    1 => PacketKind::Residue,
+                    2 => PacketKind::Frame,
+                    3 => PacketKind::ResidueEnd,
+                    4 => PacketKind::End,
+                    _ => return Err(DecodeError::Malformed("Packet")),
+                };
+                Ok(Self::Packet {
+                    seq,
+                    kind,
+                    frame: payload,
+                })
+            }
+            PACKET_ACK => {
+                let seq = split_u64("PacketAck", &mut payload)?;
+                payload
+                    .is_empty()
+                    .then_some(Self::PacketAck { seq })
+                    .ok_or(DecodeError::Malformed("PacketAck"))
+            }
+            kind => Err(DecodeError::UnknownType {
+                lane: Lane::Urgent,
+                kind,
+            }),
+        }
+    }
+}
+
+/// Encoded data frames in one buffer, which is filled in place and used again: pages go from the guest's memory
+/// into the frame with one copy, and many small frames leave in one write.
+#[derive(Debug, Default)]
+pub struct Batch {
+    buf: Vec<u8>,
+}
+
+/// A place in a [`Batch`] to go back to.
+#[derive(Clone, Copy, Debug)]
+pub struct Mark(usize);
+
+impl Batch {
+    /// An empty batch with room for one full `Pages` frame.
+    pub fn new() -> Self {
+        Self {
+            buf: Vec::with_capacity(Lane::Data.max_frame() + frame::HEADER),
+        }
+    }
+
+    /// Appends a `Pages` frame and returns its content to be filled: `count * PAGE_SIZE` bytes.
+    ///
+    /// # Panics
+    ///
+    /// When `count` is 0 or above [`MAX_PAGES`].
+    pub fn pages(&mut self, first: PageIndex, count: u32) -> &mut [u8] {
+        assert!((1..=MAX_PAGES).contains(&count), "{count} pages in a frame");
+        let bytes = count as usize * PAGE_SIZE;
+        self.buf
+            .extend_from_slice(&frame::header(PAGES, PAGES_HEAD + bytes));
+        self.buf.extend_from_slice(&first.0.to_le_bytes());
+        self.buf.extend_from_slice(&count.to_le_bytes());
+        let start = self.buf.len();
+        self.buf.resize(start + bytes, 0);
+        &mut self.buf[start..]
+    }
+
+    /// Appends any frame, with a copy.
+    pub fn push(&mut self, message: &Data) {
+        crate::wire::codec::encode(message, &mut self.buf);
+    }
+
+    /// The end of the batch as it is now.
+    pub fn mark(&self) -> Mark {
+        Mark(self.buf.len())
+    }
+
+    /// Takes back what was appended since `mark`: for pages that turned out to be zeros.
+    pub fn rewind(&mut self, mark: Mark) {
+        self.buf.truncate(mark.0);
+    }
+
+    /// Empties the batch and keeps its memory.
+    pub fn clear(&mut self) {
+        self.buf.clear();
+    }
+
+    /// Encoded bytes.
+    pub fn len(&self) -> usize {
+        self.buf.len()
+    }
+
+    /// Whether nothing was appended.
+    pub fn is_empty(&self) -> bool {
+        self.buf.is_empty()
+    }
+
+    /// The encoded frames.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.buf
+    }
+}

@@ -1,0 +1,430 @@
+//! Connections, sessions and TLS over real sockets on the loopback.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bytes::Bytes;
+use rcgen::{
+    BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    date_time_ymd,
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use vm_runtime::units::{Epoch, PAGE_SIZE, PageIndex};
+
+use super::bulk::{Batch, Data, PacketKind, Urgent};
+use super::conn::{LinkError, Reader, Writer};
+use super::control;
+use super::message::{Control, Grant, StateChunk};
+use super::preamble::{Shape, Turned};
+use super::session::{DialError, Limits, Listener, Session, dial, dial_shape};
+use super::tls::{TlsConfig, dns_name};
+
+const LIMIT: Duration = Duration::from_secs(10);
+
+struct Authority {
+    dir: tempfile::TempDir,
+    ca: Issuer<'static, KeyPair>,
+}
+
+impl Authority {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let cert = params.self_signed(&key).unwrap();
+        std::fs::write(dir.path().join("ca.pem"), cert.pem()).unwrap();
+        let ca = Issuer::new(params, key);
+        Self { dir, ca }
+    }
+
+    fn ca_file(&self) -> PathBuf {
+        self.dir.path().join("ca.pem")
+    }
+
+    fn issue(&self, node: &str, change: impl FnOnce(&mut CertificateParams)) -> (PathBuf, PathBuf) {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(vec![dns_name(node)]).unwrap();
+        params.extended_key_usages = vec![
+            ExtendedKeyUsagePurpose::ServerAuth,
+            ExtendedKeyUsagePurpose::ClientAuth,
+        ];
+        change(&mut params);
+        let cert = params.signed_by(&key, &self.ca).unwrap();
+        let paths = ["crt", "key"].map(|end| self.dir.path().join(format!("{node}.{end}")));
+        std::fs::write(&paths[0], cert.pem()).unwrap();
+        std::fs::write(&paths[1], key.serialize_pem()).unwrap();
+        let [cert, key] = paths;
+        (cert, key)
+    }
+
+    fn node(&self, node: &str) -> TlsConfig {
+        self.node_with(node, |_| {})
+    }
+
+    fn node_with(&self, node: &str, change: impl FnOnce(&mut CertificateParams)) -> TlsConfig {
+        let (cert, key) = self.issue(node, change);
+        TlsConfig::load(&cert, &key, &self.ca_file()).unwrap()
+    }
+}
+
+fn expired(params: &mut CertificateParams) {
+    params.not_before = date_time_ymd(2001, 1, 1);
+    params.not_after = date_time_ymd(2002, 1, 1);
+}
+
+async fn listen(tls: TlsConfig, limits: Limits) -> Listener {
+    let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
+    Listener::bind(any, tls, vec!["a".to_owned(), "c".to_owned()], limits)
+        .await
+        .unwrap()
+}
+
+async fn pair(data: usize) -> (Session, Session) {
+    let ca = Authority::new();
+    let mut listener = listen(ca.node("b"), Limits::default()).await;
+    let addr = listener.local_addr();
+    let tls = ca.node("a");
+    let (dialed, accepted) = tokio::join!(dial(addr, &tls, "b", data, LIMIT), listener.accept());
+    (dialed.unwrap(), accepted)
+}
+
+async fn dial_error(server: TlsConfig, client: TlsConfig, name: &str) -> String {
+    let listener = listen(server, Limits::default()).await;
+    let error = dial(listener.local_addr(), &client, name, 2, LIMIT)
+        .await
+        .unwrap_err();
+    error.to_string()
+}
+
+#[tokio::test]
+async fn a_session_is_put_together_and_carries_every_lane() {
+    let (a, b) = pair(2).await;
+    assert_eq!((a.peer.as_str(), b.peer.as_str()), ("b", "a"));
+    assert_eq!((a.id, a.version), (b.id, 1));
+    assert_eq!((a.data.len(), b.data.len()), (2, 2));
+
+    let (to_b, mut from_b) = control::start(a.control);
+    let (to_a, mut from_a) = control::start(b.control);
+    let chunk = StateChunk(Bytes::from(vec![7; StateChunk::MAX]));
+    to_b.send(Grant { epoch: Epoch(9) }).await.unwrap();
+    for _ in 0..8 {
+        to_b.send(Control::from(chunk.clone())).await.unwrap();
+    }
+    to_b.flush().await.unwrap();
+    assert_eq!(
+        from_a.recv().await.unwrap(),
+        Control::Grant(Grant { epoch: Epoch(9) })
+    );
+    for _ in 0..8 {
+        assert_eq!(from_a.recv().await.unwrap(), chunk.clone().into());
+    }
+
+    for (index, (out, inn)) in a.data.into_iter().zip(b.data).enumerate() {
+        let (_, mut out) = out.split();
+        let (mut inn, _) = inn.split();
+        let send = async {
+            let mut batch = Batch::new();
+            batch.pages(PageIndex(5), 256).fill(index as u8 + 1);
+            batch.push(&Data::Barrier { round: 1 });
+            out.send_batch(&batch).await.unwrap();
+            out.close().await.unwrap();
+        };
+        let receive = async {
+            let pages = inn.next().await.unwrap();
+            let raw = Bytes::from(vec![index as u8 + 1; 256 * PAGE_SIZE]);
+            let first = PageIndex(5);
+            assert_eq!(pages, Data::Pages { first, raw });
+            assert_eq!(inn.next().await.unwrap(), Data::Barrier { round: 1 });
+            assert!(matches!(inn.next().await, Err(LinkError::Closed)));
+        };
+        tokio::join!(send, receive);
+    }
+
+    let (mut ack, mut packets) = a.urgent.unwrap().split();
+    let (mut log, mut acks) = b.urgent.unwrap().split();
+    let packet = Urgent::Packet {
+        seq: 3,
+        kind: PacketKind::Frame,
+        frame: Bytes::from(vec![1; 66_000]),
+    };
+    packets.send(&packet).await.unwrap();
+    assert_eq!(log.next().await.unwrap(), packet);
+    acks.send(&Urgent::PacketAck { seq: 3 }).await.unwrap();
+    assert_eq!(ack.next().await.unwrap(), Urgent::PacketAck { seq: 3 });
+
+    drop(to_a);
+    drop(from_a);
+    assert!(matches!(from_b.recv().await, Err(LinkError::Closed)));
+}
+
+#[tokio::test]
+async fn resume_and_query_sessions_have_fewer_connections() {
+    let ca = Authority::new();
+    let mut listener = listen(ca.node("b"), Limits::default()).await;
+    let addr = listener.local_addr();
+    let tls = ca.node("a");
+    for shape in [Shape::Resume, Shape::Query] {
+        let dialed = dial_shape(addr, &tls, "b", shape, LIMIT).await.unwrap();
+        let accepted = listener.accept().await;
+        for session in [dialed, accepted] {
+            assert_eq!(session.shape, shape);
+            assert!(session.data.is_empty());
+            assert_eq!(session.urgent.is_some(), shape == Shape::Resume);
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_expired_certificate_is_named_on_either_side() {
+    let ca = Authority::new();
+    let error = dial_error(ca.node_with("b", expired), ca.node("a"), "b").await;
+    assert!(error.contains("certificate of b has expired"), "{error}");
+    let error = dial_error(ca.node("b"), ca.node_with("a", expired), "b").await;
+    assert!(
+        error.contains("this node's certificate has expired"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn an_unknown_ca_is_named_on_either_side() {
+    let (ca, other) = (Authority::new(), Authority::new());
+    let error = dial_error(other.node("b"), ca.node("a"), "b").await;
+    assert!(error.contains("not signed by this node's CA"), "{error}");
+
+    // A node that trusts the listener but has its own certificate from elsewhere.
+    let (cert, key) = other.issue("a", |_| {});
+    let stranger = TlsConfig::load(&cert, &key, &ca.ca_file()).unwrap();
+    let error = dial_error(ca.node("b"), stranger, "b").await;
+    assert!(error.contains("does not trust the CA"), "{error}");
+}
+
+#[tokio::test]
+async fn a_wrong_name_is_named() {
+    let ca = Authority::new();
+    let error = dial_error(ca.node("x"), ca.node("a"), "b").await;
+    assert!(error.contains("not made out to `b.migrator`"), "{error}");
+    let error = dial_error(ca.node("b"), ca.node("stranger"), "b").await;
+    assert!(error.contains("not among its peers"), "{error}");
+}
+
+#[tokio::test]
+async fn a_client_without_certificate_is_told_so() {
+    let ca = Authority::new();
+    let listener = listen(ca.node("b"), Limits::default()).await;
+    let mut roots = rustls::RootCertStore::empty();
+    use rustls::pki_types::pem::PemObject;
+    roots
+        .add(rustls::pki_types::CertificateDer::from_pem_file(ca.ca_file()).unwrap())
+        .unwrap();
+    let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+    let bare = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let mut tls = ca.node("a");
+    tls.connector = tokio_rustls::TlsConnector::from(std::sync::Arc::new(bare));
+    let error = dial(listener.local_addr(), &tls, "b", 1, LIMIT)
+        .await
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("presented none"), "{error}");
+}
+
+#[tokio::test]
+async fn a_peer_that_is_no_node_is_named() {
+    let ca = Authority::new();
+    let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = socket.local_addr().unwrap();
+    let talk = async {
+        let (mut tcp, _) = socket.accept().await.unwrap();
+        tcp.write_all(b"SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n")
+            .await
+            .unwrap();
+        let mut sink = Vec::new();
+        let _ = tcp.read_to_end(&mut sink).await;
+    };
+    let tls = ca.node("a");
+    let (error, ()) = tokio::join!(dial(addr, &tls, "b", 1, LIMIT), talk);
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("does not speak TLS"), "{error}");
+}
+
+#[tokio::test]
+async fn nobody_there_is_named() {
+    let ca = Authority::new();
+    let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = socket.local_addr().unwrap();
+    drop(socket);
+    let error = dial(addr, &ca.node("a"), "b", 1, LIMIT).await.unwrap_err();
+    assert!(matches!(error, DialError::Connect { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_silent_server_meets_the_deadline() {
+    let ca = Authority::new();
+    let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = socket.local_addr().unwrap();
+    let short = Duration::from_millis(50);
+    let error = dial(addr, &ca.node("a"), "b", 1, short).await.unwrap_err();
+    assert!(matches!(error, DialError::Deadline { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn incomplete_sessions_are_bounded_and_time_out() {
+    let ca = Authority::new();
+    let limits = Limits {
+        pending_per_peer: 1,
+        session_deadline: Duration::from_millis(100),
+        ..Limits::default()
+    };
+    let listener = listen(ca.node("b"), limits).await;
+    let addr = listener.local_addr();
+    let tls = ca.node("a");
+    let mut held = half_a_session(addr, &tls).await;
+    let busy = dial_shape(addr, &tls, "b", Shape::Query, LIMIT).await;
+    assert!(
+        matches!(
+            busy,
+            Err(DialError::Turned {
+                why: Turned::Busy,
+                ..
+            })
+        ),
+        "{busy:?}"
+    );
+    // Another peer is not held up by this one.
+    let other = ca.node("c");
+    dial_shape(addr, &other, "b", Shape::Query, LIMIT)
+        .await
+        .unwrap();
+    // The listener closes what stayed incomplete.
+    let mut rest = Vec::new();
+    tokio::time::timeout(LIMIT, held.read_to_end(&mut rest))
+        .await
+        .unwrap()
+        .ok();
+    dial_shape(addr, &tls, "b", Shape::Query, LIMIT)
+        .await
+        .unwrap();
+}
+
+/// The control connection of a migration whose other connections never come.
+async fn half_a_session(
+    addr: SocketAddr,
+    tls: &TlsConfig,
+) -> tokio_rustls::client::TlsStream<TcpStream> {
+    use super::preamble::{Preamble, REPLY_LEN, Reply, Role};
+    let tcp = TcpStream::connect(addr).await.unwrap();
+    let name = rustls::pki_types::ServerName::try_from(dns_name("b")).unwrap();
+    let mut stream = tls.connector.connect(name, tcp).await.unwrap();
+    let preamble = Preamble {
+        version_min: 1,
+        version_max: 1,
+        role: Role::Control,
+        shape: Shape::Migration { data: 1 },
+        session: super::SessionId::random(),
+    };
+    stream.write_all(&preamble.encode()).await.unwrap();
+    let mut reply = [0; REPLY_LEN];
+    stream.read_exact(&mut reply).await.unwrap();
+    assert_eq!(Reply::decode(&reply), Ok(Reply::Welcome(1)));
+    stream
+}
+
+#[tokio::test]
+async fn a_dialer_whose_node_is_cut_off_hears_within_three_seconds() {
+    let (a, b) = pair(1).await;
+    let (_to_b, mut from_b) = control::start(a.control);
+    // The peer is alive as a process and says nothing: no pings.
+    let started = tokio::time::Instant::now();
+    let error = from_b.recv().await.unwrap_err();
+    assert!(matches!(error, LinkError::Silent(_)), "{error}");
+    assert!(started.elapsed() < Duration::from_millis(3500));
+    drop(b);
+}
+
+#[tokio::test]
+async fn an_idle_link_stays_alive_and_measures_its_round_trip() {
+    let (a, b) = pair(1).await;
+    let (_to_b, mut from_b) = control::start(a.control);
+    let (_to_a, _from_a) = control::start(b.control);
+    let idle = tokio::time::timeout(Duration::from_millis(3300), from_b.recv()).await;
+    assert!(idle.is_err(), "{idle:?}");
+    assert!(from_b.round_trip_us().is_some());
+}
+
+#[tokio::test]
+async fn a_reader_never_holds_more_than_a_frame_and_its_room() {
+    let (mut to, from) = tokio::io::duplex(1 << 22);
+    let mut reader: Reader<Data, _> = Reader::new(from);
+    // The length of the largest frame, and not a byte of it.
+    to.write_all(&(1u32 << 31).to_le_bytes()).await.unwrap();
+    assert!(matches!(reader.next().await, Err(LinkError::Frame(_))));
+
+    let (to, from) = tokio::io::duplex(1 << 22);
+    let mut reader: Reader<Data, _> = Reader::new(from);
+    let mut writer: Writer<Data, _> = Writer::new(to);
+    writer.feed(&Data::Barrier { round: 4 }).await.unwrap();
+    writer.flush().await.unwrap();
+    assert_eq!(reader.next().await.unwrap(), Data::Barrier { round: 4 });
+    drop(writer);
+    assert!(matches!(reader.next().await, Err(LinkError::Closed)));
+}
+
+#[tokio::test]
+async fn the_end_in_the_middle_of_a_frame_is_told_from_an_orderly_one() {
+    let (mut to, from) = tokio::io::duplex(64);
+    let mut reader: Reader<Data, _> = Reader::new(from);
+    to.write_all(&[5, 0, 0, 0, 0x43, 1]).await.unwrap();
+    drop(to);
+    assert!(matches!(reader.next().await, Err(LinkError::Truncated)));
+}
+
+/// Run with `--ignored --nocapture` for a figure; nothing is asserted about it.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "a measurement"]
+async fn throughput_of_pages_over_two_data_connections() {
+    let (a, b) = pair(2).await;
+    let frames = 1000u64;
+    let started = std::time::Instant::now();
+    let senders = a.data.into_iter().map(|connection| {
+        tokio::spawn(async move {
+            let (_read, mut writer) = connection.split();
+            let mut batch = Batch::new();
+            for i in 0..frames {
+                batch.clear();
+                batch.pages(PageIndex(i * 256), 256).fill(3);
+                writer.send_batch(&batch).await.unwrap();
+            }
+            writer.close().await.unwrap();
+        })
+    });
+    let senders: Vec<_> = senders.collect();
+    let receivers = b.data.into_iter().map(|connection| {
+        tokio::spawn(async move {
+            let (mut reader, _write) = connection.split();
+            let mut pages = 0u64;
+            while let Ok(Data::Pages { raw, .. }) = reader.next().await {
+                pages += (raw.len() / PAGE_SIZE) as u64;
+            }
+            pages
+        })
+    });
+    let receivers: Vec<_> = receivers.collect();
+    let mut pages = 0;
+    for receiver in receivers {
+        pages += receiver.await.unwrap();
+    }
+    for sender in senders {
+        sender.await.unwrap();
+    }
+    let bits = (pages * PAGE_SIZE as u64 * 8) as f64;
+    let rate = bits / started.elapsed().as_secs_f64() / 1e9;
+    println!("{rate:.2} Gbit/s, both ends on this machine");
+    assert_eq!(pages, 2 * frames * 256);
+}

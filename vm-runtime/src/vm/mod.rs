@@ -1,0 +1,410 @@
+//! One VM: a QEMU process that outlives this service, its guest memory, and its verbs.
+//!
+//!     boot -> running <-> stop / cont
+//!     incoming -> load_state -> paused -> cont -> running
+//!     running -> stop -> save_state -> quit        the guest now lives elsewhere
+//!                            \-> cont              rollback: it goes on here
+//!
+//! Dropping a [`Vm`] leaves its QEMU running; [`Vm::attach`] finds it again. Only `kill` and `quit`
+//! end it. Verbs that fail say in their documentation what state the VM is left in.
+
+mod child;
+mod error;
+mod inject;
+mod pidfd;
+mod process;
+mod record;
+mod spawn;
+mod state;
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::sync::broadcast;
+use tokio::time::timeout;
+
+pub use self::error::{AttachError, ControlError, SpawnError, StateError};
+pub use self::record::{VmRecord, VmmFds};
+pub use self::state::{LoadStats, SaveStats};
+
+use self::error::log_tail;
+use self::process::Process;
+use self::spawn::Spawned;
+use crate::command_line::BootMode;
+use crate::memory::GuestMemory;
+use crate::qemu::QemuBinary;
+use crate::qmp::{Qmp, QmpError, QmpEvent};
+use crate::spec::VmSpec;
+
+/// QEMU's own messages, in the VM's folder.
+pub const LOG: &str = "qemu.log";
+/// The guest's serial console, in the VM's folder.
+pub const CONSOLE: &str = "console.log";
+/// The agent's port, in the VM's folder.
+pub const AGENT_SOCKET: &str = "agent.sock";
+/// The monitor, in the VM's folder.
+pub const QMP_SOCKET: &str = "qmp.sock";
+
+/// From exec to the monitor's greeting: firmware and kernel are read from disk, perhaps a slow one.
+const START_DEADLINE: Duration = Duration::from_secs(60);
+/// A plain command on a live QEMU. It answers in under a millisecond; a busy host may delay it.
+const QMP_DEADLINE: Duration = Duration::from_secs(10);
+/// How long a QEMU that was asked to quit may take before it is killed.
+const QUIT_DEADLINE: Duration = Duration::from_secs(5);
+
+/// What a node gives a VM.
+#[derive(Debug)]
+pub struct VmResources {
+    /// The VM's own folder, which exists: sockets, console, log and record go there.
+    pub dir: PathBuf,
+    /// Guest RAM, of exactly the size that the spec says.
+    pub memory: Arc<GuestMemory>,
+    /// The TAP, with `IFF_VNET_HDR`.
+    pub tap: OwnedFd,
+    /// The park's TAP, which QEMU keeps alive while no service runs.
+    pub park: Option<OwnedFd>,
+    /// The QEMU to run.
+    pub qemu: QemuBinary,
+    /// The kernel image.
+    pub kernel: PathBuf,
+    /// The initramfs.
+    pub initramfs: PathBuf,
+    /// The files behind the spec's disks, in its order.
+    pub disks: Vec<PathBuf>,
+}
+
+/// What QEMU says its VM is doing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RunState {
+    /// The guest runs.
+    Running,
+    /// Stopped, by us or before its first instruction; `cont` makes it run.
+    Paused,
+    /// Stopped after its state was saved; `cont` makes it run.
+    Saved,
+    /// A save is under way.
+    Saving,
+    /// It awaits a state.
+    Incoming,
+    /// Something else, such as `internal-error` or `guest-panicked`, in QEMU's words.
+    Other(String),
+}
+
+impl RunState {
+    /// From the `RunState` enumeration of QEMU's QAPI schema.
+    fn parse(text: &str) -> Self {
+        match text {
+            "running" => Self::Running,
+            "paused" | "prelaunch" => Self::Paused,
+            "postmigrate" => Self::Saved,
+            "finish-migrate" => Self::Saving,
+            "inmigrate" => Self::Incoming,
+            other => Self::Other(other.to_owned()),
+        }
+    }
+}
+
+/// How a VM ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmExit {
+    /// QEMU's reason: `guest-shutdown`, `guest-reset`, `guest-panic`, `host-qmp-quit`;
+    /// `None` if it gave none, as when it was killed.
+    pub reason: Option<String>,
+    /// The process's end, such as `signal: 9 (SIGKILL)`, if this service was its parent.
+    pub status: Option<String>,
+}
+
+/// A VM whose QEMU runs. See the module's documentation for its life.
+#[derive(Debug)]
+pub struct Vm {
+    record: VmRecord,
+    process: Arc<Process>,
+    memory: Arc<GuestMemory>,
+    uffd: OwnedFd,
+    tap: OwnedFd,
+    park: Option<OwnedFd>,
+    qmp: Qmp,
+}
+
+impl Vm {
+    /// Starts a VM from its kernel; its guest runs when this returns.
+    ///
+    /// # Errors
+    /// The spec is wrong, the system refuses, or QEMU ends; nothing is left running.
+    pub async fn boot(spec: &VmSpec, res: VmResources) -> Result<Self, SpawnError> {
+        let (vm, guard) = start(spec, res, BootMode::Boot).await?;
+        vm.qmp.execute("cont", Value::Null, QMP_DEADLINE).await?;
+        guard.disarm();
+        Ok(vm)
+    }
+
+    /// Starts a VM that awaits a state, see [`Vm::load_state`].
+    ///
+    /// QEMU may have written to guest memory when this returns: make it equal to the source's
+    /// from here on, holes included.
+    ///
+    /// # Errors
+    /// The spec is wrong, the system refuses, or QEMU ends; nothing is left running.
+    pub async fn incoming(spec: &VmSpec, res: VmResources) -> Result<Self, SpawnError> {
+        let (vm, guard) = start(spec, res, BootMode::Incoming).await?;
+        guard.disarm();
+        Ok(vm)
+    }
+
+    /// Finds the VM again that an earlier service started, in whatever state it is.
+    ///
+    /// # Errors
+    /// Its process is gone, its descriptors cannot be taken, or its monitor is silent. The VM,
+    /// if there is one, is left as it was.
+    pub async fn attach(record: &VmRecord) -> Result<Self, AttachError> {
+        let pid = record.pid;
+        let failed = |what| move |source| AttachError::Descriptor { what, pid, source };
+        let process = match Process::find(pid, record.start_time) {
+            Ok(process) => process,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(AttachError::Gone { pid });
+            }
+            Err(source) => return Err(failed("process")(source)),
+        };
+        let take = |what, number| process.get_fd(number).map_err(failed(what));
+        let memory = take("guest memory", record.fds.memory)?;
+        let memory = GuestMemory::from_fd(memory).map_err(failed("guest memory"))?;
+        let tap = take("TAP", record.fds.tap)?;
+        let park = record.fds.park.map(|fd| take("park", fd)).transpose()?;
+        let uffd = take("userfaultfd", record.fds.uffd)?;
+        let qmp = Qmp::connect(&record.dir.join(QMP_SOCKET), QMP_DEADLINE).await?;
+        Ok(Self {
+            record: record.clone(),
+            process: Arc::new(process),
+            memory: Arc::new(memory),
+            uffd,
+            tap,
+            park,
+            qmp,
+        })
+    }
+
+    /// What a later service needs for [`Vm::attach`]; also in the VM's folder, see
+    /// [`VmRecord::load`].
+    pub fn record(&self) -> VmRecord {
+        self.record.clone()
+    }
+
+    /// What the VM was built from.
+    pub fn spec(&self) -> &VmSpec {
+        &self.record.spec
+    }
+
+    /// QEMU's process number.
+    pub fn pid(&self) -> i32 {
+        self.record.pid
+    }
+
+    /// The VM's folder.
+    pub fn dir(&self) -> &Path {
+        &self.record.dir
+    }
+
+    /// The agent's socket. QEMU serves one client at a time.
+    pub fn agent_socket(&self) -> PathBuf {
+        self.record.dir.join(AGENT_SOCKET)
+    }
+
+    /// Guest RAM.
+    pub fn memory(&self) -> Arc<GuestMemory> {
+        Arc::clone(&self.memory)
+    }
+
+    /// The userfaultfd of QEMU's address space, past its handshake: for
+    /// [`crate::memory::DirtyTracker::start`].
+    pub fn uffd(&self) -> BorrowedFd<'_> {
+        self.uffd.as_fd()
+    }
+
+    /// A duplicate of the TAP: what the guest has not taken can still be read from it.
+    ///
+    /// # Errors
+    /// This process has too many descriptors.
+    pub fn tap(&self) -> io::Result<OwnedFd> {
+        self.tap.try_clone()
+    }
+
+    /// A duplicate of the park's TAP, if the VM was given one.
+    ///
+    /// # Errors
+    /// This process has too many descriptors.
+    pub fn park(&self) -> io::Result<Option<OwnedFd>> {
+        self.park.as_ref().map(OwnedFd::try_clone).transpose()
+    }
+
+    /// QEMU's events from now on.
+    pub fn events(&self) -> broadcast::Receiver<QmpEvent> {
+        self.qmp.events()
+    }
+
+    /// Stops the guest. When this returns, no virtual CPU runs and no device writes guest memory.
+    ///
+    /// # Errors
+    /// QEMU is gone or silent; in the latter case the guest may run or not.
+    pub async fn stop(&self) -> Result<(), ControlError> {
+        self.command("stop").await.map(drop)
+    }
+
+    /// Makes the guest run: after `stop`, after a save (rollback), after a load.
+    ///
+    /// # Errors
+    /// QEMU refuses, is gone or silent.
+    pub async fn cont(&self) -> Result<(), ControlError> {
+        self.command("cont").await.map(drop)
+    }
+
+    /// What the VM is doing.
+    ///
+    /// # Errors
+    /// QEMU is gone or silent.
+    pub async fn query_status(&self) -> Result<RunState, ControlError> {
+        let command = "query-status";
+        let answer = self.command(command).await?;
+        match answer.get("status").and_then(Value::as_str) {
+            Some(text) => Ok(RunState::parse(text)),
+            None => Err(ControlError::Strange { command }),
+        }
+    }
+
+    /// Ends when the VM has ended, for whatever reason.
+    ///
+    /// # Errors
+    /// The process cannot be watched.
+    pub async fn wait_exit(&self) -> Result<VmExit, ControlError> {
+        self.process
+            .exited()
+            .await
+            .map_err(|source| self.cannot_end(source))?;
+        Ok(VmExit {
+            reason: self.qmp.shutdown_reason(),
+            status: self.process.status().await.map(|s| s.to_string()),
+        })
+    }
+
+    /// Asks QEMU to quit, and kills it if it does not: the guest is not asked, its devices are
+    /// flushed.
+    ///
+    /// # Errors
+    /// It could not even be killed.
+    pub async fn quit(&self) -> Result<(), ControlError> {
+        let asked = self.qmp.execute("quit", Value::Null, QUIT_DEADLINE).await;
+        if !matches!(asked, Err(QmpError::Timeout { .. }))
+            && let Ok(Ok(())) = timeout(QUIT_DEADLINE, self.process.exited()).await
+        {
+            VmRecord::remove(self.dir());
+            return Ok(());
+        }
+        self.kill().await
+    }
+
+    /// Kills QEMU at once, and waits until it is gone.
+    ///
+    /// # Errors
+    /// The kernel refuses, or the process does not end in time.
+    pub async fn kill(&self) -> Result<(), ControlError> {
+        self.process
+            .kill()
+            .await
+            .map_err(|source| self.cannot_end(source))?;
+        VmRecord::remove(self.dir());
+        Ok(())
+    }
+
+    fn cannot_end(&self, source: io::Error) -> ControlError {
+        ControlError::Process {
+            pid: self.record.pid,
+            source,
+        }
+    }
+
+    async fn command(&self, verb: &'static str) -> Result<Value, ControlError> {
+        self.qmp
+            .execute(verb, Value::Null, QMP_DEADLINE)
+            .await
+            .map_err(|source| ControlError::Qmp { verb, source })
+    }
+}
+
+/// Kills a QEMU whose start was not finished, also if the caller went away meanwhile.
+struct Guard {
+    process: Arc<Process>,
+    dir: PathBuf,
+    armed: bool,
+}
+
+impl Guard {
+    fn disarm(mut self) {
+        self.armed = false;
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if self.armed {
+            self.process.kill_now();
+            VmRecord::remove(&self.dir);
+        }
+    }
+}
+
+async fn start(spec: &VmSpec, res: VmResources, mode: BootMode) -> Result<(Vm, Guard), SpawnError> {
+    let Spawned {
+        process,
+        uffd,
+        record,
+    } = spawn::spawn(spec, &res, mode).await?;
+    let process = Arc::new(process);
+    let guard = Guard {
+        process: Arc::clone(&process),
+        dir: record.dir.clone(),
+        armed: true,
+    };
+    let qmp = match set_up(&record.dir.join(QMP_SOCKET)).await {
+        Ok(qmp) => qmp,
+        Err(QmpError::Lost { .. } | QmpError::Connect { .. }) => {
+            let log = log_tail(&record.dir);
+            return Err(SpawnError::Died { log });
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let vm = Vm {
+        record,
+        process,
+        memory: res.memory,
+        uffd,
+        tap: res.tap,
+        park: res.park,
+        qmp,
+    };
+    Ok((vm, guard))
+}
+
+/// Connects to a new QEMU and tells it how it will migrate.
+async fn set_up(socket: &Path) -> Result<Qmp, QmpError> {
+    let qmp = Qmp::connect(socket, START_DEADLINE).await?;
+    // Guest RAM is shared memory, and moves without QEMU; and its progress comes as events.
+    let capabilities = json!({"capabilities": [
+        {"capability": "x-ignore-shared", "state": true},
+        {"capability": "events", "state": true},
+    ]});
+    qmp.execute("migrate-set-capabilities", capabilities, QMP_DEADLINE)
+        .await?;
+    // No throttle, no waiting for convergence, and no announcements by QEMU: those are ours.
+    let parameters = json!({
+        "max-bandwidth": 1u64 << 40,
+        "downtime-limit": 2_000_000,
+        "announce-rounds": 0,
+    });
+    qmp.execute("migrate-set-parameters", parameters, QMP_DEADLINE)
+        .await?;
+    Ok(qmp)
+}

@@ -1,0 +1,49 @@
+//! Unsafe island: pidfd system calls, which the C library has no names for everywhere.
+//!
+//! pidfd_open(2), pidfd_getfd(2), pidfd_send_signal(2); Linux 5.6 and later.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use libc::{c_int, c_long};
+
+/// A descriptor of the process, readable once it has exited. Close-on-exec by nature.
+pub(super) fn open(pid: i32) -> io::Result<OwnedFd> {
+    // SAFETY: plain integers go in; a new descriptor, or -1, comes out.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    owned(fd)
+}
+
+/// A duplicate, in this process, of descriptor `fd` of that process. Close-on-exec by nature.
+pub(super) fn get_fd(pidfd: BorrowedFd<'_>, fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: plain integers go in; a new descriptor, or -1, comes out.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) };
+    owned(fd)
+}
+
+/// Sends SIGKILL to that very process, never to a later one of the same number.
+pub(super) fn kill(pidfd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: a null siginfo is allowed, and makes the kernel fill in what kill(2) would.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            libc::SIGKILL,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+fn owned(fd: c_long) -> io::Result<OwnedFd> {
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let fd = c_int::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}

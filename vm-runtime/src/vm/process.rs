@@ -1,0 +1,143 @@
+//! The QEMU process, as child or as a stranger that an earlier service started.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+use super::pidfd;
+
+/// How long the kernel may take to end a killed process: its memory has to be given back.
+const KILL_DEADLINE: Duration = Duration::from_secs(20);
+
+#[derive(Debug)]
+pub(super) struct Process {
+    pub(super) pid: i32,
+    pub(super) start_time: u64,
+    pidfd: OwnedFd,
+    /// The exit status, if it is our child: the thread that started it reaps it.
+    status: Option<watch::Receiver<Option<ExitStatus>>>,
+}
+
+impl Process {
+    /// A child that the calling code keeps from being reaped until this has returned.
+    pub(super) fn child(pid: i32, status: watch::Receiver<Option<ExitStatus>>) -> io::Result<Self> {
+        Ok(Self {
+            pid,
+            start_time: start_time(pid)?,
+            pidfd: pidfd::open(pid)?,
+            status: Some(status),
+        })
+    }
+
+    /// The process of this number that began at this time; `NotFound` if it is gone.
+    pub(super) fn find(pid: i32, began: u64) -> io::Result<Self> {
+        let gone = || io::Error::from(io::ErrorKind::NotFound);
+        // First the pidfd, then the start time: what the pidfd holds cannot change any more.
+        let pidfd = match pidfd::open(pid) {
+            Ok(pidfd) => pidfd,
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Err(gone()),
+            Err(error) => return Err(error),
+        };
+        if start_time(pid).map_err(|_| gone())? != began {
+            return Err(gone());
+        }
+        Ok(Self {
+            pid,
+            start_time: began,
+            pidfd,
+            status: None,
+        })
+    }
+
+    pub(super) fn get_fd(&self, number: RawFd) -> io::Result<OwnedFd> {
+        pidfd::get_fd(self.pidfd.as_fd(), number)
+    }
+
+    /// Ends when the process has exited.
+    pub(super) async fn exited(&self) -> io::Result<()> {
+        let watched = AsyncFd::with_interest(self.pidfd.try_clone()?, Interest::READABLE)?;
+        // Readiness is enough: an exited process does not come back.
+        let _guard = watched.readable().await?;
+        Ok(())
+    }
+
+    /// The exit status, if it was our child and has exited. Call after `exited`.
+    pub(super) async fn status(&self) -> Option<ExitStatus> {
+        let mut status = self.status.clone()?;
+        let value = status.wait_for(Option::is_some).await.ok()?;
+        *value
+    }
+
+    /// Kills it, and waits until it is gone.
+    pub(super) async fn kill(&self) -> io::Result<()> {
+        match pidfd::kill(self.pidfd.as_fd()) {
+            Ok(()) => {}
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
+            Err(error) => return Err(error),
+        }
+        timeout(KILL_DEADLINE, self.exited()).await?
+    }
+
+    /// Sends SIGKILL and does not wait: for drop guards.
+    pub(super) fn kill_now(&self) {
+        if let Err(error) = pidfd::kill(self.pidfd.as_fd()) {
+            tracing::debug!(pid = self.pid, %error, "QEMU was not killed");
+        }
+    }
+}
+
+/// Field 22 of `/proc/PID/stat`, in clock ticks since boot: with the number, it names a process.
+fn start_time(pid: i32) -> io::Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    parse_start_time(&stat)
+        .ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat makes no sense")))
+}
+
+fn parse_start_time(stat: &str) -> Option<u64> {
+    // The second field is the name in parentheses, and may hold blanks and parentheses itself.
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_start_time_is_found_behind_any_name() {
+        let stat = "7 (a) b (c) S 1 7 7 0 -1 4194560 1 0 0 0 5 6 0 0 20 0 1 0 987654 0 0";
+        assert_eq!(parse_start_time(stat), Some(987_654));
+        assert_eq!(parse_start_time("7 (a"), None);
+    }
+
+    #[test]
+    fn a_process_is_found_by_number_and_start_time_only() {
+        let pid = i32::try_from(std::process::id()).unwrap();
+        let began = start_time(pid).unwrap();
+        assert!(Process::find(pid, began).is_ok());
+        let other = Process::find(pid, began + 1).unwrap_err();
+        assert_eq!(other.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[tokio::test]
+    async fn a_child_is_watched_and_killed_by_its_pidfd() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("600")
+            .spawn()
+            .unwrap();
+        let (sender, status) = watch::channel(None);
+        let process = Process::child(i32::try_from(child.id()).unwrap(), status).unwrap();
+        process.kill().await.unwrap();
+        sender.send(Some(child.wait().unwrap())).unwrap();
+        assert_eq!(process.status().await.unwrap().code(), None);
+        process.kill().await.unwrap();
+        let gone = Process::find(process.pid, process.start_time).unwrap_err();
+        assert_eq!(gone.kind(), io::ErrorKind::NotFound);
+    }
+}

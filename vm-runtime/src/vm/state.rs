@@ -1,0 +1,248 @@
+//! Saving and loading the device state: QEMU's own migration, without the RAM.
+//!
+//! QEMU talks to a Unix socket in the VM's folder, the service pumps between it and the caller's
+//! stream. QEMU runs in that folder, so the names it is given are relative.
+
+use std::io;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::broadcast::{self, error::RecvError};
+use tokio::time::timeout;
+
+use super::error::log_tail;
+use super::{ControlError, QMP_DEADLINE, StateError, Vm};
+use crate::qmp::QmpEvent;
+use crate::units::Bytes;
+
+/// The socket QEMU saves to.
+const SAVE_SOCKET: &str = "save.sock";
+/// The socket QEMU loads from.
+const LOAD_SOCKET: &str = "load.sock";
+/// Half a megabyte takes some milliseconds; what takes this long is stuck. A caller with less
+/// patience drops the future, which aborts as well.
+const STATE_DEADLINE: Duration = Duration::from_secs(30);
+/// One read of the state's bytes.
+const CHUNK: usize = 256 << 10;
+
+/// A save that is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SaveStats {
+    /// Size of the device state.
+    pub bytes: Bytes,
+    /// From the command to the completed stream.
+    pub took: Duration,
+}
+
+/// A load that is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoadStats {
+    /// Size of the device state.
+    pub bytes: Bytes,
+    /// From the command to the VM that is ready to run.
+    pub took: Duration,
+    /// From the last byte of the stream to the VM that is ready to run.
+    pub after_last_byte: Duration,
+}
+
+impl Vm {
+    /// Saves the device state of the stopped VM into `sink`, and flushes it.
+    ///
+    /// Afterwards the VM is paused, and either `quit` or `cont` (rollback) is next.
+    ///
+    /// # Errors
+    /// QEMU fails, or the sink does. The save is aborted then, the VM stays paused, and `cont`
+    /// works. If the future is dropped instead, call [`Vm::abort_save`] before `cont`.
+    pub async fn save_state<W>(&self, sink: &mut W) -> Result<SaveStats, StateError>
+    where
+        W: AsyncWrite + Unpin + Send,
+    {
+        let verb = "save";
+        let after = STATE_DEADLINE;
+        let saved = match timeout(after, self.save(sink)).await {
+            Ok(saved) => saved,
+            Err(_) => Err(StateError::Slow { verb, after }),
+        };
+        if saved.is_err()
+            && let Err(error) = self.abort_save().await
+        {
+            tracing::warn!(vm = %self.spec().name, %error, "the failed save was not aborted");
+        }
+        saved
+    }
+
+    async fn save<W>(&self, sink: &mut W) -> Result<SaveStats, StateError>
+    where
+        W: AsyncWrite + Unpin + Send,
+    {
+        let verb = "save";
+        let began = Instant::now();
+        let path = self.dir().join(SAVE_SOCKET);
+        remove(&path);
+        let listener = UnixListener::bind(&path).map_err(stream("listen for the device state"))?;
+        let mut events = self.events();
+        let uri = json!({ "uri": format!("unix:{SAVE_SOCKET}") });
+        self.qmp
+            .execute("migrate", uri, QMP_DEADLINE)
+            .await
+            .map_err(|source| StateError::Begin { verb, source })?;
+        let copy = async {
+            let (mut from, _) = listener
+                .accept()
+                .await
+                .map_err(stream("accept QEMU's connection"))?;
+            remove(&path);
+            pump(&mut from, sink).await
+        };
+        let (bytes, ()) = tokio::try_join!(copy, self.ended(verb, &mut events))?;
+        Ok(SaveStats {
+            bytes,
+            took: began.elapsed(),
+        })
+    }
+
+    /// Ends a save that failed, or whose service was killed; the VM is paused then, and `cont`
+    /// works. Without a save under way it does nothing.
+    ///
+    /// # Errors
+    /// QEMU is gone, silent, or does not come to rest.
+    pub async fn abort_save(&self) -> Result<(), ControlError> {
+        let mut events = self.events();
+        self.command("migrate_cancel").await?;
+        let rest = async {
+            loop {
+                let answer = self.command("query-migrate").await?;
+                match answer.get("status").and_then(Value::as_str) {
+                    None | Some("none" | "completed" | "failed" | "cancelled") => return Ok(()),
+                    Some(_) => {}
+                }
+                // Ask again at each step; a step whose event was missed shows within the period.
+                let _ = timeout(Duration::from_millis(50), events.recv()).await;
+            }
+        };
+        match timeout(QMP_DEADLINE, rest).await {
+            Ok(result) => result,
+            Err(_) => Err(ControlError::Busy {
+                after: QMP_DEADLINE,
+            }),
+        }
+    }
+
+    /// Loads into an incoming VM what `source` gives until its end. The VM is paused afterwards,
+    /// and `cont` makes it run: its memory must be the source's by then.
+    ///
+    /// # Errors
+    /// QEMU fails, or the source does. The VM cannot be used any more then: kill it.
+    pub async fn load_state<R>(&self, source: &mut R) -> Result<LoadStats, StateError>
+    where
+        R: AsyncRead + Unpin + Send,
+    {
+        let verb = "load";
+        let after = STATE_DEADLINE;
+        match timeout(after, self.load(source)).await {
+            Ok(loaded) => loaded,
+            Err(_) => Err(StateError::Slow { verb, after }),
+        }
+    }
+
+    async fn load<R>(&self, source: &mut R) -> Result<LoadStats, StateError>
+    where
+        R: AsyncRead + Unpin + Send,
+    {
+        let verb = "load";
+        let began = Instant::now();
+        let path = self.dir().join(LOAD_SOCKET);
+        remove(&path);
+        let mut events = self.events();
+        let uri = json!({ "uri": format!("unix:{LOAD_SOCKET}") });
+        self.qmp
+            .execute("migrate-incoming", uri, QMP_DEADLINE)
+            .await
+            .map_err(|source| StateError::Begin { verb, source })?;
+        let mut to = UnixStream::connect(&path)
+            .await
+            .map_err(stream("connect to the loading QEMU"))?;
+        remove(&path);
+        let copy = async {
+            let bytes = pump(source, &mut to).await?;
+            // QEMU knows the end of the state by its content; EOF only cuts a broken one short.
+            to.shutdown()
+                .await
+                .map_err(stream("end the device state"))?;
+            Ok((bytes, Instant::now()))
+        };
+        let ((bytes, last), ()) = tokio::try_join!(copy, self.ended(verb, &mut events))?;
+        Ok(LoadStats {
+            bytes,
+            took: began.elapsed(),
+            after_last_byte: last.elapsed(),
+        })
+    }
+
+    /// Awaits the end of the migration that QEMU was told to do.
+    async fn ended(
+        &self,
+        verb: &'static str,
+        events: &mut broadcast::Receiver<QmpEvent>,
+    ) -> Result<(), StateError> {
+        let failed = |status: &str| StateError::Failed {
+            verb,
+            status: status.to_owned(),
+            log: log_tail(self.dir()),
+        };
+        loop {
+            let event = match events.recv().await {
+                Ok(event) => event,
+                Err(RecvError::Lagged(_)) => continue,
+                Err(RecvError::Closed) => return Err(failed("QEMU died")),
+            };
+            if event.name != "MIGRATION" {
+                continue;
+            }
+            match event.data.get("status").and_then(Value::as_str) {
+                Some("completed") => return Ok(()),
+                Some(status @ ("failed" | "cancelled")) => return Err(failed(status)),
+                Some(_) | None => {}
+            }
+        }
+    }
+}
+
+/// Copies until the end, and flushes.
+async fn pump<R, W>(from: &mut R, to: &mut W) -> Result<Bytes, StateError>
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let mut buffer = vec![0; CHUNK];
+    let mut total = 0;
+    loop {
+        let got = from
+            .read(&mut buffer)
+            .await
+            .map_err(stream("read the device state"))?;
+        if got == 0 {
+            break;
+        }
+        to.write_all(&buffer[..got])
+            .await
+            .map_err(stream("pass the device state on"))?;
+        total += got as u64;
+    }
+    to.flush()
+        .await
+        .map_err(stream("pass the device state on"))?;
+    Ok(Bytes(total))
+}
+
+/// A socket that was used once, or was left by a killed service.
+fn remove(path: &Path) {
+    let _ = std::fs::remove_file(path);
+}
+
+fn stream(step: &'static str) -> impl Fn(io::Error) -> StateError {
+    move |source| StateError::Stream { step, source }
+}
