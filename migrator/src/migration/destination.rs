@@ -180,6 +180,7 @@ impl Destination {
 
     /// Messages of the source. Late and doubled ones meet a state that does not wait for them, and are nothing.
     fn peer(&mut self, message: Control, out: &mut Vec<Output>) {
+        let early = self.before_grant();
         match (message, &mut self.state) {
             (Control::ImageDone(_), State::Images { all_sent, .. }) => {
                 *all_sent = true;
@@ -199,7 +200,7 @@ impl Destination {
             }
             (Control::Handover(handover), State::Receiving(_)) => self.handover = Some(handover),
             (Control::Grant(grant), State::Ready) => self.take_grant(grant.epoch, out),
-            (Control::Abort(abort), _) if self.before_grant() => {
+            (Control::Abort(abort), _) if early => {
                 let reason = format!("{}: {}", self.record.from, abort.reason);
                 self.discard(&reason, out);
             }
@@ -524,7 +525,7 @@ impl Destination {
     fn tick(&mut self, now: u64, out: &mut Vec<Output>) {
         self.timer = None;
         if self.give_up_at.is_some_and(|at| at <= now) {
-            self.give_up_at = None;
+            self.give_up_at = Some(now + SOURCE_LIMIT_US);
             if matches!(self.state, State::Running) {
                 self.finish(false, out);
             }

@@ -260,10 +260,10 @@ impl Source {
                 }
             },
             (Control::Running(running), State::Granted | State::Doubt(_)) => {
-                self.taken_over(now, running.failed, out);
+                self.taken_over(running.failed, out);
             }
             (Control::QueryReply(reply), _) if reply.migration == self.record.migration => {
-                self.verdict(now, reply.verdict, out);
+                self.verdict(reply.verdict, out);
             }
             (Control::Refuse(refuse), _) => self.turned_down(&refuse.reason, out),
             (Control::Abort(abort), _) => self.turned_down(&abort.reason, out),
@@ -442,7 +442,7 @@ impl Source {
     }
 
     /// The destination runs the guest: this copy must never run again.
-    fn taken_over(&mut self, now: u64, failed: Option<String>, out: &mut Vec<Output>) {
+    fn taken_over(&mut self, failed: Option<String>, out: &mut Vec<Output>) {
         self.deadline = None;
         let released = OwnerState::Released {
             to: self.record.to.clone(),

@@ -88,9 +88,10 @@ pub enum Output {
     Verify,
     /// Give the VMM the device state that came. The memory is complete: devices look into it. Then [`Input::StateLoaded`].
     LoadState,
-    /// *Awaited.* Open the gate, announce. Harmless when done before. A failure is [`Input::Failed`], and the rest of the batch is carried out.
+    /// *Awaited.* Open the gate, announce. Harmless when done before. A failure is logged: the guest must run all the same.
     OpenNetwork,
-    /// Resume the vCPUs; harmless when they run. Then [`Input::Resumed`].
+    /// Resume the vCPUs; harmless when they run. Then [`Input::Resumed`], or [`Input::Failed`] once it is certain that they never will: the
+    /// pod has failed then.
     Resume,
     /// The guest runs here: settle the gate, attach the agent, set the guest's clock; the pod is this node's. No answer is needed.
     Adopt {

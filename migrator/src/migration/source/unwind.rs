@@ -83,9 +83,9 @@ impl Source {
     }
 
     /// A final answer to our question.
-    pub(super) fn verdict(&mut self, now: u64, verdict: Verdict, out: &mut Vec<Output>) {
+    pub(super) fn verdict(&mut self, verdict: Verdict, out: &mut Vec<Output>) {
         match (verdict, &self.state) {
-            (Verdict::Running, State::Granted | State::Doubt(_)) => self.taken_over(now, None, out),
+            (Verdict::Running, State::Granted | State::Doubt(_)) => self.taken_over(None, out),
             (Verdict::Running, State::Closing(_)) => {
                 out.push(Output::Send(self.released_message()));
             }
