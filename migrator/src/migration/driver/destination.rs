@@ -218,7 +218,7 @@ pub(super) async fn recover(
 struct Run {
     node: Arc<Node>,
     machine: Destination,
-    offer: Option<Offer>,
+    offer: Option<Box<Offer>>,
     inputs: UnboundedSender<Input>,
     queue: UnboundedReceiver<Input>,
     /// What comes over the link, so that device state and hashes need not pass the machine.
@@ -450,18 +450,29 @@ impl Run {
         {
             tracing::warn!(reason, "after the grant");
         }
-        let now = self.began.elapsed().as_micros() as u64;
-        let outputs = self.machine.handle(now, input);
+        let outputs = self.handle(input);
         self.carry_out(outputs).await;
     }
 
+    fn handle(&mut self, input: Input) -> Vec<Output> {
+        let now = self.began.elapsed().as_micros() as u64;
+        self.machine.handle(now, input)
+    }
+
+    /// A journal that fails is the machine's very next input, and what followed it is dropped.
     async fn carry_out(&mut self, outputs: Vec<Output>) {
+        let mut outputs = outputs;
+        while let Some(reason) = self.carry_out_once(outputs).await {
+            outputs = self.handle(Input::JournalFailed { reason });
+        }
+    }
+
+    async fn carry_out_once(&mut self, outputs: Vec<Output>) -> Option<String> {
         for output in outputs {
             match output {
                 Output::Journal(entry) => {
                     if let Err(reason) = self.write(entry).await {
-                        let _ = self.inputs.send(Input::JournalFailed { reason });
-                        return;
+                        return Some(reason);
                     }
                 }
                 Output::Note(entry) => {
@@ -472,6 +483,7 @@ impl Run {
                 other => self.begin(other).await,
             }
         }
+        None
     }
 
     async fn write(&self, entry: Entry) -> Result<(), String> {

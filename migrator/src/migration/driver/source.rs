@@ -395,44 +395,36 @@ impl Run {
         }
     }
 
+    /// A journal that fails is the machine's very next input, and what followed it is dropped.
     async fn carry_out(&mut self, outputs: Vec<Output>) {
+        let mut outputs = outputs;
+        while let Some(reason) = self.carry_out_once(outputs).await {
+            let now = self.now();
+            outputs = self.machine.handle(now, Input::JournalFailed { reason });
+        }
+        self.show(None);
+    }
+
+    async fn carry_out_once(&mut self, outputs: Vec<Output>) -> Option<String> {
         for output in outputs {
-            let more = match output {
-                Output::Journal(entry) => match self.write(entry).await {
-                    Ok(()) => true,
-                    Err(reason) => {
-                        let _ = self.inputs.send(Input::JournalFailed { reason });
-                        false
+            match output {
+                Output::Journal(entry) => {
+                    if let Err(reason) = self.write(entry).await {
+                        return Some(reason);
                     }
-                },
+                }
                 Output::Note(entry) => {
                     if let Err(reason) = self.write(entry).await {
                         tracing::error!(pod = self.pod.name(), reason, "the journal stays behind");
                     }
-                    true
                 }
-                Output::Rollback(what) => {
-                    self.roll_back(what).await;
-                    true
-                }
-                Output::Finish(outcome) => {
-                    self.finish(outcome).await;
-                    true
-                }
-                Output::Send(message) => {
-                    self.send(message).await;
-                    true
-                }
-                other => {
-                    self.begin_step(other).await;
-                    true
-                }
-            };
-            if !more {
-                return;
+                Output::Rollback(what) => self.roll_back(what).await,
+                Output::Finish(outcome) => self.finish(outcome).await,
+                Output::Send(message) => self.send(message).await,
+                other => self.begin_step(other).await,
             }
         }
-        self.show(None);
+        None
     }
 
     async fn write(&self, entry: Entry) -> Result<(), String> {
