@@ -331,10 +331,28 @@ impl World {
             self.events
                 .retain(|_, e| !matches!(e, Event::Deliver { link: l, .. } if *l == link));
         }
+        if self.setting.late && !lose {
+            self.stall(link);
+        }
         let arrives = self.links[link].arrives;
         for (side, last) in [(Side::Source, arrives.1), (Side::Destination, arrives.0)] {
-            let time = (self.now + self.delay(3_000_000)).max(last + 1);
+            let mut time = self.now + self.delay(3_000_000);
+            if !self.setting.late {
+                time = time.max(last + 1);
+            }
             self.at(time, Event::Lost { link, side });
+        }
+    }
+
+    /// What is under way on a link takes its time, and may come long after its ends have given the link up.
+    fn stall(&mut self, link: usize) {
+        let shift = self.delay(5_000_000);
+        let (stalled, events) = std::mem::take(&mut self.events)
+            .into_iter()
+            .partition(|(_, e)| matches!(e, Event::Deliver { link: l, .. } if *l == link));
+        self.events = events;
+        for ((time, serial), event) in stalled {
+            self.events.insert((time + shift, serial), event);
         }
     }
 
@@ -531,7 +549,7 @@ impl World {
             Output::Journal(_) if std::mem::take(&mut self.s.disk_full) => {
                 self.s.outbox.clear();
                 let reason = "disk full".to_owned();
-                return self.input(0, In::Source(Input::JournalFailed { reason }));
+                return self.feed(In::Source(Input::JournalFailed { reason }));
             }
             Output::Journal(entry) | Output::Note(entry) => return self.write(entry, Side::Source),
             Output::SendImages(_) => Input::ImagesSent,
@@ -639,7 +657,7 @@ impl World {
             Output::Journal(_) if std::mem::take(&mut self.d.disk_full) => {
                 self.d.outbox.clear();
                 let reason = "disk full".to_owned();
-                return self.input(0, In::Destination(Input::JournalFailed { reason }));
+                return self.feed(In::Destination(Input::JournalFailed { reason }));
             }
             Output::Journal(entry) | Output::Note(entry) => {
                 return self.write(entry, Side::Destination);
@@ -727,6 +745,11 @@ impl World {
                 self.d.link = Some(link);
                 self.destination = Some(Destination::new(offer, "a".to_owned()));
                 self.input(0, In::Destination(destination::Input::Begin));
+                if !self.links[link].up {
+                    // Whoever accepts from a dead link hears of its death after the last byte.
+                    let (side, time) = (Side::Destination, self.now + self.delay(3_000_000));
+                    self.at(time, Event::Lost { link, side });
+                }
             }
             (Control::Query(_), true) if !current => {
                 if let Some(old) = self.d.link.replace(link) {
