@@ -1,6 +1,6 @@
 //! The host's end of the agent's link: requests, events, container output and exec streams.
 //!
-//! One task owns the connection and the link's state ([`actor`]); an [`AgentClient`] is a cheap handle
+//! One task owns the connection and the link's state (`actor.rs`); an [`AgentClient`] is a cheap handle
 //! on it. What the link promises, and how it survives a move, is told in [`guest_agent::protocol`].
 //!
 //! A migration uses it like this:
@@ -17,6 +17,7 @@
 
 mod actor;
 mod exec;
+mod inbound;
 mod pod;
 
 use std::io;
