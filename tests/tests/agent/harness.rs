@@ -270,7 +270,9 @@ pub(crate) fn pod(containers: Vec<Container>) -> Configuration {
             addresses: ["10.0.2.15", "fd77::10"]
                 .map(|a| (a.parse().expect("an address"), 24))
                 .to_vec(),
-            gateways: vec!["10.0.2.2".parse().expect("an address")],
+            gateways: ["10.0.2.2", "fd77::1"]
+                .map(|a| a.parse().expect("an address"))
+                .to_vec(),
         }],
         dns: vec!["10.0.2.3".parse().expect("an address")],
         containers,

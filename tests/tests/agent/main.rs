@@ -123,7 +123,7 @@ async fn in_a_container(client: &AgentClient) {
     let addresses = run(
         client,
         "stubborn",
-        "ip addr show; ip route; cat /etc/hosts /etc/resolv.conf",
+        "ip addr show; ip route; ip -6 route; cat /etc/hosts /etc/resolv.conf",
     )
     .await;
     for wanted in [
@@ -131,6 +131,7 @@ async fn in_a_container(client: &AgentClient) {
         "fd77::10/24",
         "LOOPBACK,UP",
         "default via 10.0.2.2",
+        "default via fd77::1",
         "fd77::10\tweb",
         "nameserver 10.0.2.3",
     ] {

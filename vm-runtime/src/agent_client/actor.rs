@@ -47,6 +47,7 @@ pub(super) enum Command {
         reply: Answer,
     },
     Tell(HostMessage),
+    Close,
     Detach {
         reply: oneshot::Sender<()>,
     },
@@ -281,10 +282,15 @@ impl Actor {
                 }
             }
             Command::Tell(message) => {
-                if self.mode == Mode::Open {
-                    self.tell(&message);
+                if let HostMessage::OutputCredit { exec, bytes } = &message
+                    && let Some(ends) = self.execs.get_mut(exec)
+                {
+                    ends.owed = ends.owed.saturating_sub(u64::from(*bytes));
                 }
+                // While detached as well: a credit that is lost would stop an exec after a rollback.
+                self.tell(&message);
             }
+            Command::Close => self.inbox.close(),
             Command::Detach { reply } => {
                 if self.mode == Mode::Open {
                     self.mode = Mode::Detached;

@@ -49,6 +49,8 @@ const EVENT_BACKLOG: usize = 256;
 /// Where container output goes. Called from the client's task, in order: it should write to a file's
 /// page cache and return, and deal with its own errors. When it returns, the output is acknowledged and
 /// the guest forgets it.
+///
+/// Container names come from the guest: take only those that the pod has.
 pub trait OutputSink: Send + Sync + 'static {
     /// `data` follows the first `offset` bytes of this stream. After a gap (output of before a
     /// move whose log did not move along), `offset` is greater than [`Self::last_offset`].
@@ -318,6 +320,13 @@ impl AgentClient {
     /// [`AgentError::Gone`].
     pub fn reconnect(&self) -> Result<(), AgentError> {
         self.send(Command::Reattach { reconnect: true })
+    }
+
+    /// Ends the connection for all handles: requests and execs that wait get [`AgentError::Gone`]. For a
+    /// source whose pod has moved away.
+    pub fn close(&self) {
+        // If the task has ended already, so much the better.
+        self.send(Command::Close).ok();
     }
 
     async fn done(&self, request: Request, limit: Duration) -> Result<(), AgentError> {
