@@ -29,6 +29,9 @@ const BOOTS_WITHIN: Duration = Duration::from_secs(120);
 /// Traffic before the first move, between moves, and after the last.
 const CALM: Duration = Duration::from_secs(2);
 
+/// Bytes; a larger file is no log that one would read.
+const LOG_LIMIT: u64 = 4 << 20;
+
 /// Arguments of the verb.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
@@ -257,21 +260,15 @@ fn keep_logs(project: &Project, lab: &Lab) {
     println!("demo: logs are in {}", project.short(&dir));
 }
 
-/// The log of the service, and those of each pod's VMM and console.
+/// Every small file but keys: the log of the service, the console and log of each VMM, the journal.
 fn copy_logs(from: &Path, to: &Path) -> std::io::Result<()> {
     std::fs::create_dir_all(to)?;
     for entry in std::fs::read_dir(from)?.flatten() {
         let (path, name) = (entry.path(), entry.file_name());
         let kind = entry.file_type()?;
-        if kind.is_dir() && name != "images" && name != "bpf" {
+        if kind.is_dir() && name != "images" && name != "chunks" && name != "bpf" {
             copy_logs(&path, &to.join(&name))?;
-        } else if kind.is_file()
-            && path.extension().is_some_and(|extension| {
-                ["log", "out", "json", "yaml"]
-                    .iter()
-                    .any(|known| extension == *known)
-            })
-        {
+        } else if kind.is_file() && name != "key.pem" && entry.metadata()?.len() <= LOG_LIMIT {
             std::fs::copy(&path, to.join(&name))?;
         }
     }
