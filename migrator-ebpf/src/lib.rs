@@ -1,2 +1,74 @@
+//! What the dataplane programs and user space share: the gate's word, the maps and their values, the
+//! counters, and the pure functions over a frame that both sides must compute alike.
+//!
+//! The pinned maps outlive the service, so a layout here is an on-disk format: change [`ABI`] with it.
+
 #![no_std]
-//! Shared types.
+
+mod counter;
+mod gate;
+mod packet;
+
+pub use counter::{COUNTERS_LEN, Counter, CounterRow};
+pub use gate::{Gate, Mode, Verdict, verdict};
+pub use packet::{
+    Bytes, FrameBytes, MAC_LEN, bucket, destination_mac, is_group, is_own_echo, source_mac,
+};
+
+/// Version of the layouts below; part of the folder that the maps are pinned in.
+pub const ABI: u32 = 1;
+
+/// Pods that one node can hold: the maps are sized for it when they are made.
+pub const MAX_SLOTS: u32 = 512;
+
+/// Flow buckets of one slot. A flow never leaves its bucket; flows that share one only share their queue.
+pub const BUCKETS: u32 = 256;
+
+/// Row of the counters that books frames of a device without a slot.
+pub const NO_SLOT_ROW: u32 = MAX_SLOTS;
+
+/// Names of the programs and maps in the object; the maps are pinned under the same names.
+pub mod names {
+    /// tcx egress program of a pod's TAP.
+    pub const GATE: &str = "gate";
+    /// tcx ingress program of a pod's TAP.
+    pub const GUARD: &str = "guard";
+    /// Array of `u64`, by slot: [`crate::Gate`]. Memory-mappable.
+    pub const GATES: &str = "GATES";
+    /// Hash of [`crate::Device`], by interface index.
+    pub const DEVICES: &str = "DEVICES";
+    /// Array of `u64`, by [`crate::bucket_index`]: frames parked, added by the gate. Memory-mappable.
+    pub const PARKED: &str = "PARKED";
+    /// Array of `u64`, by [`crate::bucket_index`]: parked frames that have left the service. Memory-mappable.
+    pub const DONE: &str = "DONE";
+    /// Per-CPU array of [`crate::CounterRow`], by slot, and one row more: [`crate::NO_SLOT_ROW`].
+    pub const COUNTERS: &str = "COUNTERS";
+}
+
+/// What the programs know about a device they are attached to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Device {
+    /// Interface index of the pod's park.
+    pub park: u32,
+    /// The pod's slot.
+    pub slot: u16,
+    /// The pod's MAC address.
+    pub mac: [u8; MAC_LEN],
+}
+
+const _: () = assert!(size_of::<Device>() == 12);
+const _: () = assert!(size_of::<CounterRow>() == COUNTERS_LEN * 8);
+
+/// Index of a bucket in the maps of `parked` and `done` counters.
+pub const fn bucket_index(slot: u16, bucket: u8) -> u32 {
+    slot as u32 * BUCKETS + bucket as u32
+}
+
+#[cfg(feature = "user")]
+mod user {
+    // SAFETY: `repr(C)`, 4 + 2 + 6 bytes without padding, every bit pattern valid: what a map value needs.
+    unsafe impl aya::Pod for super::Device {}
+    // SAFETY: an array of `u64` behind `repr(transparent)`: no padding, every bit pattern valid.
+    unsafe impl aya::Pod for super::CounterRow {}
+}

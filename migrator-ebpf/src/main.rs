@@ -1,1 +1,156 @@
-//! x
+//! The dataplane programs of a pod's TAP: the gate in front of the guest (tcx egress), and the guard
+//! behind it (tcx ingress). The verdicts themselves are `migrator_ebpf::verdict`, tested on the host.
+
+#![no_std]
+#![no_main]
+// The target has no compare-and-swap, so `AtomicU64` lacks `fetch_add` here; the intrinsic becomes the
+// one instruction that BPF has for it.
+#![allow(internal_features)]
+#![feature(core_intrinsics)]
+
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
+
+use aya_ebpf::helpers::bpf_redirect;
+use aya_ebpf::macros::{classifier, map};
+use aya_ebpf::maps::{Array, HashMap, PerCpuArray};
+use aya_ebpf::programs::TcContext;
+use aya_log_ebpf::debug;
+use migrator_ebpf::{
+    BUCKETS, Bytes, Counter, CounterRow, Device, Gate, MAX_SLOTS, NO_SLOT_ROW, Verdict, bucket,
+    bucket_index, is_own_echo, verdict,
+};
+
+/// linux/bpf.h: the map can be mapped into user memory.
+const BPF_F_MMAPABLE: u32 = 1 << 10;
+
+/// linux/bpf.h `tcx_action_base`: on to the next program, if any, then as if there were none.
+const TCX_NEXT: i32 = -1;
+/// linux/bpf.h `tcx_action_base`.
+const TCX_DROP: i32 = 2;
+
+#[map]
+static GATES: Array<u64> = Array::pinned(MAX_SLOTS, BPF_F_MMAPABLE);
+#[map]
+static DEVICES: HashMap<u32, Device> = HashMap::pinned(2 * MAX_SLOTS, 0);
+#[map]
+static PARKED: Array<u64> = Array::pinned(MAX_SLOTS * BUCKETS, BPF_F_MMAPABLE);
+#[map]
+static DONE: Array<u64> = Array::pinned(MAX_SLOTS * BUCKETS, BPF_F_MMAPABLE);
+#[map]
+static COUNTERS: PerCpuArray<CounterRow> = PerCpuArray::pinned(MAX_SLOTS + 1, 0);
+
+struct Skb<'a>(&'a TcContext);
+
+impl Bytes for Skb<'_> {
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        self.0.load(offset).ok()
+    }
+}
+
+/// Books the frame. Both hooks run with soft interrupts off, so nothing on this CPU comes between.
+#[inline(always)]
+fn count(row: u32, counter: Counter) {
+    if let Some(row) = COUNTERS.get_ptr_mut(row) {
+        // SAFETY: the map holds whole rows, and this CPU's is written only here.
+        unsafe { (*row).0[counter as usize] += 1 };
+    }
+}
+
+#[inline(always)]
+fn read(map: &Array<u64>, index: u32) -> u64 {
+    match map.get_ptr(index) {
+        // SAFETY: an aligned `u64` of a live map; user space stores whole words.
+        Some(value) => unsafe { value.read_volatile() },
+        None => 0,
+    }
+}
+
+#[inline(always)]
+fn device(ctx: &TcContext) -> Option<Device> {
+    // SAFETY: `skb` is the context that the kernel passed in; the map value is only read.
+    unsafe {
+        let ifindex = (*ctx.skb.skb).ifindex;
+        DEVICES.get(&ifindex).copied()
+    }
+}
+
+/// tcx egress: frames for the guest.
+#[classifier]
+fn gate(ctx: TcContext) -> i32 {
+    let Some(device) = device(&ctx) else {
+        count(NO_SLOT_ROW, Counter::RefusedNoSlot);
+        debug!(&ctx, "gate: a device without a slot");
+        return TCX_DROP;
+    };
+    let skb = Skb(&ctx);
+    let slot = u32::from(device.slot);
+    let index = bucket_index(device.slot, bucket(&skb));
+    // `done` first: it only grows towards `parked`, so an old value parks one frame too many, a value
+    // newer than `parked`'s could let one overtake.
+    let done = read(&DONE, index);
+    let parked = read(&PARKED, index);
+    let gate = Gate::from_word(read(&GATES, slot));
+    let verdict = verdict(
+        gate,
+        device.slot,
+        is_own_echo(&skb, device.mac),
+        parked,
+        done,
+    );
+    count(slot, verdict.counter());
+    match verdict {
+        Verdict::Pass(_) => TCX_NEXT,
+        Verdict::Park(_) => {
+            if let Some(parked) = PARKED.get_ptr_mut(index) {
+                // SAFETY: an aligned `u64` of a live map, changed by atomic additions only.
+                unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(parked, 1) };
+            }
+            redirect(device.park)
+        }
+        Verdict::Show(_) => {
+            debug!(&ctx, "gate: slot {} hears its own address", slot);
+            redirect(device.park)
+        }
+        Verdict::Drop(Counter::RefusedNoSlot) => {
+            debug!(&ctx, "gate: slot {} holds no word of its own", slot);
+            TCX_DROP
+        }
+        Verdict::Drop(_) => TCX_DROP,
+    }
+}
+
+#[inline(always)]
+fn redirect(park: u32) -> i32 {
+    // SAFETY: a helper without memory arguments.
+    unsafe { bpf_redirect(park, 0) as i32 }
+}
+
+/// tcx ingress: frames from the guest. Nothing leaves a guest that may not run here.
+#[classifier]
+fn guard(ctx: TcContext) -> i32 {
+    let Some(device) = device(&ctx) else {
+        count(NO_SLOT_ROW, Counter::Blocked);
+        debug!(&ctx, "guard: a device without a slot");
+        return TCX_DROP;
+    };
+    let slot = u32::from(device.slot);
+    let gate = Gate::from_word(read(&GATES, slot));
+    if gate.slot == device.slot && gate.may_send {
+        count(slot, Counter::Sent);
+        return TCX_NEXT;
+    }
+    count(slot, Counter::Blocked);
+    debug!(&ctx, "guard: slot {} may not send", slot);
+    TCX_DROP
+}
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+/// The kernel lets only programs under the GPL call some helpers; these are offered under it as well.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,1 +1,419 @@
-//! Stub.
+//! The node's configuration: one YAML file, parsed into types that cannot be wrong.
+//!
+//! ```yaml
+//! name: a                        # this node's name, as in its certificate
+//! state_dir: /var/lib/migrator   # pods, images, journal, sockets
+//! bridge: br0                    # the bridge that pods are ports of
+//! uplink: eth0                   # the bridge's port that leads to the other nodes
+//! listen: 10.78.0.1:7077         # where other nodes connect
+//! advertise: 10.78.0.1:7077      # optional: what to tell them, if not `listen`
+//! peers: { b: "10.78.0.2:7077" }
+//! tls: { ca: ca.pem, cert: a.pem, key: a.key }
+//! api_socket: /run/migrator.sock # optional: <state_dir>/api.sock
+//! guest: { kernel: vmlinuz, initramfs: guest.img }
+//! qemu: { binary: /usr/bin/qemu-system-x86_64, accel: auto }   # optional
+//! limits: { pods: 64, log_bytes: 16777216 }                    # optional
+//! migration: { connections: 2, max_downtime_ms: 30 }           # optional
+//! ```
+//!
+//! Relative paths are taken from the file's own folder. An unknown key is an error that names it.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use vm_runtime::spec::AccelChoice;
+
+/// Longest socket path the kernel takes, its final zero included (`sun_path` in `linux/un.h`).
+const SUN_PATH_MAX: usize = 108;
+
+/// What a socket in a pod's folder adds to the state folder's path, without the pod's name.
+const POD_SOCKET_EXTRA: usize = "/pods//migration.sock".len() + 1;
+
+/// Every state folder leaves room for pod names of at least this length; longer ones may be refused.
+const SHORTEST_NAME_LIMIT: usize = 20;
+
+/// Everything `migrator node` is told.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// This node's name: an RFC 1123 label, and the name in its certificate.
+    pub name: NodeName,
+    /// Folder of everything the node keeps. One service at a time may use it.
+    pub state_dir: PathBuf,
+    /// The bridge that pods' TAPs become ports of.
+    pub bridge: InterfaceName,
+    /// The bridge's port towards the other nodes.
+    pub uplink: InterfaceName,
+    /// Address that other nodes connect to.
+    pub listen: SocketAddr,
+    /// What other nodes are told to connect to, where it is not `listen`.
+    #[serde(default)]
+    pub advertise: Option<SocketAddr>,
+    /// The other nodes.
+    #[serde(default)]
+    pub peers: BTreeMap<NodeName, SocketAddr>,
+    /// Certificates.
+    pub tls: TlsPaths,
+    /// The API's socket; `<state_dir>/api.sock` if absent.
+    #[serde(default)]
+    pub api_socket: Option<PathBuf>,
+    /// What guests boot from.
+    pub guest: GuestPaths,
+    /// The VMM.
+    #[serde(default)]
+    pub qemu: QemuConfig,
+    /// Bounds.
+    #[serde(default)]
+    pub limits: Limits,
+    /// What a migration uses where its request names nothing.
+    #[serde(default)]
+    pub migration: MigrationDefaults,
+}
+
+/// PEM files of this node.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsPaths {
+    /// The authority that all nodes' certificates are checked against.
+    pub ca: PathBuf,
+    /// This node's certificate chain.
+    pub cert: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+}
+
+/// The guest's kernel and first file system. Both must be the same on every node.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GuestPaths {
+    /// Kernel image (bzImage).
+    pub kernel: PathBuf,
+    /// Initramfs with the agent and its modules.
+    pub initramfs: PathBuf,
+}
+
+/// Which QEMU, and how it runs guests.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QemuConfig {
+    /// The program; searched in PATH if absent.
+    #[serde(default)]
+    pub binary: Option<PathBuf>,
+    /// Folder of its shared libraries, for a QEMU that is unpacked rather than installed.
+    #[serde(default)]
+    pub lib_dir: Option<PathBuf>,
+    /// Folders of its firmware (`-L`), for the same case.
+    #[serde(default)]
+    pub data_dirs: Vec<PathBuf>,
+    /// Accelerator: `auto`, `kvm` or `tcg`.
+    #[serde(default)]
+    pub accel: AccelChoice,
+}
+
+/// Bounds that keep one tenant from taking the whole node.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Pods on this node at a time.
+    pub pods: u16,
+    /// Bytes of output kept for each pod.
+    pub log_bytes: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            pods: 64,
+            log_bytes: 16 << 20,
+        }
+    }
+}
+
+/// What a migration uses where its request names nothing.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MigrationDefaults {
+    /// Data connections, 1 to 16.
+    pub connections: u8,
+    /// The longest predicted downtime that lets a migration freeze the guest, in milliseconds.
+    pub max_downtime_ms: u32,
+}
+
+impl Default for MigrationDefaults {
+    fn default() -> Self {
+        Self {
+            connections: 2,
+            max_downtime_ms: 30,
+        }
+    }
+}
+
+/// Why a configuration cannot be used. The messages name the file, and the key where there is one.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration file {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Not YAML, a key that is unknown or missing, or a value of the wrong kind.
+    #[error("the configuration file {} is not valid", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Names the key, line and column.
+        #[source]
+        source: serde_yaml_ng::Error,
+    },
+    /// A value that no node can work with.
+    #[error("the configuration file {}: `{key}` {problem}", path.display())]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// The key, with its section.
+        key: &'static str,
+        /// What is wrong with its value, and what to write.
+        problem: String,
+    },
+}
+
+impl Config {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// See [`ConfigError`]; files that the configuration names are not looked at.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        let folder = std::path::absolute(path)
+            .ok()
+            .and_then(|p| p.parent().map(Path::to_owned))
+            .unwrap_or_else(|| PathBuf::from("/"));
+        Self::parse(&text, path, &folder)
+    }
+
+    /// Parses `text`; `path` is for messages, `folder` is what relative paths are taken from.
+    ///
+    /// # Errors
+    /// See [`ConfigError`].
+    pub fn parse(text: &str, path: &Path, folder: &Path) -> Result<Self, ConfigError> {
+        let mut config: Self =
+            serde_yaml_ng::from_str(text).map_err(|source| ConfigError::Parse {
+                path: path.to_owned(),
+                source,
+            })?;
+        for file in [
+            &mut config.state_dir,
+            &mut config.tls.ca,
+            &mut config.tls.cert,
+            &mut config.tls.key,
+            &mut config.guest.kernel,
+            &mut config.guest.initramfs,
+        ]
+        .into_iter()
+        .chain(config.api_socket.as_mut())
+        .chain(config.qemu.lib_dir.as_mut())
+        .chain(config.qemu.data_dirs.iter_mut())
+        {
+            *file = folder.join(&*file);
+        }
+        // A bare program name stays one, to be searched in PATH.
+        if let Some(binary) = config.qemu.binary.as_mut()
+            && binary.components().count() > 1
+        {
+            *binary = folder.join(&*binary);
+        }
+        config
+            .check()
+            .map_err(|(key, problem)| ConfigError::Value {
+                path: path.to_owned(),
+                key,
+                problem,
+            })?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        if self.peers.contains_key(&self.name) {
+            return Err((
+                "peers",
+                format!(
+                    "names this node itself (`{}`): remove that entry",
+                    self.name
+                ),
+            ));
+        }
+        if self.advertise.unwrap_or(self.listen).port() == 0 {
+            return Err(("listen", "needs a port other than 0".to_owned()));
+        }
+        if self.bridge == self.uplink {
+            return Err((
+                "uplink",
+                "must be a port of the bridge, not the bridge itself".to_owned(),
+            ));
+        }
+        if self.longest_pod_name() < SHORTEST_NAME_LIMIT {
+            // Short pod names would work, and a longer one would fail at night.
+            return Err((
+                "state_dir",
+                format!(
+                    "is too long for the sockets in it: {} bytes, at most {}",
+                    self.state_dir.as_os_str().len(),
+                    SUN_PATH_MAX - POD_SOCKET_EXTRA - SHORTEST_NAME_LIMIT
+                ),
+            ));
+        }
+        if self.api_socket().as_os_str().len() >= SUN_PATH_MAX {
+            return Err(("api_socket", "is too long for a socket's path".to_owned()));
+        }
+        if self.limits.pods == 0 || self.limits.pods > 4096 {
+            return Err(("limits.pods", "must be between 1 and 4096".to_owned()));
+        }
+        if self.limits.log_bytes < 1 << 16 {
+            return Err(("limits.log_bytes", "must be at least 65536".to_owned()));
+        }
+        if !(1..=16).contains(&self.migration.connections) {
+            return Err((
+                "migration.connections",
+                "must be between 1 and 16".to_owned(),
+            ));
+        }
+        if self.migration.max_downtime_ms == 0 {
+            return Err(("migration.max_downtime_ms", "must be at least 1".to_owned()));
+        }
+        Ok(())
+    }
+
+    /// The longest pod name whose sockets still fit a socket address, in bytes.
+    pub fn longest_pod_name(&self) -> usize {
+        SUN_PATH_MAX.saturating_sub(POD_SOCKET_EXTRA + self.state_dir.as_os_str().len())
+    }
+
+    /// The API's socket.
+    pub fn api_socket(&self) -> PathBuf {
+        self.api_socket
+            .clone()
+            .unwrap_or_else(|| self.state_dir.join("api.sock"))
+    }
+
+    /// What other nodes connect to.
+    pub fn advertised(&self) -> SocketAddr {
+        self.advertise.unwrap_or(self.listen)
+    }
+}
+
+/// A node's name: an RFC 1123 label, because it is part of a DNS name in the certificate.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct NodeName(String);
+
+/// Text that cannot name a node.
+#[derive(Debug, thiserror::Error)]
+#[error("`{0}` cannot name a node: use at most 63 of a-z, 0-9 and -, not at either end")]
+pub struct BadNodeName(String);
+
+impl NodeName {
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for NodeName {
+    type Err = BadNodeName;
+
+    fn from_str(text: &str) -> Result<Self, BadNodeName> {
+        let ok = (1..=63).contains(&text.len())
+            && text
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+            && !text.starts_with('-')
+            && !text.ends_with('-');
+        if ok {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(BadNodeName(text.to_owned()))
+        }
+    }
+}
+
+impl TryFrom<String> for NodeName {
+    type Error = BadNodeName;
+
+    fn try_from(text: String) -> Result<Self, BadNodeName> {
+        text.parse()
+    }
+}
+
+impl From<NodeName> for String {
+    fn from(name: NodeName) -> Self {
+        name.0
+    }
+}
+
+impl fmt::Display for NodeName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A network interface's name, as the kernel takes it (`dev_valid_name` in net/core/dev.c).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct InterfaceName(String);
+
+/// Text that cannot name an interface.
+#[derive(Debug, thiserror::Error)]
+#[error("`{0}` cannot name a network interface: 1 to 15 bytes without `/`, `:` and spaces")]
+pub struct BadInterfaceName(String);
+
+impl InterfaceName {
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for InterfaceName {
+    type Error = BadInterfaceName;
+
+    fn try_from(text: String) -> Result<Self, BadInterfaceName> {
+        let ok = (1..=15).contains(&text.len())
+            && text != "."
+            && text != ".."
+            && !text
+                .bytes()
+                .any(|b| b == b'/' || b == b':' || b.is_ascii_whitespace());
+        if ok {
+            Ok(Self(text))
+        } else {
+            Err(BadInterfaceName(text))
+        }
+    }
+}
+
+impl From<InterfaceName> for String {
+    fn from(name: InterfaceName) -> Self {
+        name.0
+    }
+}
+
+impl fmt::Display for InterfaceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+#[cfg(test)]
+#[path = "config_tests.rs"]
+mod tests;

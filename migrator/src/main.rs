@@ -1,3 +1,7 @@
 //! The `migrator` program.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    migrator::cli::main()
+}

@@ -165,6 +165,19 @@ impl QemuBinary {
     }
 }
 
+/// How much of QEMU's own words goes into an error, in characters.
+const SAID: usize = 600;
+
+/// The end of what QEMU said, on one line and without what a terminal would obey.
+pub(crate) fn one_line(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().filter(|l| !l.trim().is_empty()).collect();
+    let line = lines.join(" | ").replace(char::is_control, " ");
+    match line.chars().count() {
+        0 => "nothing".to_owned(),
+        long => line.chars().skip(long.saturating_sub(SAID)).collect(),
+    }
+}
+
 fn in_path() -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     let dirs: Vec<PathBuf> = std::env::split_paths(&path).collect();

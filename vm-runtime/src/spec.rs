@@ -1,5 +1,7 @@
 //! The shape of a VM: everything that both nodes must agree on, and nothing that is a node's own.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use crate::units::{Bytes, MacAddress, PAGE_SIZE};
@@ -40,6 +42,15 @@ pub enum Accel {
     Kvm,
     /// QEMU's emulator.
     Tcg,
+}
+
+impl fmt::Display for Accel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kvm => "KVM",
+            Self::Tcg => "the emulator",
+        })
+    }
 }
 
 /// What the node's configuration asks for.
@@ -214,7 +225,7 @@ pub(crate) mod tests {
             ("machine", |s| s.machine = "q35".to_owned()),
             ("cpu", |s| s.cpu = "qemu64 -monitor stdio".to_owned()),
             ("memory", |s| s.memory = Bytes(Bytes::mib(256).0 + 1)),
-            ("memory", |s| s.memory = Bytes(u64::MAX & !0x1f_ffff)),
+            ("memory", |s| s.memory = Bytes(!0x1f_ffff)),
             ("vcpus", |s| s.vcpus = 0),
             ("disks", |s| s.disks = vec![s.disks[0].clone(); 21]),
             ("disk serial", |s| s.disks.push(s.disks[0].clone())),

@@ -1,1 +1,13 @@
-//! Stub.
+//! The API: HTTP/1.1 and JSON over the service's Unix socket. `docs/api.md` lists the routes.
+
+pub mod client;
+pub mod error;
+pub mod frames;
+pub mod server;
+pub mod types;
+
+mod exec;
+mod images;
+mod logs;
+mod migrations;
+mod pods;

@@ -15,8 +15,10 @@
 //! What is absent: no decision when to go on or to freeze (`migration::rounds`), no VM, no QMP.
 
 mod pace;
+pub mod pageset;
 pub mod receive;
 pub mod runs;
 pub mod send;
 pub mod shard;
+pub mod track;
 pub mod verify;

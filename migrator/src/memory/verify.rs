@@ -63,6 +63,22 @@ impl PageHashes {
         Ok(count)
     }
 
+    /// Like [`Self::refresh`], and also looks at data pages that nobody said were placed: whatever else
+    /// wrote to the file (a VMM that sets up its firmware, say) shows too.
+    ///
+    /// # Errors
+    /// When the RAM file cannot be read.
+    pub fn finish(&self, memory: &GuestMemory) -> io::Result<()> {
+        for range in memory.data_ranges()? {
+            for page in range.start.0..range.end.0 {
+                if self.hashes[page as usize].load(Ordering::SeqCst) == ZERO_HASH {
+                    self.mark(PageRange::new(page, page + 1));
+                }
+            }
+        }
+        self.refresh(memory).map(drop)
+    }
+
     /// Compares `theirs`, the hashes of the pages from `first` on, and returns the pages that differ.
     /// Pages beyond the end of this table count as different.
     pub fn compare(&self, first: PageIndex, theirs: &[u64]) -> Vec<PageIndex> {

@@ -176,11 +176,8 @@ mod tests {
             end: 0x2_0000,
             offset: 0x8000,
         };
-        let region = Region {
-            start: 0x1_1000,
-            end: 0x1_3000,
-            ..Region::default()
-        };
+        let mut region = Region::default();
+        (region.start, region.end) = (0x1_1000, 0x1_3000);
         assert_eq!(pages(mapping, region), PageRange::new(9, 11));
     }
 

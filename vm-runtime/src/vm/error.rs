@@ -4,11 +4,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::qemu::one_line;
 use crate::qmp::QmpError;
 use crate::spec::SpecError;
 
-/// How much of QEMU's log goes into an error.
-const LOG_TAIL: usize = 800;
+/// How much of QEMU's log is looked at for an error, in bytes.
+const LOG_TAIL: usize = 2000;
 
 /// A VM was not started; nothing of it is left.
 #[derive(Debug, thiserror::Error)]
@@ -149,13 +150,5 @@ pub enum StateError {
 pub(super) fn log_tail(dir: &Path) -> String {
     let bytes = std::fs::read(dir.join(super::LOG)).unwrap_or_default();
     let tail = &bytes[bytes.len().saturating_sub(LOG_TAIL)..];
-    let text = String::from_utf8_lossy(tail);
-    let lines: Vec<String> = text
-        .lines()
-        .map(|line| line.escape_debug().to_string())
-        .collect();
-    match lines.is_empty() {
-        true => "nothing".to_owned(),
-        false => lines.join(" | "),
-    }
+    one_line(&String::from_utf8_lossy(tail))
 }

@@ -15,6 +15,7 @@ mod pidfd;
 mod process;
 mod record;
 mod spawn;
+mod start;
 mod state;
 
 use std::io;
@@ -23,17 +24,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::sync::broadcast;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 
 pub use self::error::{AttachError, ControlError, SpawnError, StateError};
 pub use self::record::{VmRecord, VmmFds};
 pub use self::state::{LoadStats, SaveStats};
 
-use self::error::log_tail;
 use self::process::Process;
-use self::spawn::Spawned;
+use self::start::start;
 use crate::command_line::BootMode;
 use crate::memory::GuestMemory;
 use crate::qemu::QemuBinary;
@@ -49,8 +49,6 @@ pub const AGENT_SOCKET: &str = "agent.sock";
 /// The monitor, in the VM's folder.
 pub const QMP_SOCKET: &str = "qmp.sock";
 
-/// From exec to the monitor's greeting: firmware and kernel are read from disk, perhaps a slow one.
-const START_DEADLINE: Duration = Duration::from_secs(60);
 /// A plain command on a live QEMU. It answers in under a millisecond; a busy host may delay it.
 const QMP_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a QEMU that was asked to quit may take before it is killed.
@@ -259,7 +257,20 @@ impl Vm {
     /// # Errors
     /// QEMU refuses, is gone or silent.
     pub async fn cont(&self) -> Result<(), ControlError> {
-        self.command("cont").await.map(drop)
+        let until = Instant::now() + QMP_DEADLINE;
+        let mut settled = false;
+        loop {
+            match self.command("cont").await {
+                Err(ControlError::Qmp { source, .. })
+                    if source.is_refusal() && !settled && Instant::now() < until =>
+                {
+                    // QEMU says that a save is done a moment before it would go on.
+                    settled = self.query_status().await? != RunState::Saving;
+                    sleep(state::SETTLE_PERIOD).await;
+                }
+                result => return result.map(drop),
+            }
+        }
     }
 
     /// What the VM is doing.
@@ -332,79 +343,4 @@ impl Vm {
             .await
             .map_err(|source| ControlError::Qmp { verb, source })
     }
-}
-
-/// Kills a QEMU whose start was not finished, also if the caller went away meanwhile.
-struct Guard {
-    process: Arc<Process>,
-    dir: PathBuf,
-    armed: bool,
-}
-
-impl Guard {
-    fn disarm(mut self) {
-        self.armed = false;
-    }
-}
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        if self.armed {
-            self.process.kill_now();
-            VmRecord::remove(&self.dir);
-        }
-    }
-}
-
-async fn start(spec: &VmSpec, res: VmResources, mode: BootMode) -> Result<(Vm, Guard), SpawnError> {
-    let Spawned {
-        process,
-        uffd,
-        record,
-    } = spawn::spawn(spec, &res, mode).await?;
-    let process = Arc::new(process);
-    let guard = Guard {
-        process: Arc::clone(&process),
-        dir: record.dir.clone(),
-        armed: true,
-    };
-    let qmp = match set_up(&record.dir.join(QMP_SOCKET)).await {
-        Ok(qmp) => qmp,
-        Err(QmpError::Lost { .. } | QmpError::Connect { .. }) => {
-            let log = log_tail(&record.dir);
-            return Err(SpawnError::Died { log });
-        }
-        Err(error) => return Err(error.into()),
-    };
-    let vm = Vm {
-        record,
-        process,
-        memory: res.memory,
-        uffd,
-        tap: res.tap,
-        park: res.park,
-        qmp,
-    };
-    Ok((vm, guard))
-}
-
-/// Connects to a new QEMU and tells it how it will migrate.
-async fn set_up(socket: &Path) -> Result<Qmp, QmpError> {
-    let qmp = Qmp::connect(socket, START_DEADLINE).await?;
-    // Guest RAM is shared memory, and moves without QEMU; and its progress comes as events.
-    let capabilities = json!({"capabilities": [
-        {"capability": "x-ignore-shared", "state": true},
-        {"capability": "events", "state": true},
-    ]});
-    qmp.execute("migrate-set-capabilities", capabilities, QMP_DEADLINE)
-        .await?;
-    // No throttle, no waiting for convergence, and no announcements by QEMU: those are ours.
-    let parameters = json!({
-        "max-bandwidth": 1u64 << 40,
-        "downtime-limit": 2_000_000,
-        "announce-rounds": 0,
-    });
-    qmp.execute("migrate-set-parameters", parameters, QMP_DEADLINE)
-        .await?;
-    Ok(qmp)
 }

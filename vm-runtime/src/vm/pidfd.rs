@@ -6,6 +6,8 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use libc::{c_int, c_long};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// A descriptor of the process, readable once it has exited. Close-on-exec by nature.
 pub(super) fn open(pid: i32) -> io::Result<OwnedFd> {
@@ -37,6 +39,15 @@ pub(super) fn kill(pidfd: BorrowedFd<'_>) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// A duplicate that the async runtime tells the exit from. Needs a runtime around it.
+pub(super) fn watch(pidfd: &OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    let copy = pidfd.try_clone()?;
+    // SAFETY: the descriptor is owned by what is registered, always the same one, and is closed
+    // only when the registration ends.
+    let watched = unsafe { AsyncFd::register_with_interest(copy, Interest::READABLE) }?;
+    Ok(watched)
 }
 
 fn owned(fd: c_long) -> io::Result<OwnedFd> {

@@ -5,8 +5,7 @@ use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::process::ExitStatus;
 use std::time::Duration;
 
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -44,7 +43,7 @@ impl Process {
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Err(gone()),
             Err(error) => return Err(error),
         };
-        if start_time(pid).map_err(|_| gone())? != began {
+        if start_time(pid).map_err(|_| gone())? != began || has_exited(&pidfd)? {
             return Err(gone());
         }
         Ok(Self {
@@ -61,7 +60,7 @@ impl Process {
 
     /// Ends when the process has exited.
     pub(super) async fn exited(&self) -> io::Result<()> {
-        let watched = AsyncFd::with_interest(self.pidfd.try_clone()?, Interest::READABLE)?;
+        let watched = pidfd::watch(&self.pidfd)?;
         // Readiness is enough: an exited process does not come back.
         let _guard = watched.readable().await?;
         Ok(())
@@ -90,6 +89,12 @@ impl Process {
             tracing::debug!(pid = self.pid, %error, "QEMU was not killed");
         }
     }
+}
+
+/// Whether the process has exited, be it reaped or not.
+fn has_exited(pidfd: &OwnedFd) -> io::Result<bool> {
+    let mut asked = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+    Ok(poll(&mut asked, PollTimeout::ZERO)? > 0)
 }
 
 /// Field 22 of `/proc/PID/stat`, in clock ticks since boot: with the number, it names a process.
@@ -134,6 +139,9 @@ mod tests {
         let (sender, status) = watch::channel(None);
         let process = Process::child(i32::try_from(child.id()).unwrap(), status).unwrap();
         process.kill().await.unwrap();
+        // Not reaped yet, and gone all the same.
+        let gone = Process::find(process.pid, process.start_time).unwrap_err();
+        assert_eq!(gone.kind(), io::ErrorKind::NotFound);
         sender.send(Some(child.wait().unwrap())).unwrap();
         assert_eq!(process.status().await.unwrap().code(), None);
         process.kill().await.unwrap();

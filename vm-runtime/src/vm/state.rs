@@ -11,10 +11,10 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::broadcast::{self, error::RecvError};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::error::log_tail;
-use super::{ControlError, QMP_DEADLINE, StateError, Vm};
+use super::{ControlError, QMP_DEADLINE, RunState, StateError, Vm};
 use crate::qmp::QmpEvent;
 use crate::units::Bytes;
 
@@ -25,6 +25,8 @@ const LOAD_SOCKET: &str = "load.sock";
 /// Half a megabyte takes some milliseconds; what takes this long is stuck. A caller with less
 /// patience drops the future, which aborts as well.
 const STATE_DEADLINE: Duration = Duration::from_secs(30);
+/// How often to ask for what QEMU has no event for: a matter of a millisecond, and of failed saves.
+pub(super) const SETTLE_PERIOD: Duration = Duration::from_millis(2);
 /// One read of the state's bytes.
 const CHUNK: usize = 256 << 10;
 
@@ -42,7 +44,7 @@ pub struct SaveStats {
 pub struct LoadStats {
     /// Size of the device state.
     pub bytes: Bytes,
-    /// From the command to the VM that is ready to run.
+    /// From the first byte of the stream to the VM that is ready to run.
     pub took: Duration,
     /// From the last byte of the stream to the VM that is ready to run.
     pub after_last_byte: Duration,
@@ -110,17 +112,19 @@ impl Vm {
     /// # Errors
     /// QEMU is gone, silent, or does not come to rest.
     pub async fn abort_save(&self) -> Result<(), ControlError> {
-        let mut events = self.events();
         self.command("migrate_cancel").await?;
         let rest = async {
             loop {
                 let answer = self.command("query-migrate").await?;
-                match answer.get("status").and_then(Value::as_str) {
-                    None | Some("none" | "completed" | "failed" | "cancelled") => return Ok(()),
-                    Some(_) => {}
+                let ended = match answer.get("status").and_then(Value::as_str) {
+                    None | Some("none" | "completed" | "failed" | "cancelled") => true,
+                    Some(_) => false,
+                };
+                // QEMU says that the save has failed a moment before it leaves this state.
+                if ended && self.query_status().await? != RunState::Saving {
+                    return Ok(());
                 }
-                // Ask again at each step; a step whose event was missed shows within the period.
-                let _ = timeout(Duration::from_millis(50), events.recv()).await;
+                sleep(SETTLE_PERIOD).await;
             }
         };
         match timeout(QMP_DEADLINE, rest).await {
@@ -132,7 +136,11 @@ impl Vm {
     }
 
     /// Loads into an incoming VM what `source` gives until its end. The VM is paused afterwards,
-    /// and `cont` makes it run: its memory must be the source's by then.
+    /// and `cont` makes it run. Guest memory must be the source's before the first byte comes:
+    /// virtio devices read their rings while they load, and refuse what does not fit.
+    ///
+    /// Call it before the source is frozen, with a `source` that has nothing yet: QEMU then
+    /// listens already when the first byte comes. The deadline runs from that byte.
     ///
     /// # Errors
     /// QEMU fails, or the source does. The VM cannot be used any more then: kill it.
@@ -141,19 +149,6 @@ impl Vm {
         R: AsyncRead + Unpin + Send,
     {
         let verb = "load";
-        let after = STATE_DEADLINE;
-        match timeout(after, self.load(source)).await {
-            Ok(loaded) => loaded,
-            Err(_) => Err(StateError::Slow { verb, after }),
-        }
-    }
-
-    async fn load<R>(&self, source: &mut R) -> Result<LoadStats, StateError>
-    where
-        R: AsyncRead + Unpin + Send,
-    {
-        let verb = "load";
-        let began = Instant::now();
         let path = self.dir().join(LOAD_SOCKET);
         remove(&path);
         let mut events = self.events();
@@ -162,19 +157,48 @@ impl Vm {
             .execute("migrate-incoming", uri, QMP_DEADLINE)
             .await
             .map_err(|source| StateError::Begin { verb, source })?;
-        let mut to = UnixStream::connect(&path)
+        let to = UnixStream::connect(&path)
             .await
             .map_err(stream("connect to the loading QEMU"))?;
         remove(&path);
+        let mut buffer = vec![0; CHUNK];
+        let waiting = async {
+            let got = source.read(&mut buffer).await;
+            got.map_err(stream("read the device state"))
+        };
+        // A QEMU that dies while it waits ends this, too.
+        let got = tokio::select! {
+            got = waiting => got?,
+            Err(error) = self.ended(verb, &mut events) => return Err(error),
+        };
+        let after = STATE_DEADLINE;
+        let copied = self.fill(buffer[..got].chain(source), to, &mut events);
+        match timeout(after, copied).await {
+            Ok(loaded) => loaded,
+            Err(_) => Err(StateError::Slow { verb, after }),
+        }
+    }
+
+    /// Passes the state on to the loading QEMU, and awaits that it has loaded it.
+    async fn fill<R>(
+        &self,
+        mut source: R,
+        mut to: UnixStream,
+        events: &mut broadcast::Receiver<QmpEvent>,
+    ) -> Result<LoadStats, StateError>
+    where
+        R: AsyncRead + Unpin + Send,
+    {
+        let began = Instant::now();
         let copy = async {
-            let bytes = pump(source, &mut to).await?;
+            let bytes = pump(&mut source, &mut to).await?;
             // QEMU knows the end of the state by its content; EOF only cuts a broken one short.
             to.shutdown()
                 .await
                 .map_err(stream("end the device state"))?;
             Ok((bytes, Instant::now()))
         };
-        let ((bytes, last), ()) = tokio::try_join!(copy, self.ended(verb, &mut events))?;
+        let ((bytes, last), ()) = tokio::try_join!(copy, self.ended("load", events))?;
         Ok(LoadStats {
             bytes,
             took: began.elapsed(),

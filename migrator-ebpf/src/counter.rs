@@ -1,0 +1,67 @@
+//! One counter per verdict.
+
+/// Number of counters in a row; a power of two leaves room without moving the others.
+pub const COUNTERS_LEN: usize = 16;
+
+/// Index of a counter in a row. Each frame that reaches the gate is booked by exactly one of the
+/// counters up to [`Counter::RefusedNoSlot`]; each frame from the guest by one of the rest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u32)]
+pub enum Counter {
+    /// LOCAL, and nothing of its bucket waits: went on to the TAP.
+    Passed = 0,
+    /// LOCAL, but its bucket still waits: queued behind it.
+    ParkedLocal = 1,
+    /// HOLD: parked.
+    ParkedHold = 2,
+    /// FORWARD: parked, for the service to relay.
+    ParkedForward = 3,
+    /// SHUT: dropped, since the copy that counts is another node's.
+    RefusedShut = 4,
+    /// From the pod's own MAC while it is away: its announcement, echoed by the switch. Shown to the service, never delivered.
+    RefusedEcho = 5,
+    /// The device is in no slot, or its gate holds no valid word: dropped.
+    RefusedNoSlot = 6,
+    /// From the guest, and it may send.
+    Sent = 7,
+    /// From the guest, and it may not send: dropped.
+    Blocked = 8,
+}
+
+impl Counter {
+    /// All of them, in order.
+    pub const ALL: [Self; 9] = [
+        Self::Passed,
+        Self::ParkedLocal,
+        Self::ParkedHold,
+        Self::ParkedForward,
+        Self::RefusedShut,
+        Self::RefusedEcho,
+        Self::RefusedNoSlot,
+        Self::Sent,
+        Self::Blocked,
+    ];
+}
+
+/// The counters of one slot, on one CPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct CounterRow(pub [u64; COUNTERS_LEN]);
+
+impl CounterRow {
+    /// The value of one counter.
+    pub const fn get(&self, counter: Counter) -> u64 {
+        self.0[counter as usize]
+    }
+
+    /// Every frame that reached the gate.
+    pub const fn seen(&self) -> u64 {
+        self.get(Counter::Passed)
+            + self.get(Counter::ParkedLocal)
+            + self.get(Counter::ParkedHold)
+            + self.get(Counter::ParkedForward)
+            + self.get(Counter::RefusedShut)
+            + self.get(Counter::RefusedEcho)
+            + self.get(Counter::RefusedNoSlot)
+    }
+}

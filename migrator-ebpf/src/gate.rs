@@ -1,0 +1,189 @@
+//! The gate's word, and what it decides.
+
+use crate::Counter;
+
+/// What the gate of a pod does with a frame for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Mode {
+    /// Drop: the pod does not live here, and the copy that counts is another node's. Zero, so that a
+    /// fresh map is shut.
+    Shut = 0,
+    /// Pass to the TAP, unless an earlier frame of the same bucket is still parked.
+    Local = 1,
+    /// Park everything.
+    Hold = 2,
+    /// Park everything: the service relays it to the node that the pod has gone to.
+    Forward = 3,
+}
+
+/// The state of one pod's gate: one aligned `u64`, so that one store flips it.
+///
+/// ```text
+/// bits  0..8   mode
+/// bit   8      may_send: frames from the guest may leave
+/// bits 16..32  slot
+/// bits 32..64  epoch
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gate {
+    /// What happens to frames for the guest.
+    pub mode: Mode,
+    /// Whether frames from the guest pass: only on the node that may run it.
+    pub may_send: bool,
+    /// Whose gate it is; a word in another slot's place opens nothing.
+    pub slot: u16,
+    /// Grows with every flip, so that two words of one slot are never the same.
+    pub epoch: u32,
+}
+
+impl Gate {
+    const MAY_SEND: u64 = 1 << 8;
+
+    /// The word that the map holds.
+    pub const fn to_word(self) -> u64 {
+        let send = if self.may_send { Self::MAY_SEND } else { 0 };
+        self.mode as u64 | send | (self.slot as u64) << 16 | (self.epoch as u64) << 32
+    }
+
+    /// Reads a word. An unknown mode is shut and may not send: whoever wrote it is newer than this code.
+    pub const fn from_word(word: u64) -> Self {
+        let (mode, known) = match word as u8 {
+            0 => (Mode::Shut, true),
+            1 => (Mode::Local, true),
+            2 => (Mode::Hold, true),
+            3 => (Mode::Forward, true),
+            4.. => (Mode::Shut, false),
+        };
+        Self {
+            mode,
+            may_send: known && word & Self::MAY_SEND != 0,
+            slot: (word >> 16) as u16,
+            epoch: (word >> 32) as u32,
+        }
+    }
+}
+
+/// What becomes of a frame, and the counter that books it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// On to the TAP.
+    Pass(Counter),
+    /// Into the park, after `parked` of its bucket was raised.
+    Park(Counter),
+    /// Into the park only to be seen by the service: no bucket waits for it.
+    Show(Counter),
+    /// Dropped.
+    Drop(Counter),
+}
+
+impl Verdict {
+    /// The counter that books the frame.
+    pub const fn counter(self) -> Counter {
+        match self {
+            Self::Pass(c) | Self::Park(c) | Self::Show(c) | Self::Drop(c) => c,
+        }
+    }
+}
+
+/// Decides about a frame for the guest. `own_echo`: its source is the pod's own MAC. `parked` and `done`
+/// are the counters of its bucket.
+#[inline(always)]
+pub fn verdict(gate: Gate, slot: u16, own_echo: bool, parked: u64, done: u64) -> Verdict {
+    if gate.slot != slot {
+        return Verdict::Drop(Counter::RefusedNoSlot);
+    }
+    match gate.mode {
+        Mode::Shut => Verdict::Drop(Counter::RefusedShut),
+        // `done` never passes `parked`; the signed difference forgives it if it ever did.
+        Mode::Local if parked.wrapping_sub(done) as i64 > 0 => Verdict::Park(Counter::ParkedLocal),
+        Mode::Local => Verdict::Pass(Counter::Passed),
+        Mode::Hold | Mode::Forward if own_echo => Verdict::Show(Counter::RefusedEcho),
+        Mode::Hold => Verdict::Park(Counter::ParkedHold),
+        Mode::Forward => Verdict::Park(Counter::ParkedForward),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MODES: [Mode; 4] = [Mode::Shut, Mode::Local, Mode::Hold, Mode::Forward];
+
+    fn gate(mode: Mode) -> Gate {
+        Gate {
+            mode,
+            may_send: true,
+            slot: 7,
+            epoch: 9,
+        }
+    }
+
+    #[test]
+    fn a_word_reads_back_as_it_was_written() {
+        for mode in MODES {
+            for may_send in [false, true] {
+                let gate = Gate {
+                    mode,
+                    may_send,
+                    slot: 0xfedc,
+                    epoch: 0xdead_beef,
+                };
+                assert_eq!(Gate::from_word(gate.to_word()), gate);
+            }
+        }
+    }
+
+    #[test]
+    fn zero_and_unknown_words_are_shut_and_silent() {
+        for word in [0, 0x0000_0001_0000_0104, 0x1ff, u64::MAX] {
+            let gate = Gate::from_word(word);
+            assert_eq!((gate.mode, gate.may_send), (Mode::Shut, false), "{word:x}");
+        }
+    }
+
+    #[test]
+    fn the_word_keeps_its_layout() {
+        assert_eq!(gate(Mode::Hold).to_word(), 0x0000_0009_0007_0102);
+    }
+
+    #[test]
+    fn local_passes_only_a_bucket_that_has_nothing_waiting() {
+        let local = |parked, done| verdict(gate(Mode::Local), 7, false, parked, done);
+        assert_eq!(local(5, 5), Verdict::Pass(Counter::Passed));
+        assert_eq!(local(6, 5), Verdict::Park(Counter::ParkedLocal));
+        assert_eq!(local(0, u64::MAX), Verdict::Park(Counter::ParkedLocal));
+        assert_eq!(local(5, 6), Verdict::Pass(Counter::Passed));
+    }
+
+    #[test]
+    fn hold_and_forward_park_even_an_empty_bucket() {
+        assert_eq!(
+            verdict(gate(Mode::Hold), 7, false, 0, 0),
+            Verdict::Park(Counter::ParkedHold)
+        );
+        assert_eq!(
+            verdict(gate(Mode::Forward), 7, false, 0, 0),
+            Verdict::Park(Counter::ParkedForward)
+        );
+    }
+
+    #[test]
+    fn an_echo_of_the_pod_is_shown_only_while_it_is_away() {
+        let echo = |mode| verdict(gate(mode), 7, true, 3, 3);
+        assert_eq!(echo(Mode::Hold), Verdict::Show(Counter::RefusedEcho));
+        assert_eq!(echo(Mode::Forward), Verdict::Show(Counter::RefusedEcho));
+        assert_eq!(echo(Mode::Local), Verdict::Pass(Counter::Passed));
+        assert_eq!(echo(Mode::Shut), Verdict::Drop(Counter::RefusedShut));
+    }
+
+    #[test]
+    fn a_word_of_another_slot_opens_nothing() {
+        for mode in MODES {
+            assert_eq!(
+                verdict(gate(mode), 8, false, 0, 0),
+                Verdict::Drop(Counter::RefusedNoSlot)
+            );
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! `/v1/pods`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::{Path, Query, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::error::ApiError;
+use super::types::{ErrorCode, PodDetail, PodList};
+use crate::daemon::node::Node;
+use crate::pods::run as run_pod;
+
+/// The longest that `wait` and `grace` may be.
+const LONGEST: Duration = Duration::from_secs(3600);
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RunQuery {
+    #[serde(default = "yes")]
+    wait: bool,
+    #[serde(default = "default_timeout")]
+    timeout_s: u64,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn default_timeout() -> u64 {
+    120
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct StopQuery {
+    #[serde(default = "default_grace")]
+    grace_ms: u64,
+}
+
+fn default_grace() -> u64 {
+    10_000
+}
+
+fn bounded(time: Duration, what: &str) -> Result<Duration, ApiError> {
+    if time > LONGEST {
+        return Err(ApiError::new(
+            ErrorCode::Invalid,
+            format!("{what} is longer than an hour"),
+        ));
+    }
+    Ok(time)
+}
+
+pub(super) async fn list(State(node): State<Arc<Node>>) -> Json<PodList> {
+    let pods = node.pods.list();
+    Json(PodList {
+        pods: pods.iter().map(|pod| pod.summary()).collect(),
+    })
+}
+
+pub(super) async fn run(
+    State(node): State<Arc<Node>>,
+    Query(query): Query<RunQuery>,
+    yaml: String,
+) -> Result<Response, ApiError> {
+    let deadline = bounded(Duration::from_secs(query.timeout_s), "timeout_s")?;
+    let pod = run_pod::run(&node, &yaml, query.wait, deadline).await?;
+    Ok((StatusCode::CREATED, Json(pod.summary())).into_response())
+}
+
+pub(super) async fn inspect(
+    State(node): State<Arc<Node>>,
+    Path(name): Path<String>,
+) -> Result<Json<PodDetail>, ApiError> {
+    Ok(Json(node.pods.get(&name)?.detail()))
+}
+
+pub(super) async fn stop(
+    State(node): State<Arc<Node>>,
+    Path(name): Path<String>,
+    Query(query): Query<StopQuery>,
+) -> Result<Json<Value>, ApiError> {
+    let grace = bounded(Duration::from_millis(query.grace_ms), "grace_ms")?;
+    node.pods.get(&name)?.stop(grace).await?;
+    Ok(Json(json!({ "stopped": name })))
+}

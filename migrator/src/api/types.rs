@@ -1,0 +1,376 @@
+//! What the API's JSON looks like: shared by the service and the command line.
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use vm_runtime::pod::PodSpec;
+use vm_runtime::spec::{Accel, VmSpec};
+use vm_runtime::units::{Epoch, MacAddress};
+
+use crate::pods::logs::LogStream;
+
+/// `GET /v1/health`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Health {
+    /// `ok`: the service answers.
+    pub status: String,
+    /// The node's name.
+    pub node: String,
+    /// The service's version.
+    pub version: String,
+}
+
+/// `GET /v1/node`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct NodeInfo {
+    /// The node's name.
+    pub name: String,
+    /// The service's version.
+    pub version: String,
+    /// The service's process.
+    pub pid: u32,
+    /// Its state folder.
+    pub state_dir: PathBuf,
+    /// The bridge.
+    pub bridge: String,
+    /// The bridge's uplink.
+    pub uplink: String,
+    /// Where other nodes connect.
+    pub advertise: SocketAddr,
+    /// The other nodes.
+    pub peers: BTreeMap<String, SocketAddr>,
+    /// The VMM.
+    pub qemu: QemuInfo,
+    /// What runs guests.
+    pub accel: Accel,
+    /// Why that one.
+    pub accel_reason: String,
+    /// Pods on this node.
+    pub pods: usize,
+}
+
+/// The VMM of a node.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct QemuInfo {
+    /// The program.
+    pub path: PathBuf,
+    /// Its version.
+    pub version: String,
+    /// The machine type that new pods get.
+    pub machine: String,
+}
+
+/// Where a pod is in its life on this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PodState {
+    /// The VM boots, or its containers start.
+    Starting,
+    /// The guest runs here.
+    Running,
+    /// The guest runs here, or stands still, and is on its way to another node.
+    Migrating,
+    /// The migration's grant was sent and not answered: it stands still here until that is known.
+    InDoubt,
+    /// Containers are being stopped.
+    Stopping,
+    /// The VM is gone; see the reason. `stop` removes what is left.
+    Failed,
+}
+
+impl PodState {
+    /// The state's name as JSON and tables show it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Migrating => "migrating",
+            Self::InDoubt => "in_doubt",
+            Self::Stopping => "stopping",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// Where a container is in its life.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "state")]
+pub enum ContainerState {
+    /// Not started yet.
+    Waiting,
+    /// Its first process runs.
+    Running,
+    /// Its first process ended.
+    Exited {
+        /// Exit code; 128 + signal if a signal ended it.
+        code: i32,
+    },
+}
+
+/// One container of a pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerStatus {
+    /// Its name.
+    pub name: String,
+    /// The image's reference.
+    pub image: String,
+    /// Where it is.
+    #[serde(flatten)]
+    pub state: ContainerState,
+}
+
+/// One pod in a list.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodSummary {
+    /// Its name.
+    pub name: String,
+    /// The node that answers.
+    pub node: String,
+    /// Where it is.
+    pub state: PodState,
+    /// Why, where the state has a reason.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Its containers.
+    pub containers: Vec<ContainerStatus>,
+    /// MAC address.
+    pub mac: MacAddress,
+    /// IPv4 address.
+    pub ipv4: Option<Ipv4Addr>,
+    /// IPv6 address.
+    pub ipv6: Option<Ipv6Addr>,
+    /// Guest RAM in bytes.
+    pub memory_bytes: u64,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// When it was first run, milliseconds of Unix time; a migration does not change it.
+    pub created_unix_ms: u64,
+    /// The right by which this node runs it.
+    pub epoch: Epoch,
+    /// The migration that it is in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration: Option<String>,
+}
+
+/// One pod in full.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodDetail {
+    /// What lists show.
+    #[serde(flatten)]
+    pub summary: PodSummary,
+    /// What was asked for.
+    pub spec: PodSpec,
+    /// Its VM.
+    pub vm: VmSpec,
+    /// The VMM's process; absent if there is none.
+    pub vmm_pid: Option<u32>,
+    /// Its folder, with console, VMM log and sockets.
+    pub dir: PathBuf,
+    /// Its slot on this node, which names its links.
+    pub slot: u16,
+}
+
+/// `GET /v1/pods`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PodList {
+    /// By name.
+    pub pods: Vec<PodSummary>,
+}
+
+/// What a container is asked to run: the body of `POST /v1/pods/NAME/exec`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExecRequest {
+    /// The container; the pod's first if absent.
+    #[serde(default)]
+    pub container: Option<String>,
+    /// Program and arguments.
+    pub argv: Vec<String>,
+    /// Added to the container's environment.
+    #[serde(default)]
+    pub env: Vec<(String, String)>,
+    /// Give it a terminal of this size.
+    #[serde(default)]
+    pub tty: Option<TtySize>,
+    /// Whether stdin will be sent; without, it is empty.
+    #[serde(default)]
+    pub stdin: bool,
+}
+
+/// A terminal's size in characters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TtySize {
+    /// Lines.
+    pub rows: u16,
+    /// Columns.
+    pub cols: u16,
+}
+
+/// One line of the answer to `exec` without an upgrade.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "event")]
+pub enum ExecEvent {
+    /// Something was printed.
+    Output {
+        /// Where.
+        stream: LogStream,
+        /// What; bytes that are not UTF-8 are replaced.
+        text: String,
+    },
+    /// The command ended; the last line.
+    Exited {
+        /// Exit code; 128 + signal if a signal ended it.
+        code: i32,
+    },
+    /// The command could not be run or followed; the last line.
+    Failed {
+        /// Why.
+        error: ErrorInfo,
+    },
+}
+
+/// One line of `logs` in JSON.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogLine {
+    /// Whose.
+    pub container: String,
+    /// Where it was printed.
+    pub stream: LogStream,
+    /// Offset of its first byte in that stream.
+    pub offset: u64,
+    /// When the node stored it, milliseconds of Unix time.
+    pub unix_ms: u64,
+    /// The text; bytes that are not UTF-8 are replaced. It may hold several lines, or a part of one.
+    pub text: String,
+}
+
+/// Body of `POST /v1/pods/NAME/migrate`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateRequest {
+    /// The destination's name, one of the node's peers.
+    pub to: String,
+    /// How.
+    #[serde(default)]
+    pub options: MigrateOptions,
+}
+
+/// How a migration is to go. What is absent comes from the node's configuration.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MigrateOptions {
+    /// Compare every page of the frozen source with the destination's by hash before the grant.
+    pub verify: bool,
+    /// Freeze only when the predicted downtime is at most this, in milliseconds.
+    pub max_downtime_ms: Option<u32>,
+    /// Data connections, 1 to 16.
+    pub connections: Option<u8>,
+}
+
+/// Answer of `POST /v1/pods/NAME/migrate`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MigrationStarted {
+    /// 32 hex digits.
+    pub id: String,
+}
+
+/// `GET /v1/migrations`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MigrationList {
+    /// Oldest first.
+    pub migrations: Vec<crate::migration::status::MigrationStatus>,
+}
+
+/// Body of `POST /v1/images`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImportRequest {
+    /// An OCI image layout (folder) or archive (file) on the service's machine; absolute.
+    pub path: PathBuf,
+    /// The name to give it, where the one in the layout is absent or not wanted.
+    #[serde(default)]
+    pub name: Option<String>,
+}
+
+/// An image of the node's store.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageSummary {
+    /// Its name.
+    pub name: String,
+    /// The digest of its manifest.
+    pub digest: String,
+    /// Size of its file system in bytes.
+    pub size_bytes: u64,
+    /// Chunks that it is cut into for the way to other nodes.
+    pub chunks: usize,
+    /// Pods of this node that use it.
+    pub used_by: Vec<String>,
+}
+
+/// `GET /v1/images`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ImageList {
+    /// By name.
+    pub images: Vec<ImageSummary>,
+}
+
+/// Body of every answer that is not a success.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// What went wrong.
+    pub error: ErrorInfo,
+}
+
+/// What went wrong.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorInfo {
+    /// For programs; does not change between versions.
+    pub code: ErrorCode,
+    /// For people: what failed and why.
+    pub message: String,
+    /// What to do about it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+}
+
+/// Kinds of failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorCode {
+    /// The request is not well-formed or asks for something impossible. HTTP 400.
+    Invalid,
+    /// No such pod, container, image, migration or node. HTTP 404.
+    NotFound,
+    /// A name or address is taken, or an image in use. HTTP 409.
+    Conflict,
+    /// The pod is in a state that does not allow this now. HTTP 409.
+    Busy,
+    /// The destination refused the pod. HTTP 409.
+    Refused,
+    /// Not enough memory, disk or slots. HTTP 507.
+    Exhausted,
+    /// The service is shutting down. HTTP 503.
+    Unavailable,
+    /// It took too long. HTTP 504.
+    Timeout,
+    /// Anything else; the service's log has more. HTTP 500.
+    Internal,
+}
+
+impl ErrorCode {
+    /// The HTTP status that carries it.
+    pub fn http_status(self) -> u16 {
+        match self {
+            Self::Invalid => 400,
+            Self::NotFound => 404,
+            Self::Conflict | Self::Busy | Self::Refused => 409,
+            Self::Internal => 500,
+            Self::Unavailable => 503,
+            Self::Timeout => 504,
+            Self::Exhausted => 507,
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! `migrator migrate POD --to NODE`.
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use vm_runtime::units::Bytes;
+
+use super::failure::{Exit, Failure};
+use super::status::progress;
+use super::{Context, Output, output};
+use crate::api::client::{Client, ClientError, encode};
+use crate::api::types::{MigrateOptions, MigrateRequest, MigrationStarted};
+use crate::migration::status::{MigrationReport, MigrationStatus, Outcome};
+
+/// How long a service that went away in the middle may take to come back.
+const SERVICE_BACK: Duration = Duration::from_secs(60);
+
+#[derive(Debug, Args)]
+pub(super) struct MigrateArgs {
+    /// The pod
+    pod: String,
+    /// The destination node
+    #[arg(long, value_name = "NODE")]
+    to: String,
+    /// Print the course to stderr while it happens
+    #[arg(long)]
+    watch: bool,
+    /// Compare every page by hash before the destination may run the guest
+    #[arg(long)]
+    verify: bool,
+    /// Freeze the guest only when the predicted downtime is at most MS milliseconds
+    #[arg(long, value_name = "MS")]
+    max_downtime: Option<u32>,
+    /// Data connections
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
+    connections: Option<u8>,
+    /// Print the migration's id and return at once
+    #[arg(long, conflicts_with = "watch")]
+    detach: bool,
+}
+
+impl MigrateArgs {
+    pub(super) async fn run(self, context: &Context) -> Result<ExitCode, Failure> {
+        let request = MigrateRequest {
+            to: self.to,
+            options: MigrateOptions {
+                verify: self.verify,
+                max_downtime_ms: self.max_downtime,
+                connections: self.connections,
+            },
+        };
+        let path = format!("/v1/pods/{}/migrate", encode(&self.pod));
+        let started: MigrationStarted = context.client.post(&path, &request).await?;
+        if self.detach {
+            match context.output {
+                Output::Json => output::json(&started)?,
+                Output::Text => output::line(&started.id)?,
+            }
+            return Ok(ExitCode::SUCCESS);
+        }
+        let report = tokio::select! {
+            report = wait(&context.client, &started.id, self.watch) => report?,
+            _ = tokio::signal::ctrl_c() => {
+                return Err(Failure::new(Exit::Failed, "not waiting any longer; the migration goes on").hint(format!(
+                    "`migrator status {0}` shows it, `migrator cancel {0}` stops it", started.id
+                )));
+            }
+        };
+        match context.output {
+            Output::Json => output::json(&report)?,
+            Output::Text => output::bytes(summary(&report).as_bytes())?,
+        }
+        match report.outcome {
+            Outcome::Completed => Ok(ExitCode::SUCCESS),
+            Outcome::Failed(reason) => {
+                Err(Failure::new(Exit::Failed, format!("not moved: {reason}")))
+            }
+        }
+    }
+}
+
+/// Follows a migration to its end, also across a restart of the service.
+async fn wait(client: &Client, id: &str, watch: bool) -> Result<MigrationReport, Failure> {
+    let path = format!("/v1/migrations/{}?watch=1", encode(id));
+    let mut gone: Option<Instant> = None;
+    let mut last = String::new();
+    loop {
+        let failure = match follow(client, &path, watch, &mut last, &mut gone).await {
+            Ok(Some(report)) => return Ok(report),
+            // The service closed the stream: it is being stopped.
+            Ok(None) => None,
+            Err(error @ (ClientError::Unreachable { .. } | ClientError::Broken(_))) => Some(error),
+            Err(error) => return Err(error.into()),
+        };
+        let since = *gone.get_or_insert_with(|| {
+            eprintln!("the service went away; waiting for it to come back");
+            Instant::now()
+        });
+        if since.elapsed() > SERVICE_BACK {
+            return Err(match failure {
+                Some(error) => error.into(),
+                None => Failure::new(
+                    Exit::Unreachable,
+                    "the service does not follow the migration",
+                ),
+            });
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+async fn follow(
+    client: &Client,
+    path: &str,
+    watch: bool,
+    last: &mut String,
+    gone: &mut Option<Instant>,
+) -> Result<Option<MigrationReport>, ClientError> {
+    let mut pieces = client.stream(path).await?;
+    while let Some(status) = pieces.next_json::<MigrationStatus>().await? {
+        *gone = None;
+        if watch {
+            let line = progress(&status);
+            if line != *last {
+                eprintln!("{line}");
+                *last = line;
+            }
+        }
+        if let Some(report) = status.report {
+            return Ok(Some(report));
+        }
+    }
+    Ok(None)
+}
+
+/// A report for people.
+pub(super) fn summary(report: &MigrationReport) -> String {
+    let MigrationReport {
+        pod,
+        from,
+        to,
+        memory,
+        packets,
+        ..
+    } = report;
+    let mut out = match &report.outcome {
+        Outcome::Completed => format!(
+            "{pod} moved from {from} to {to} in {:.0} ms, downtime {:.1} ms\n",
+            report.total_ms, report.downtime_ms
+        ),
+        Outcome::Failed(reason) => {
+            format!("{pod} stays on {from}: the migration to {to} failed: {reason}\n")
+        }
+    };
+    out.push_str(&format!(
+        "memory   {} of RAM, {} sent in {} rounds",
+        Bytes(memory.bytes_ram),
+        Bytes(memory.bytes_sent),
+        memory.rounds
+    ));
+    if memory.pages_verified > 0 {
+        out.push_str(&format!(
+            ", {} pages verified, {} mismatched",
+            memory.pages_verified, memory.mismatched
+        ));
+    }
+    out.push_str(&format!(
+        "\npackets  {} seen, {} delivered, {} held, {} forwarded, {} refused, {} lost\n",
+        packets.seen,
+        packets.delivered,
+        packets.held,
+        packets.forwarded,
+        packets.refused,
+        packets.lost
+    ));
+    if !report.phases.is_empty() {
+        let steps: Vec<String> = report
+            .phases
+            .iter()
+            .map(|(name, us)| format!("{name} {:.1} ms", *us as f64 / 1000.0))
+            .collect();
+        out.push_str(&format!("steps    {}\n", steps.join(", ")));
+    }
+    out
+}

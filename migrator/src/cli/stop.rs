@@ -1,0 +1,34 @@
+//! `migrator stop POD`.
+
+use std::process::ExitCode;
+
+use clap::Args;
+
+use super::failure::Failure;
+use super::{Context, Output, output};
+use crate::api::client::encode;
+
+#[derive(Debug, Args)]
+pub(super) struct StopArgs {
+    /// The pod
+    pod: String,
+    /// How long its containers get between the first signal and the last, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    grace: u32,
+}
+
+impl StopArgs {
+    pub(super) async fn run(self, context: &Context) -> Result<ExitCode, Failure> {
+        let path = format!(
+            "/v1/pods/{}?grace_ms={}",
+            encode(&self.pod),
+            u64::from(self.grace) * 1000
+        );
+        let answer: serde_json::Value = context.client.delete(&path).await?;
+        match context.output {
+            Output::Json => output::json(&answer)?,
+            Output::Text => output::line(&format!("{} stopped and removed", self.pod))?,
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}

@@ -1,0 +1,99 @@
+use super::*;
+
+const FULL: &str = r#"
+name: a
+state_dir: state
+bridge: br0
+uplink: eth0
+listen: 10.78.0.1:7077
+advertise: 10.78.0.1:7078
+peers: { b: "10.78.0.2:7077" }
+tls: { ca: ca.pem, cert: /etc/a.pem, key: a.key }
+api_socket: /run/a.sock
+guest: { kernel: vmlinuz, initramfs: guest.img }
+qemu: { binary: qemu-system-x86_64, lib_dir: lib, data_dirs: [share], accel: tcg }
+limits: { pods: 3 }
+migration: { connections: 4 }
+"#;
+
+fn parse(text: &str) -> Result<Config, ConfigError> {
+    Config::parse(text, Path::new("node.yaml"), Path::new("/etc/migrator"))
+}
+
+/// The whole chain, as the command line prints it.
+fn message(text: &str) -> String {
+    let error = parse(text).expect_err("this file must be refused");
+    let mut out = error.to_string();
+    let mut source = std::error::Error::source(&error);
+    while let Some(cause) = source {
+        out = format!("{out}: {cause}");
+        source = cause.source();
+    }
+    out
+}
+
+#[test]
+fn a_full_file_is_read_and_relative_paths_start_at_its_folder() {
+    let config = parse(FULL).unwrap();
+    assert_eq!(config.state_dir, Path::new("/etc/migrator/state"));
+    assert_eq!(config.tls.cert, Path::new("/etc/a.pem"));
+    assert_eq!(config.guest.kernel, Path::new("/etc/migrator/vmlinuz"));
+    assert_eq!(config.qemu.data_dirs, [Path::new("/etc/migrator/share")]);
+    assert_eq!(
+        config.qemu.binary.as_deref(),
+        Some(Path::new("qemu-system-x86_64"))
+    );
+    assert_eq!(config.api_socket(), Path::new("/run/a.sock"));
+    assert_eq!(config.advertised().port(), 7078);
+    assert_eq!(config.limits.log_bytes, Limits::default().log_bytes);
+    assert_eq!(config.migration.connections, 4);
+}
+
+#[test]
+fn optional_keys_have_defaults() {
+    let config = parse(
+        "{name: a, state_dir: /s, bridge: br0, uplink: eth0, listen: '[::1]:1', \
+         tls: {ca: a, cert: b, key: c}, guest: {kernel: k, initramfs: i}}",
+    )
+    .unwrap();
+    assert_eq!(config.api_socket(), Path::new("/s/api.sock"));
+    assert_eq!(config.qemu, QemuConfig::default());
+    assert!(config.peers.is_empty());
+}
+
+#[test]
+fn an_unknown_key_is_named_with_its_section_and_the_file() {
+    let text = message(&FULL.replace("cert:", "certificate:"));
+    for part in ["node.yaml", "tls", "certificate"] {
+        assert!(text.contains(part), "{text}");
+    }
+    let text = message(&FULL.replace("uplink:", "uplnk:"));
+    assert!(text.contains("uplnk"), "{text}");
+}
+
+#[test]
+fn values_that_cannot_work_are_refused_by_key() {
+    for (from, to, key) in [
+        ("b: \"10", "a: \"10", "peers"),
+        ("uplink: eth0", "uplink: br0", "uplink"),
+        ("name: a", "name: A_b", "A_b"),
+        ("bridge: br0", "bridge: a/b", "a/b"),
+        ("pods: 3", "pods: 0", "limits.pods"),
+        ("connections: 4", "connections: 99", "migration.connections"),
+        ("10.78.0.1:7078", "10.78.0.1:0", "listen"),
+    ] {
+        assert!(FULL.contains(from), "{from}");
+        let text = message(&FULL.replacen(from, to, 1));
+        assert!(text.contains(key), "{key}: {text}");
+    }
+}
+
+#[test]
+fn a_state_folder_too_deep_for_its_sockets_is_refused() {
+    let deep = format!("state_dir: /{}", "d".repeat(80));
+    let text = message(&FULL.replace("state_dir: state", &deep));
+    assert!(
+        text.contains("state_dir") && text.contains("too long"),
+        "{text}"
+    );
+}

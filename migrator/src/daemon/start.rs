@@ -1,0 +1,197 @@
+//! Opening everything a node needs, in order; the first thing that fails is the error.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use sha2::{Digest as _, Sha256};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use vm_runtime::probe;
+use vm_runtime::qemu::{QemuBinary, QemuConfig};
+use vm_runtime::spec::MACHINE;
+
+use super::DaemonError;
+use super::migrations::MigrationRegistry;
+use super::node::{GuestFiles, Node};
+use crate::config::Config;
+use crate::image::ImageStore;
+use crate::migration::journal::{Journal, Recovery};
+use crate::network::{NodeNetConfig, NodeNetwork};
+use crate::pods::PodRegistry;
+use crate::wire::tls::TlsConfig;
+
+/// Keeps other services out of the state folder until it is dropped, or the process ends however it ends.
+#[derive(Debug)]
+pub(super) struct StateLock(#[expect(dead_code, reason = "held, not read")] Flock<File>);
+
+/// Makes the state folder and locks it.
+pub(super) fn lock(state_dir: &Path) -> Result<StateLock, DaemonError> {
+    let failed = |source| DaemonError::StateDir {
+        path: state_dir.to_owned(),
+        source,
+    };
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(state_dir)
+        .map_err(failed)?;
+    let file = File::options()
+        .create(true)
+        .append(true)
+        .open(state_dir.join("lock"))
+        .map_err(failed)?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(StateLock(lock)),
+        Err((_, Errno::EWOULDBLOCK)) => Err(DaemonError::Locked(state_dir.to_owned())),
+        Err((_, errno)) => Err(failed(errno.into())),
+    }
+}
+
+/// Lets the process have as many descriptors as it may: a pod takes about ten, a migration more.
+pub(super) fn raise_descriptor_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
+}
+
+/// Opens everything. Nothing runs yet, and nothing of a pod has been touched.
+pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), DaemonError> {
+    let state = &config.state_dir;
+    let tls = TlsConfig::load(&config.tls.cert, &config.tls.key, &config.tls.ca)
+        .map_err(|e| DaemonError::open("the certificates", e))?;
+    let guest = guest_files(&config).await?;
+    let images_dir = state.join("images");
+    let images = blocking(move || ImageStore::open(&images_dir))
+        .await?
+        .map_err(|e| DaemonError::open("the image store", e))?;
+    let qemu = QemuBinary::open(&QemuConfig {
+        binary: config.qemu.binary.clone(),
+        lib_dir: config.qemu.lib_dir.clone(),
+        data_dirs: config.qemu.data_dirs.clone(),
+    })
+    .await
+    .map_err(|e| DaemonError::open("QEMU", e))?;
+    let machine = qemu.machine_or_newest(MACHINE).to_owned();
+    let (accel, accel_reason) = probe::resolve(&qemu, config.qemu.accel)
+        .await
+        .map_err(|e| DaemonError::open("the accelerator", e))?;
+    let (major, minor, micro) = qemu.version;
+    tracing::info!(
+        qemu = %qemu.path.display(),
+        version = format!("{major}.{minor}.{micro}"),
+        machine,
+        accel = ?accel,
+        reason = accel_reason,
+        "guests will run under this VMM"
+    );
+    let network = NodeNetwork::open(NodeNetConfig {
+        bridge: config.bridge.as_str().to_owned(),
+        uplink: config.uplink.as_str().to_owned(),
+        bpffs: state.join("bpf"),
+    })
+    .await
+    .map_err(|e| DaemonError::open("the network", e))?;
+    let journal_dir = state.join("journal");
+    let (journal, recovery) = blocking(move || Journal::open(&journal_dir))
+        .await?
+        .map_err(|e| DaemonError::open("the journal", e))?;
+    let migrations = MigrationRegistry::open(&state.join("migrations"))
+        .map_err(|e| DaemonError::open("the reports of migrations", e))?;
+    let node = Node {
+        images: Arc::new(images),
+        network,
+        qemu,
+        machine,
+        accel,
+        accel_reason,
+        guest,
+        tls,
+        journal: Arc::new(journal),
+        pods: PodRegistry::default(),
+        migrations,
+        shutdown: CancellationToken::new(),
+        tasks: TaskTracker::new(),
+        config,
+    };
+    Ok((Arc::new(node), recovery))
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, DaemonError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|e| DaemonError::open("a thread", e))
+}
+
+async fn guest_files(config: &Config) -> Result<GuestFiles, DaemonError> {
+    let kernel = config.guest.kernel.clone();
+    let initramfs = config.guest.initramfs.clone();
+    blocking(move || {
+        Ok(GuestFiles {
+            kernel_sha256: sha256(&kernel)?,
+            initramfs_sha256: sha256(&initramfs)?,
+            kernel,
+            initramfs,
+        })
+    })
+    .await?
+}
+
+fn sha256(path: &PathBuf) -> Result<String, DaemonError> {
+    let hash = || -> io::Result<String> {
+        let mut file = File::open(path)?;
+        let mut hasher = Sha256::new();
+        let mut buffer = vec![0; 1 << 16];
+        loop {
+            let read = file.read(&mut buffer)?;
+            if read == 0 {
+                break;
+            }
+            hasher.update(buffer.get(..read).unwrap_or_default());
+        }
+        Ok(hasher
+            .finalize()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect())
+    };
+    hash().map_err(|source| DaemonError::GuestFile {
+        path: path.clone(),
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_folder_serves_one_service_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path().join("state");
+        let first = lock(&state).unwrap();
+        assert!(matches!(lock(&state), Err(DaemonError::Locked(_))));
+        drop(first);
+        lock(&state).unwrap();
+    }
+
+    #[test]
+    fn files_are_known_by_their_hash() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kernel");
+        std::fs::write(&path, "abc").unwrap();
+        assert_eq!(
+            sha256(&path).unwrap(),
+            "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+        );
+    }
+}

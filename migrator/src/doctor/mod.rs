@@ -1,0 +1,194 @@
+//! What the kernel and the machine must have, whether they do, and how to get what is missing.
+//!
+//! Nothing is concluded from a version or a file's presence where it can be tried: probes make the
+//! very system call that a migration makes. Those that touch the network or mounts run in namespaces
+//! of their own, and none leaves anything behind.
+
+mod kernel;
+mod machine;
+mod sandbox;
+mod sys;
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use vm_runtime::spec::AccelChoice;
+use vm_runtime::units::Bytes;
+
+use crate::config::{Config, QemuConfig, TlsPaths};
+
+/// What is examined, beside the kernel and the machine.
+#[derive(Clone, Debug, Default)]
+pub struct Subject {
+    qemu: QemuConfig,
+    guest: Option<(PathBuf, PathBuf)>,
+    tls: Option<TlsPaths>,
+    links: Option<(String, String)>,
+    state_dir: Option<PathBuf>,
+}
+
+impl Subject {
+    /// Everything that a node's configuration names.
+    pub fn of_config(config: &Config) -> Self {
+        Self {
+            qemu: config.qemu.clone(),
+            guest: Some((config.guest.kernel.clone(), config.guest.initramfs.clone())),
+            tls: Some(config.tls.clone()),
+            links: Some((
+                config.bridge.as_str().to_owned(),
+                config.uplink.as_str().to_owned(),
+            )),
+            state_dir: Some(config.state_dir.clone()),
+        }
+    }
+
+    fn accel(&self) -> AccelChoice {
+        self.qemu.accel
+    }
+}
+
+/// The answer of `doctor`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// Whether everything that is required is there.
+    pub ok: bool,
+    /// One entry a requirement.
+    pub checks: Vec<Check>,
+}
+
+/// One requirement.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Check {
+    /// Its short name; does not change between versions.
+    pub name: String,
+    /// Whether migrator works without it.
+    pub required: bool,
+    /// What it is for.
+    pub purpose: String,
+    /// What was found.
+    #[serde(flatten)]
+    pub result: CheckResult,
+}
+
+/// What was found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "status")]
+pub enum CheckResult {
+    /// It is there.
+    Ok {
+        /// What exactly.
+        found: String,
+    },
+    /// It is not there, or does not work.
+    Missing {
+        /// What happened when it was tried.
+        why: String,
+        /// How to get it.
+        remedy: String,
+    },
+}
+
+impl CheckResult {
+    /// Whether it is there.
+    pub fn is_ok(&self) -> bool {
+        match self {
+            Self::Ok { .. } => true,
+            Self::Missing { .. } => false,
+        }
+    }
+}
+
+/// Tries everything. Takes a few seconds where a KVM probe boots.
+pub async fn examine(subject: &Subject) -> Report {
+    let mut checks = vec![kernel::version()];
+    checks.extend(kernel::memory_checks());
+    checks.push(kernel::capabilities());
+    checks.push(kernel::ptrace());
+    // Namespaces belong to threads, so these have one of their own that ends with its namespaces.
+    match tokio::task::spawn_blocking(sandbox::checks).await {
+        Ok(found) => checks.extend(found),
+        Err(error) => checks.push(missing(
+            "sandbox",
+            true,
+            "trying network features without touching the machine's network",
+            error.to_string(),
+            "report this: the probe itself failed",
+        )),
+    }
+    checks.push(machine::ram());
+    checks.push(machine::erofs());
+    checks.extend(machine::qemu(subject).await);
+    checks.extend(machine::configured(subject));
+    Report {
+        ok: checks.iter().all(|c| c.result.is_ok() || !c.required),
+        checks,
+    }
+}
+
+/// Memory that a new guest can have: `MemAvailable`; 0 if the kernel does not say.
+pub fn available_memory() -> Bytes {
+    machine::available()
+}
+
+fn present(name: &str, required: bool, purpose: &str, found: impl Into<String>) -> Check {
+    Check {
+        name: name.to_owned(),
+        required,
+        purpose: purpose.to_owned(),
+        result: CheckResult::Ok {
+            found: found.into(),
+        },
+    }
+}
+
+fn missing(
+    name: &str,
+    required: bool,
+    purpose: &str,
+    why: impl Into<String>,
+    remedy: impl Into<String>,
+) -> Check {
+    Check {
+        name: name.to_owned(),
+        required,
+        purpose: purpose.to_owned(),
+        result: CheckResult::Missing {
+            why: why.into(),
+            remedy: remedy.into(),
+        },
+    }
+}
+
+/// A requirement that was tried: the error says why it is missing.
+fn tried(
+    name: &str,
+    purpose: &str,
+    result: std::io::Result<()>,
+    found: &str,
+    remedy: &str,
+) -> Check {
+    match result {
+        Ok(()) => present(name, true, purpose, found),
+        Err(error) => missing(name, true, purpose, error.to_string(), remedy),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_check_reads_well_in_json() {
+        let check = missing(
+            "tun",
+            true,
+            "guests' network",
+            "no such device",
+            "CONFIG_TUN",
+        );
+        let json = serde_json::to_value(&check).unwrap();
+        assert_eq!(json["status"], "missing");
+        assert_eq!(json["remedy"], "CONFIG_TUN");
+        assert_eq!(serde_json::from_value::<Check>(json).unwrap(), check);
+    }
+}

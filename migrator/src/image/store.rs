@@ -1,0 +1,390 @@
+//! The images of a node.
+//!
+//! ```text
+//! images/lock                  held by the service: one store at a time
+//! images/names.json            name -> id
+//! images/<id>/image.erofs      the block device
+//! images/<id>/record.json      its ImageRecord
+//! images/.tmp-*                work under way; removed at the next start
+//! ```
+//!
+//! A folder appears under its final name only when all of it is on the disk, and disappears from it before
+//! anything in it is removed.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use tempfile::TempDir;
+
+use super::digest::Digest;
+use super::import::{self, ImportError, ImportLimits};
+use super::name;
+use super::record::ImageRecord;
+use super::store_files::{EROFS, RECORD, io_error, load_image, sync_folder, write_synced};
+
+pub use super::store_files::StoreError;
+
+const NAMES: &str = "names.json";
+const LOCK: &str = "lock";
+const TMP: &str = ".tmp-";
+
+/// The images of a node. Shared by reference or [`Arc`]; every call may block on the disk.
+#[derive(Debug)]
+pub struct ImageStore {
+    root: PathBuf,
+    limits: ImportLimits,
+    state: Mutex<State>,
+    _lock: Flock<File>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    images: BTreeMap<Digest, Arc<ImageRecord>>,
+    names: BTreeMap<String, Digest>,
+}
+
+impl ImageStore {
+    /// Opens the store in folder `root` (made if missing, mode 0700), and removes what a crash left.
+    pub fn open(root: &Path) -> Result<Self, StoreError> {
+        Self::open_with(root, ImportLimits::default())
+    }
+
+    /// Opens the store with limits of one's own.
+    pub fn open_with(root: &Path, limits: ImportLimits) -> Result<Self, StoreError> {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(root)
+            .map_err(io_error("make", root))?;
+        // It holds setuid programs and devices of images while they are unpacked.
+        fs::set_permissions(root, fs::Permissions::from_mode(0o700))
+            .map_err(io_error("set the mode of", root))?;
+        let path = root.join(LOCK);
+        let file = File::options().create(true).append(true).open(&path);
+        let file = file.map_err(io_error("open", &path))?;
+        let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => lock,
+            Err((_, Errno::EWOULDBLOCK)) => {
+                return Err(StoreError::Locked {
+                    path: root.to_owned(),
+                });
+            }
+            Err((_, errno)) => return Err(io_error("lock", &path)(errno.into())),
+        };
+        let store = Self {
+            root: root.to_owned(),
+            limits,
+            state: Mutex::default(),
+            _lock: lock,
+        };
+        store.load()?;
+        Ok(store)
+    }
+
+    /// Imports an OCI layout (folder, or archive in tar format, also gzip or zstd) or a `docker save` archive.
+    ///
+    /// The image goes by `name`, else by the name that it carries, else by the file's. An image that is here already
+    /// gets the name. When it fails, nothing is left behind.
+    pub fn import(&self, path: &Path, name: Option<&str>) -> Result<ImageRecord, ImportError> {
+        import::import(self, &self.limits, path, name)
+    }
+
+    /// All images with a name, by name; then those without one.
+    pub fn list(&self) -> Vec<ImageRecord> {
+        let state = self.state();
+        let named = state.names.iter().filter_map(|(name, id)| {
+            let record = state.images.get(id)?;
+            Some(ImageRecord {
+                name: name.clone(),
+                ..ImageRecord::clone(record)
+            })
+        });
+        let nameless = state
+            .images
+            .iter()
+            .filter(|(id, _)| !state.names.values().any(|named| named == *id))
+            .map(|(_, record)| ImageRecord::clone(record));
+        named.chain(nameless).collect()
+    }
+
+    /// Finds an image by name, by the digest of its bytes ([`ImageRecord::erofs_digest`]), or by its manifest's
+    /// digest if only one image here was made from that.
+    pub fn resolve(&self, reference: &str) -> Result<ImageRecord, StoreError> {
+        let (_, record) = self.find(&self.state(), reference)?;
+        Ok(ImageRecord::clone(&record))
+    }
+
+    /// Removes the name `reference`, and the image with it if that was its last name; or, given a digest, the
+    /// image with all its names. Images whose bytes (by [`ImageRecord::erofs_digest`]) are `in_use` stay.
+    pub fn remove(&self, reference: &str, in_use: &[Digest]) -> Result<(), StoreError> {
+        let mut state = self.state();
+        let (id, record) = self.find(&state, reference)?;
+        let mut names = state.names.clone();
+        if reference.parse::<Digest>().is_ok() {
+            names.retain(|_, named| *named != id);
+        } else {
+            names.remove(&name::normalize(reference)?);
+        }
+        if names.values().any(|named| *named == id) {
+            self.write_names(&names)?;
+            state.names = names;
+            return Ok(());
+        }
+        if in_use.contains(&record.erofs_digest) {
+            return Err(StoreError::InUse(reference.to_owned()));
+        }
+        self.write_names(&names)?;
+        state.names = names;
+        state.images.remove(&id);
+        let doomed = self.scratch()?;
+        let folder = self.folder(id);
+        fs::rename(&folder, doomed.path().join("image")).map_err(io_error("remove", &folder))?;
+        self.sync_root()
+        // The files go when `doomed` is dropped.
+    }
+
+    /// The file with these bytes ([`ImageRecord::erofs_digest`]): what a VM gets as a read-only disk.
+    pub fn erofs_path(&self, digest: &Digest) -> Result<PathBuf, StoreError> {
+        let (id, _) = self.by_bytes(digest)?;
+        Ok(self.folder(id).join(EROFS))
+    }
+
+    /// Reads chunk `index` of the image with these bytes, and verifies it.
+    pub fn read_chunk(&self, digest: &Digest, index: u32) -> Result<Vec<u8>, StoreError> {
+        let (id, record) = self.by_bytes(digest)?;
+        self.chunk_of(id, &record, index)
+    }
+
+    fn chunk_of(
+        &self,
+        id: Digest,
+        record: &ImageRecord,
+        index: u32,
+    ) -> Result<Vec<u8>, StoreError> {
+        let image = record.erofs_digest;
+        let expected = record.chunks.get(index as usize);
+        let expected = expected.ok_or(StoreError::NoChunk { image, index })?;
+        let path = self.folder(id).join(EROFS);
+        let mut chunk = vec![0u8; record.chunk_len(index)];
+        File::open(&path)
+            .and_then(|file| file.read_exact_at(&mut chunk, record.chunk_offset(index)))
+            .map_err(io_error("read", &path))?;
+        if Digest::of(&chunk) != *expected {
+            return Err(StoreError::Damaged { image, index });
+        }
+        Ok(chunk)
+    }
+
+    /// The store's folder.
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Whether exactly this image is here.
+    pub(super) fn has(&self, record: &ImageRecord) -> bool {
+        self.state().images.contains_key(&record.id())
+    }
+
+    /// Every image of the store, for a search of chunks.
+    pub(super) fn snapshot(&self) -> Vec<(Digest, Arc<ImageRecord>)> {
+        let state = self.state();
+        state
+            .images
+            .iter()
+            .map(|(id, record)| (*id, record.clone()))
+            .collect()
+    }
+
+    /// Reads and verifies a chunk of an image of [`ImageStore::snapshot`].
+    pub(super) fn local_chunk(
+        &self,
+        id: Digest,
+        record: &ImageRecord,
+        index: u32,
+    ) -> Result<Vec<u8>, StoreError> {
+        self.chunk_of(id, record, index)
+    }
+
+    /// An image made from this manifest, if there is one.
+    pub(super) fn by_manifest(&self, manifest: &Digest) -> Option<Arc<ImageRecord>> {
+        let state = self.state();
+        state
+            .images
+            .values()
+            .find(|record| record.manifest_digest == *manifest)
+            .cloned()
+    }
+
+    /// An empty folder on the same file system, removed when dropped and at the next start.
+    pub(super) fn scratch(&self) -> Result<TempDir, StoreError> {
+        tempfile::Builder::new()
+            .prefix(TMP)
+            .tempdir_in(&self.root)
+            .map_err(io_error("make a folder in", &self.root))
+    }
+
+    /// Takes over an image whose file is complete in `scratch`, and gives it its name: always if `take_name`,
+    /// else only if nothing else has it.
+    pub(super) fn commit(
+        &self,
+        scratch: TempDir,
+        record: ImageRecord,
+        take_name: bool,
+    ) -> Result<ImageRecord, StoreError> {
+        let path = scratch.path().join(RECORD);
+        let bytes = serde_json::to_vec(&record).map_err(|e| io_error("write", &path)(e.into()))?;
+        write_synced(&path, &bytes)?;
+        sync_folder(scratch.path())?;
+        let id = record.id();
+        let mut state = self.state();
+        if let Entry::Vacant(place) = state.images.entry(id) {
+            let folder = self.folder(id);
+            fs::rename(scratch.path(), &folder).map_err(io_error("make", &folder))?;
+            // It is gone from its old name: nothing to remove.
+            let _ = scratch.keep();
+            self.sync_root()?;
+            place.insert(Arc::new(record.clone()));
+        }
+        self.name(&mut state, &record.name, id, take_name)?;
+        Ok(record)
+    }
+
+    /// Gives an image that is here the name `name`.
+    pub(super) fn add_name(
+        &self,
+        record: &ImageRecord,
+        name: &str,
+    ) -> Result<ImageRecord, StoreError> {
+        self.name(&mut self.state(), name, record.id(), true)?;
+        Ok(ImageRecord {
+            name: name.to_owned(),
+            ..record.clone()
+        })
+    }
+
+    fn name(
+        &self,
+        state: &mut State,
+        name: &str,
+        id: Digest,
+        take: bool,
+    ) -> Result<(), StoreError> {
+        let free = !state.names.contains_key(name);
+        if free || (take && state.names.get(name) != Some(&id)) {
+            let mut names = state.names.clone();
+            names.insert(name.to_owned(), id);
+            self.write_names(&names)?;
+            state.names = names;
+        }
+        Ok(())
+    }
+
+    fn find(
+        &self,
+        state: &State,
+        reference: &str,
+    ) -> Result<(Digest, Arc<ImageRecord>), StoreError> {
+        let missing = || StoreError::NotFound(reference.to_owned());
+        let Ok(digest) = reference.parse::<Digest>() else {
+            let name = name::normalize(reference)?;
+            let id = state.names.get(&name).ok_or_else(missing)?;
+            let record = state.images.get(id).ok_or_else(missing)?;
+            let record = ImageRecord {
+                name,
+                ..ImageRecord::clone(record)
+            };
+            return Ok((*id, Arc::new(record)));
+        };
+        let mut found = state.images.iter().filter(|(id, record)| {
+            **id == digest || record.erofs_digest == digest || record.manifest_digest == digest
+        });
+        let (id, record) = found.next().ok_or_else(missing)?;
+        if found.next().is_some() {
+            return Err(StoreError::Ambiguous(reference.to_owned()));
+        }
+        Ok((*id, record.clone()))
+    }
+
+    fn by_bytes(&self, digest: &Digest) -> Result<(Digest, Arc<ImageRecord>), StoreError> {
+        let state = self.state();
+        let mut images = state.images.iter();
+        images
+            .find(|(_, record)| record.erofs_digest == *digest)
+            .map(|(id, record)| (*id, record.clone()))
+            .ok_or_else(|| StoreError::NotFound(digest.to_string()))
+    }
+
+    fn folder(&self, id: Digest) -> PathBuf {
+        self.root.join(id.hex())
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Each change of the state is one assignment after the disk has it: a panic leaves it whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn sync_root(&self) -> Result<(), StoreError> {
+        sync_folder(&self.root)
+    }
+
+    fn write_names(&self, names: &BTreeMap<String, Digest>) -> Result<(), StoreError> {
+        let path = self.root.join(NAMES);
+        let next = self.root.join(format!("{TMP}{NAMES}"));
+        let bytes =
+            serde_json::to_vec_pretty(names).map_err(|e| io_error("write", &path)(e.into()))?;
+        write_synced(&next, &bytes)?;
+        fs::rename(&next, &path).map_err(io_error("write", &path))?;
+        self.sync_root()
+    }
+
+    fn load(&self) -> Result<(), StoreError> {
+        let mut state = self.state();
+        for entry in fs::read_dir(&self.root).map_err(io_error("read", &self.root))? {
+            let entry = entry.map_err(io_error("read", &self.root))?;
+            let Ok(name) = entry.file_name().into_string() else {
+                continue;
+            };
+            let path = entry.path();
+            if name.starts_with(TMP) {
+                let removed = match entry.file_type() {
+                    Ok(kind) if kind.is_dir() => fs::remove_dir_all(&path),
+                    _ => fs::remove_file(&path),
+                };
+                removed.map_err(io_error("remove", &path))?;
+            } else if let Ok(id) = Digest::from_hex(&name) {
+                match load_image(&path) {
+                    Ok(record) if record.id() == id => {
+                        drop(state.images.insert(id, Arc::new(record)))
+                    }
+                    Ok(_) => {
+                        tracing::warn!(path = %path.display(), "image folder of another name, left out")
+                    }
+                    Err(error) => {
+                        tracing::warn!(path = %path.display(), %error, "damaged image, left out")
+                    }
+                }
+            }
+        }
+        let path = self.root.join(NAMES);
+        let names: BTreeMap<String, Digest> = match fs::read(&path) {
+            Ok(bytes) => {
+                serde_json::from_slice(&bytes).map_err(|e| io_error("read", &path)(e.into()))?
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => BTreeMap::new(),
+            Err(error) => return Err(io_error("read", &path)(error)),
+        };
+        let images = &state.images;
+        state.names = names
+            .into_iter()
+            .filter(|(_, id)| images.contains_key(id))
+            .collect();
+        Ok(())
+    }
+}

@@ -1,0 +1,361 @@
+//! The programs, their pinned maps and links, and the words that steer them.
+//!
+//! Everything is pinned in the node's own BPF file system: a TAP's gate and guard go on working while
+//! no service runs, and the next service finds them. Loading replaces the programs under live links in
+//! place, so a new version of the service brings its programs with it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use aya::maps::{HashMap, Map, MapData, PerCpuArray, PerCpuValues};
+use aya::programs::links::{FdLink, PinnedLink};
+use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
+use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
+use aya::{Ebpf, EbpfLoader};
+use migrator_ebpf::{
+    ABI, BUCKETS, CounterRow, Device, Gate, MAX_SLOTS, NO_SLOT_ROW, bucket_index, names,
+};
+use nix::mount::{MsFlags, mount};
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+
+use super::error::GateError;
+use super::sys::MappedWords;
+
+/// The programs, built by this crate's build script.
+pub static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/programs.o"));
+
+/// The hooks of a TAP: program, where it is attached, and the name of its link's pin.
+const HOOKS: [(&str, TcAttachType, &str); 2] = [
+    (names::GATE, TcAttachType::Egress, "link_gate_"),
+    (names::GUARD, TcAttachType::Ingress, "link_guard_"),
+];
+
+/// The programs and maps of this node.
+pub(crate) struct Gates {
+    dir: PathBuf,
+    programs: Mutex<Ebpf>,
+    devices: Mutex<HashMap<MapData, u32, Device>>,
+    counters: Mutex<PerCpuArray<MapData, CounterRow>>,
+    words: MappedWords,
+    parked: MappedWords,
+    done: MappedWords,
+}
+
+impl std::fmt::Debug for Gates {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Gates").field("dir", &self.dir).finish()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What is behind these locks stays whole when a holder panics: each change is one kernel call.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Gates {
+    /// Loads the programs, over the maps pinned in `bpffs` if there are any. Mounts it if needed.
+    pub(crate) fn open(bpffs: &Path) -> Result<Self, GateError> {
+        mount_bpffs(bpffs).map_err(|source| GateError::Mount {
+            path: bpffs.to_owned(),
+            source,
+        })?;
+        let dir = bpffs.join(format!("v{ABI}"));
+        std::fs::create_dir_all(&dir).map_err(|source| GateError::Mount {
+            path: dir.clone(),
+            source,
+        })?;
+        let mut programs = EbpfLoader::new()
+            .default_map_pin_directory(&dir)
+            .load(PROGRAMS)
+            .map_err(|error| GateError::Load(error.into()))?;
+        for (name, _, _) in HOOKS {
+            let program = classifier(&mut programs, name)?;
+            program
+                .load()
+                .map_err(|error| GateError::Load(error.into()))?;
+        }
+        start_logger(&mut programs);
+        let map_error = |map, source| GateError::Map {
+            map,
+            dir: dir.clone(),
+            source,
+        };
+        let mut words = |name: &'static str, len: u32| -> Result<MappedWords, GateError> {
+            let map = programs.take_map(name).ok_or(GateError::Mismatch(name))?;
+            let Map::Array(data) = map else {
+                return Err(GateError::Mismatch(name));
+            };
+            let fd = data.fd();
+            MappedWords::map(fd, len as usize).map_err(|error| map_error(name, error.into()))
+        };
+        let gates = words(names::GATES, MAX_SLOTS)?;
+        let parked = words(names::PARKED, MAX_SLOTS * BUCKETS)?;
+        let done = words(names::DONE, MAX_SLOTS * BUCKETS)?;
+        let devices = programs
+            .take_map(names::DEVICES)
+            .ok_or(GateError::Mismatch(names::DEVICES))?;
+        let counters = programs
+            .take_map(names::COUNTERS)
+            .ok_or(GateError::Mismatch(names::COUNTERS))?;
+        Ok(Self {
+            devices: Mutex::new(
+                HashMap::try_from(devices)
+                    .map_err(|error| map_error(names::DEVICES, error.into()))?,
+            ),
+            counters: Mutex::new(
+                PerCpuArray::try_from(counters)
+                    .map_err(|error| map_error(names::COUNTERS, error.into()))?,
+            ),
+            programs: Mutex::new(programs),
+            words: gates,
+            parked,
+            done,
+            dir,
+        })
+    }
+
+    /// Puts gate and guard on a pod's TAP, or takes over those that a former service left there.
+    pub(crate) fn attach(&self, tap: &str, ifindex: u32, device: Device) -> Result<(), GateError> {
+        lock(&self.devices)
+            .insert(ifindex, device, 0)
+            .map_err(|error| self.map_error(names::DEVICES, error.into()))?;
+        let mut programs = lock(&self.programs);
+        for (name, hook, pin) in HOOKS {
+            let pin = self.dir.join(format!("{pin}{}", device.slot));
+            let program = classifier(&mut programs, name)?;
+            if adopt(program, &pin).is_ok() {
+                continue;
+            }
+            remove_pin(&pin)?;
+            fresh(program, tap, hook, &pin).map_err(|source| GateError::Attach {
+                program: name,
+                device: tap.to_owned(),
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Takes gate and guard away, and shuts the slot. What is gone already is fine.
+    pub(crate) fn detach(&self, slot: u16, ifindex: Option<u32>) -> Result<(), GateError> {
+        for (_, _, pin) in HOOKS {
+            remove_pin(&self.dir.join(format!("{pin}{slot}")))?;
+        }
+        let mut devices = lock(&self.devices);
+        let stale: Vec<u32> = devices
+            .iter()
+            .flatten()
+            .filter(|(index, device)| device.slot == slot || Some(*index) == ifindex)
+            .map(|(index, _)| index)
+            .collect();
+        for index in stale {
+            devices
+                .remove(&index)
+                .map_err(|error| self.map_error(names::DEVICES, error.into()))?;
+        }
+        if let Some(word) = self.words.get(u32::from(slot)) {
+            word.store(0, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Slots that a former service has left links for.
+    pub(crate) fn pinned_slots(&self) -> Vec<u16> {
+        let Ok(entries) = std::fs::read_dir(&self.dir) else {
+            return Vec::new();
+        };
+        let mut slots: Vec<u16> = entries
+            .flatten()
+            .filter_map(|entry| {
+                let name = entry.file_name();
+                let name = name.to_str()?;
+                HOOKS
+                    .iter()
+                    .find_map(|(_, _, pin)| name.strip_prefix(pin)?.parse().ok())
+            })
+            .collect();
+        slots.sort_unstable();
+        slots.dedup();
+        slots
+    }
+
+    /// The words and counters of one slot.
+    pub(crate) fn slot(self: &Arc<Self>, slot: u16) -> SlotGate {
+        SlotGate {
+            gates: Arc::clone(self),
+            slot,
+        }
+    }
+
+    fn map_error(
+        &self,
+        map: &'static str,
+        source: Box<dyn std::error::Error + Send + Sync>,
+    ) -> GateError {
+        GateError::Map {
+            map,
+            dir: self.dir.clone(),
+            source,
+        }
+    }
+}
+
+fn classifier<'a>(
+    programs: &'a mut Ebpf,
+    name: &'static str,
+) -> Result<&'a mut SchedClassifier, GateError> {
+    programs
+        .program_mut(name)
+        .and_then(|program| program.try_into().ok())
+        .ok_or(GateError::Mismatch(name))
+}
+
+type Cause = Box<dyn std::error::Error + Send + Sync>;
+
+/// Replaces the program of a pinned link. The link may be dead: its device was removed.
+fn adopt(program: &mut SchedClassifier, pin: &Path) -> Result<(), Cause> {
+    let link: SchedClassifierLink = FdLink::from(PinnedLink::from_pin(pin)?).try_into()?;
+    let id = program.attach_to_link(link)?;
+    // The pin keeps the link; this process need not.
+    drop(program.take_link(id)?);
+    Ok(())
+}
+
+fn fresh(
+    program: &mut SchedClassifier,
+    tap: &str,
+    hook: TcAttachType,
+    pin: &Path,
+) -> Result<(), Cause> {
+    // First in line: what it parks or drops, no other program of the host has acted on.
+    let order = TcAttachOptions::TcxOrder(LinkOrder::first());
+    let id = program.attach_with_options(tap, hook, order)?;
+    let link: FdLink = program.take_link(id)?.try_into()?;
+    drop(link.pin(pin)?);
+    Ok(())
+}
+
+fn remove_pin(pin: &Path) -> Result<(), GateError> {
+    match std::fs::remove_file(pin) {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(source) => Err(GateError::Unpin {
+            path: pin.to_owned(),
+            source,
+        }),
+    }
+}
+
+fn mount_bpffs(dir: &Path) -> io::Result<()> {
+    std::fs::create_dir_all(dir)?;
+    if statfs(dir)?.filesystem_type() != BPF_FS_MAGIC {
+        let none: Option<&str> = None;
+        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+        mount(Some("bpf"), dir, Some("bpf"), flags, none)?;
+    }
+    Ok(())
+}
+
+/// Passes what the programs log on to this process's log. Optional: they work without a listener.
+fn start_logger(programs: &mut Ebpf) {
+    let Ok(logger) = aya_log::EbpfLogger::init(programs) else {
+        return;
+    };
+    let Ok(mut logger) = super::sys::watch_logger(logger) else {
+        return;
+    };
+    tokio::spawn(async move {
+        while let Ok(mut ready) = logger.readable_mut().await {
+            ready.get_inner_mut().flush();
+            ready.clear_ready();
+        }
+    });
+}
+
+/// The gate of one slot.
+#[derive(Clone, Debug)]
+pub(crate) struct SlotGate {
+    gates: Arc<Gates>,
+    slot: u16,
+}
+
+impl SlotGate {
+    pub(crate) fn slot(&self) -> u16 {
+        self.slot
+    }
+
+    fn word(&self) -> &AtomicU64 {
+        static SHUT: AtomicU64 = AtomicU64::new(0);
+        // A slot is checked against MAX_SLOTS when it is attached.
+        self.gates.words.get(u32::from(self.slot)).unwrap_or(&SHUT)
+    }
+
+    pub(crate) fn get(&self) -> Gate {
+        Gate::from_word(self.word().load(Ordering::Acquire))
+    }
+
+    /// Flips the gate: one 8-byte store.
+    pub(crate) fn set(&self, gate: Gate) {
+        self.word().store(gate.to_word(), Ordering::Release);
+    }
+
+    pub(crate) fn parked(&self, bucket: u8) -> u64 {
+        let index = bucket_index(self.slot, bucket);
+        let parked = self.gates.parked.get(index);
+        parked.map_or(0, |value| value.load(Ordering::Acquire))
+    }
+
+    pub(crate) fn done(&self, bucket: u8) -> u64 {
+        let index = bucket_index(self.slot, bucket);
+        let done = self.gates.done.get(index);
+        done.map_or(0, |value| value.load(Ordering::Acquire))
+    }
+
+    /// A parked frame of the bucket has left the service. `done` never passes `parked`: if the kernel
+    /// cut one parked frame into several on its way here, they count as one.
+    pub(crate) fn add_done(&self, bucket: u8) {
+        let done = self.done(bucket);
+        if self.parked(bucket).wrapping_sub(done) as i64 > 0 {
+            self.set_done(bucket, done.wrapping_add(1));
+        }
+    }
+
+    /// Only one thread of one service writes `done`.
+    pub(crate) fn set_done(&self, bucket: u8, value: u64) {
+        let index = bucket_index(self.slot, bucket);
+        if let Some(done) = self.gates.done.get(index) {
+            done.store(value, Ordering::Release);
+        }
+    }
+
+    /// Nothing waits in any bucket: for a slot whose park is new.
+    pub(crate) fn clear(&self) -> Result<(), GateError> {
+        for bucket in 0..=u8::MAX {
+            self.set_done(bucket, self.parked(bucket));
+        }
+        let cpus = aya::util::nr_cpus()
+            .map_err(|(_, error)| self.gates.map_error(names::COUNTERS, error.into()))?;
+        let zero = PerCpuValues::try_from(vec![CounterRow::default(); cpus])
+            .map_err(|error| self.gates.map_error(names::COUNTERS, error.into()))?;
+        lock(&self.gates.counters)
+            .set(u32::from(self.slot), zero, 0)
+            .map_err(|error| self.gates.map_error(names::COUNTERS, error.into()))
+    }
+
+    /// The slot's counters, over all CPUs.
+    pub(crate) fn counters(&self) -> Result<CounterRow, GateError> {
+        debug_assert!(u32::from(self.slot) < NO_SLOT_ROW);
+        let values = lock(&self.gates.counters)
+            .get(&u32::from(self.slot), 0)
+            .map_err(|error| self.gates.map_error(names::COUNTERS, error.into()))?;
+        let mut sum = CounterRow::default();
+        for row in values.iter() {
+            for (total, value) in sum.0.iter_mut().zip(row.0) {
+                *total += value;
+            }
+        }
+        Ok(sum)
+    }
+}

@@ -1,0 +1,262 @@
+//! Every frame for a pod is booked once. Pure: it adds up what the programs, the devices and the
+//! dataplane thread have counted.
+
+use migrator_ebpf::{Counter, CounterRow};
+use serde::{Deserialize, Serialize};
+
+/// The frames for a pod that this node saw, and what became of them:
+/// `seen = delivered + held + forwarded + refused + lost`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ledger {
+    /// At the gate, and down the log.
+    pub seen: u64,
+    /// Given to the guest on this node.
+    pub delivered: u64,
+    /// In a queue of this node: the park, the log that is not acknowledged, frames to inject.
+    pub held: u64,
+    /// Relayed to the other node.
+    pub forwarded: u64,
+    /// Dropped because another copy counts, or because no guest could take it.
+    pub refused: u64,
+    /// Lost.
+    pub lost: u64,
+    /// The same, by reason.
+    pub reasons: Reasons,
+}
+
+impl Ledger {
+    /// Whether each frame is booked once.
+    pub const fn balances(&self) -> bool {
+        self.seen == self.delivered + self.held + self.forwarded + self.refused + self.lost
+    }
+
+    /// What was booked after `base`. Frames held at `base` are seen again.
+    pub(crate) fn since(&self, base: &Self) -> Self {
+        let reasons = self.reasons.since(&base.reasons);
+        let held = self.held;
+        let forwarded = self.forwarded.saturating_sub(base.forwarded);
+        let refused = self.refused.saturating_sub(base.refused);
+        let lost = self.lost.saturating_sub(base.lost);
+        // Residue takes back what was delivered: if that was before `base`, it is seen again now.
+        let delivered = self.delivered.saturating_sub(base.delivered);
+        Self {
+            seen: delivered + held + forwarded + refused + lost,
+            delivered,
+            held,
+            forwarded,
+            refused,
+            lost,
+            reasons,
+        }
+    }
+}
+
+/// Counters behind the [`Ledger`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reasons {
+    /// Passed by the gate straight to the TAP.
+    pub passed: u64,
+    /// Parked by the gate, in any mode.
+    pub parked: u64,
+    /// Read back from the TAP after the guest had stopped.
+    pub residue: u64,
+    /// Came down the log.
+    pub log_received: u64,
+    /// Of those, injected into the TAP.
+    pub log_injected: u64,
+    /// Parked here and injected here.
+    pub own_injected: u64,
+    /// Refused: the gate was shut.
+    pub refused_shut: u64,
+    /// Refused: the pod's own announcement, echoed.
+    pub refused_echo: u64,
+    /// Refused: the device has no gate.
+    pub refused_no_slot: u64,
+    /// Refused: a group frame whose copy came the other way.
+    pub refused_duplicate: u64,
+    /// Refused: a group frame after the end marker; the destination has its own.
+    pub refused_group: u64,
+    /// Refused: the kernel does not take it (a malformed header or length).
+    pub refused_invalid: u64,
+    /// Lost: the park's queue was full.
+    pub lost_park: u64,
+    /// Lost: the TAP's queue was full.
+    pub lost_tap: u64,
+    /// Lost: parked, and in the memory of a service that was killed.
+    pub lost_crash: u64,
+    /// Lost: given up when the pod was removed.
+    pub lost_removed: u64,
+    /// Frames from the guest that went out.
+    pub guest_sent: u64,
+    /// Frames from the guest that the guard stopped.
+    pub guest_blocked: u64,
+    /// The destination went on without an end marker.
+    pub end_timeouts: u64,
+}
+
+impl Reasons {
+    fn since(&self, base: &Self) -> Self {
+        let less = |now: u64, then: u64| now.saturating_sub(then);
+        Self {
+            passed: less(self.passed, base.passed),
+            parked: less(self.parked, base.parked),
+            residue: less(self.residue, base.residue),
+            log_received: less(self.log_received, base.log_received),
+            log_injected: less(self.log_injected, base.log_injected),
+            own_injected: less(self.own_injected, base.own_injected),
+            refused_shut: less(self.refused_shut, base.refused_shut),
+            refused_echo: less(self.refused_echo, base.refused_echo),
+            refused_no_slot: less(self.refused_no_slot, base.refused_no_slot),
+            refused_duplicate: less(self.refused_duplicate, base.refused_duplicate),
+            refused_group: less(self.refused_group, base.refused_group),
+            refused_invalid: less(self.refused_invalid, base.refused_invalid),
+            lost_park: less(self.lost_park, base.lost_park),
+            lost_tap: less(self.lost_tap, base.lost_tap),
+            lost_crash: less(self.lost_crash, base.lost_crash),
+            lost_removed: less(self.lost_removed, base.lost_removed),
+            guest_sent: less(self.guest_sent, base.guest_sent),
+            guest_blocked: less(self.guest_blocked, base.guest_blocked),
+            end_timeouts: less(self.end_timeouts, base.end_timeouts),
+        }
+    }
+}
+
+/// What the dataplane thread has counted, from the attachment on.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Tally {
+    /// Parked frames read, without echoes.
+    pub(crate) park_read: u64,
+    /// Frames that the thread holds now: log, own queue, to inject.
+    pub(crate) held: u64,
+    pub(crate) forwarded: u64,
+    pub(crate) residue: u64,
+    pub(crate) log_received: u64,
+    pub(crate) log_injected: u64,
+    pub(crate) own_injected: u64,
+    pub(crate) duplicate: u64,
+    pub(crate) group: u64,
+    pub(crate) invalid: u64,
+    pub(crate) crash: u64,
+    pub(crate) removed: u64,
+    pub(crate) end_timeouts: u64,
+    /// Attempts to inject that found the TAP's queue full: the kernel counts each as a drop.
+    pub(crate) full: u64,
+}
+
+/// Adds everything up. `park_dropped` and `tap_dropped` are the devices' own counters.
+pub(crate) fn book(row: &CounterRow, tally: &Tally, park_dropped: u64, tap_dropped: u64) -> Ledger {
+    let parked = row.get(Counter::ParkedLocal)
+        + row.get(Counter::ParkedHold)
+        + row.get(Counter::ParkedForward);
+    let lost_tap = tap_dropped.saturating_sub(tally.full);
+    let reasons = Reasons {
+        passed: row.get(Counter::Passed),
+        parked,
+        residue: tally.residue,
+        log_received: tally.log_received,
+        log_injected: tally.log_injected,
+        own_injected: tally.own_injected,
+        refused_shut: row.get(Counter::RefusedShut),
+        refused_echo: row.get(Counter::RefusedEcho),
+        refused_no_slot: row.get(Counter::RefusedNoSlot),
+        refused_duplicate: tally.duplicate,
+        refused_group: tally.group,
+        refused_invalid: tally.invalid,
+        lost_park: park_dropped,
+        lost_tap,
+        lost_crash: tally.crash,
+        lost_removed: tally.removed,
+        guest_sent: row.get(Counter::Sent),
+        guest_blocked: row.get(Counter::Blocked),
+        end_timeouts: tally.end_timeouts,
+    };
+    let in_park = parked.saturating_sub(tally.park_read + park_dropped + tally.crash);
+    let taken = reasons.passed + tally.log_injected + tally.own_injected;
+    Ledger {
+        seen: row.seen() + tally.log_received,
+        delivered: taken.saturating_sub(tally.residue + lost_tap),
+        held: tally.held + in_park,
+        forwarded: tally.forwarded,
+        refused: reasons.refused_shut
+            + reasons.refused_echo
+            + reasons.refused_no_slot
+            + reasons.refused_duplicate
+            + reasons.refused_group
+            + reasons.refused_invalid,
+        lost: park_dropped + lost_tap + tally.crash + tally.removed,
+        reasons,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(passed: u64, hold: u64, shut: u64) -> CounterRow {
+        let mut row = CounterRow::default();
+        row.0[Counter::Passed as usize] = passed;
+        row.0[Counter::ParkedHold as usize] = hold;
+        row.0[Counter::RefusedShut as usize] = shut;
+        row
+    }
+
+    #[test]
+    fn a_source_balances_while_it_holds_and_after_it_forwarded() {
+        let mut tally = Tally {
+            park_read: 40,
+            held: 45,
+            residue: 5,
+            ..Tally::default()
+        };
+        let ledger = book(&row(100, 50, 0), &tally, 0, 0);
+        assert_eq!((ledger.seen, ledger.delivered, ledger.held), (150, 95, 55));
+        assert!(ledger.balances());
+        tally.park_read = 50;
+        tally.held = 0;
+        tally.forwarded = 55;
+        let ledger = book(&row(100, 50, 0), &tally, 0, 0);
+        assert_eq!((ledger.held, ledger.forwarded), (0, 55));
+        assert!(ledger.balances());
+    }
+
+    #[test]
+    fn a_retried_injection_is_not_a_loss() {
+        let tally = Tally {
+            log_received: 10,
+            log_injected: 10,
+            full: 7,
+            ..Tally::default()
+        };
+        let ledger = book(&row(0, 0, 3), &tally, 0, 7);
+        assert_eq!((ledger.delivered, ledger.lost, ledger.refused), (10, 0, 3));
+        assert!(ledger.balances());
+        let ledger = book(&row(0, 0, 3), &tally, 0, 9);
+        assert_eq!((ledger.delivered, ledger.lost), (8, 2));
+        assert!(ledger.balances());
+    }
+
+    #[test]
+    fn a_full_park_is_a_loss() {
+        let tally = Tally {
+            park_read: 8,
+            held: 8,
+            ..Tally::default()
+        };
+        let ledger = book(&row(0, 10, 0), &tally, 2, 0);
+        assert_eq!((ledger.held, ledger.lost), (8, 2));
+        assert!(ledger.balances());
+    }
+
+    #[test]
+    fn residue_delivered_before_the_reset_is_seen_again() {
+        let base = book(&row(100, 0, 0), &Tally::default(), 0, 0);
+        let tally = Tally {
+            residue: 5,
+            held: 5,
+            ..Tally::default()
+        };
+        let ledger = book(&row(102, 0, 0), &tally, 0, 0).since(&base);
+        assert_eq!((ledger.seen, ledger.held), (5, 5));
+        assert!(ledger.balances());
+    }
+}

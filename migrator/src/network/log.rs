@@ -1,0 +1,353 @@
+//! The log of a switchover: what the source parked, numbered, and the order in which the destination
+//! takes it. Pure: no clock, no descriptor.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use bytes::Bytes;
+
+/// First number of the frames that the gate parked. What is left in the TAP is read only after the
+/// guest has stopped, when parked frames are on their way already, and yet belongs before them: it has
+/// the numbers below.
+pub const FIRST_FRAME_SEQ: u64 = 1 << 32;
+
+/// First number of all.
+pub const FIRST_SEQ: u64 = 1;
+
+/// What an item of the log is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LogKind {
+    /// A frame that the gate had passed and the guest never read.
+    Residue,
+    /// A frame that the gate parked.
+    Frame,
+    /// No residue follows; its number is the one after the last residue's.
+    ResidueEnd,
+    /// The network sends to the new place: the frames that took the old way and belong before those
+    /// that took the new one have all been logged.
+    End,
+}
+
+/// One item of the log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogItem {
+    /// Its number. Residue counts from [`FIRST_SEQ`], everything else from [`FIRST_FRAME_SEQ`].
+    pub seq: u64,
+    /// What it is.
+    pub kind: LogKind,
+    /// `struct virtio_net_hdr` (10 bytes), then the Ethernet frame. Empty for the two ends.
+    pub frame: Bytes,
+}
+
+/// A frame that the source keeps until it is acknowledged.
+#[derive(Clone, Debug)]
+pub(crate) struct Kept {
+    pub(crate) seq: u64,
+    pub(crate) frame: Bytes,
+    /// The bucket that waits for it, if the gate parked it.
+    pub(crate) bucket: Option<u8>,
+}
+
+/// The source's side: numbers the items, and keeps the frames.
+#[derive(Debug)]
+pub(crate) struct SourceLog {
+    next_residue: u64,
+    next_frame: u64,
+    residue: VecDeque<Kept>,
+    frames: VecDeque<Kept>,
+    /// Numbers of the two ends, so that they can be sent again.
+    residue_end: Option<u64>,
+    end: Option<u64>,
+    kept_bytes: usize,
+}
+
+impl SourceLog {
+    pub(crate) fn new() -> Self {
+        Self {
+            next_residue: FIRST_SEQ,
+            next_frame: FIRST_FRAME_SEQ,
+            residue: VecDeque::new(),
+            frames: VecDeque::new(),
+            residue_end: None,
+            end: None,
+            kept_bytes: 0,
+        }
+    }
+
+    /// Appends a frame that the gate parked.
+    pub(crate) fn frame(&mut self, frame: Bytes, bucket: u8) -> LogItem {
+        let seq = self.next_frame;
+        self.next_frame += 1;
+        self.kept_bytes += frame.len();
+        self.frames.push_back(Kept {
+            seq,
+            frame: frame.clone(),
+            bucket: Some(bucket),
+        });
+        LogItem {
+            seq,
+            kind: LogKind::Frame,
+            frame,
+        }
+    }
+
+    /// Appends a frame that never reached the guest: left in the TAP, or (with its bucket) on the way there.
+    pub(crate) fn residue(&mut self, frame: Bytes, bucket: Option<u8>) -> LogItem {
+        let seq = self.next_residue;
+        self.next_residue += 1;
+        self.kept_bytes += frame.len();
+        self.residue.push_back(Kept {
+            seq,
+            frame: frame.clone(),
+            bucket,
+        });
+        LogItem {
+            seq,
+            kind: LogKind::Residue,
+            frame,
+        }
+    }
+
+    /// Closes the residue; `None` if it was closed before.
+    pub(crate) fn residue_end(&mut self) -> Option<LogItem> {
+        if self.residue_end.is_some() {
+            return None;
+        }
+        let seq = self.next_residue;
+        self.residue_end = Some(seq);
+        Some(mark(seq, LogKind::ResidueEnd))
+    }
+
+    /// Appends the end marker; `None` if there is one already.
+    pub(crate) fn end(&mut self) -> Option<LogItem> {
+        if self.end.is_some() {
+            return None;
+        }
+        let seq = self.next_frame;
+        self.next_frame += 1;
+        self.end = Some(seq);
+        Some(mark(seq, LogKind::End))
+    }
+
+    /// Whether the end marker was appended.
+    pub(crate) fn ended(&self) -> bool {
+        self.end.is_some()
+    }
+
+    /// Forgets what the destination has: everything up to `seq`. A number that was never given out
+    /// frees no more than there is.
+    pub(crate) fn ack(&mut self, seq: u64) -> Vec<Kept> {
+        let mut freed = Vec::new();
+        for queue in [&mut self.residue, &mut self.frames] {
+            while queue.front().is_some_and(|kept| kept.seq <= seq) {
+                freed.extend(queue.pop_front());
+            }
+        }
+        self.kept_bytes -= freed.iter().map(|kept| kept.frame.len()).sum::<usize>();
+        freed
+    }
+
+    /// Everything that is kept, in order; the log is empty afterwards.
+    pub(crate) fn take_all(&mut self) -> Vec<Kept> {
+        self.kept_bytes = 0;
+        self.residue
+            .drain(..)
+            .chain(self.frames.drain(..))
+            .collect()
+    }
+
+    /// The items to send again on a new connection: what was not acknowledged, and the ends.
+    pub(crate) fn unacknowledged(&self) -> Vec<LogItem> {
+        let item = |kept: &Kept, kind| LogItem {
+            seq: kept.seq,
+            kind,
+            frame: kept.frame.clone(),
+        };
+        let mut items: Vec<LogItem> = Vec::new();
+        items.extend(self.residue.iter().map(|k| item(k, LogKind::Residue)));
+        items.extend(self.residue_end.map(|seq| mark(seq, LogKind::ResidueEnd)));
+        items.extend(self.frames.iter().map(|k| item(k, LogKind::Frame)));
+        items.extend(self.end.map(|seq| mark(seq, LogKind::End)));
+        items.sort_by_key(|item| item.seq);
+        items
+    }
+
+    /// Frames kept.
+    pub(crate) fn len(&self) -> usize {
+        self.residue.len() + self.frames.len()
+    }
+
+    /// Their bytes.
+    pub(crate) fn kept_bytes(&self) -> usize {
+        self.kept_bytes
+    }
+}
+
+fn mark(seq: u64, kind: LogKind) -> LogItem {
+    LogItem {
+        seq,
+        kind,
+        frame: Bytes::new(),
+    }
+}
+
+/// The destination's side: puts items in order, once each, the residue before everything.
+#[derive(Debug)]
+pub(crate) struct InboundLog {
+    next_residue: u64,
+    /// The residue is complete.
+    residue_ended: bool,
+    next_frame: u64,
+    waiting: BTreeMap<u64, LogItem>,
+}
+
+impl InboundLog {
+    pub(crate) fn new() -> Self {
+        Self {
+            next_residue: FIRST_SEQ,
+            residue_ended: false,
+            next_frame: FIRST_FRAME_SEQ,
+            waiting: BTreeMap::new(),
+        }
+    }
+
+    /// Takes an item from the wire. False: it was here before, or its number does not fit its kind.
+    pub(crate) fn push(&mut self, item: LogItem) -> bool {
+        let low = item.seq < FIRST_FRAME_SEQ;
+        let next = if low {
+            self.next_residue
+        } else {
+            self.next_frame
+        };
+        let fits = match item.kind {
+            LogKind::Residue | LogKind::ResidueEnd => low,
+            LogKind::Frame | LogKind::End => !low,
+        };
+        if !fits || item.seq < next || self.waiting.contains_key(&item.seq) {
+            return false;
+        }
+        self.waiting.insert(item.seq, item);
+        true
+    }
+
+    /// The next item whose turn it is.
+    pub(crate) fn pop(&mut self) -> Option<LogItem> {
+        let next = if self.residue_ended {
+            &mut self.next_frame
+        } else {
+            &mut self.next_residue
+        };
+        let item = self.waiting.remove(next)?;
+        *next += 1;
+        if item.kind == LogKind::ResidueEnd {
+            self.residue_ended = true;
+            // Numbers beyond the end were never the source's.
+            self.waiting = self.waiting.split_off(&FIRST_FRAME_SEQ);
+        }
+        Some(item)
+    }
+
+    /// Whether the residue is complete.
+    pub(crate) fn residue_ended(&self) -> bool {
+        self.residue_ended
+    }
+
+    /// Frames that wait for their turn.
+    pub(crate) fn waiting(&self) -> usize {
+        self.waiting
+            .values()
+            .filter(|i| !i.frame.is_empty())
+            .count()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes(n: u8) -> Bytes {
+        Bytes::from(vec![n; 20])
+    }
+
+    #[test]
+    fn residue_is_taken_before_frames_that_arrived_earlier() {
+        let mut source = SourceLog::new();
+        let mut inbound = InboundLog::new();
+        assert!(inbound.push(source.frame(bytes(3), 0)));
+        assert!(inbound.push(source.residue(bytes(1), None)));
+        assert_eq!(inbound.pop().map(|i| i.frame), Some(bytes(1)));
+        assert!(inbound.pop().is_none(), "frames wait for the residue's end");
+        assert!(inbound.push(source.residue(bytes(2), None)));
+        assert!(inbound.push(source.residue_end().expect("first")));
+        assert!(source.residue_end().is_none());
+        let kinds: Vec<_> = std::iter::from_fn(|| inbound.pop())
+            .map(|i| i.kind)
+            .collect();
+        assert_eq!(
+            kinds,
+            [LogKind::Residue, LogKind::ResidueEnd, LogKind::Frame]
+        );
+    }
+
+    #[test]
+    fn an_item_is_taken_once_and_in_order() {
+        let mut source = SourceLog::new();
+        let mut inbound = InboundLog::new();
+        let items: Vec<_> = (0..4).map(|n| source.frame(bytes(n), n)).collect();
+        assert!(inbound.push(source.residue_end().expect("first")));
+        assert!(inbound.push(items[1].clone()));
+        assert!(!inbound.push(items[1].clone()));
+        assert!(inbound.pop().is_some(), "the residue's end");
+        assert!(inbound.pop().is_none(), "item 0 is missing");
+        assert!(inbound.push(items[0].clone()));
+        assert_eq!(inbound.pop().map(|i| i.seq), Some(items[0].seq));
+        assert_eq!(inbound.pop().map(|i| i.seq), Some(items[1].seq));
+        assert!(!inbound.push(items[0].clone()));
+        for item in source.unacknowledged() {
+            inbound.push(item);
+        }
+        let rest: Vec<_> = std::iter::from_fn(|| inbound.pop())
+            .map(|i| i.seq)
+            .collect();
+        assert_eq!(rest, [items[2].seq, items[3].seq]);
+    }
+
+    #[test]
+    fn a_number_of_the_wrong_kind_is_refused() {
+        let mut inbound = InboundLog::new();
+        for (seq, kind) in [
+            (FIRST_FRAME_SEQ, LogKind::Residue),
+            (FIRST_SEQ, LogKind::Frame),
+            (FIRST_SEQ, LogKind::End),
+            (0, LogKind::Residue),
+        ] {
+            assert!(!inbound.push(mark(seq, kind)), "{seq} {kind:?}");
+        }
+    }
+
+    #[test]
+    fn an_acknowledgement_frees_what_it_covers_and_nothing_else() {
+        let mut log = SourceLog::new();
+        log.residue(bytes(1), None);
+        log.residue_end();
+        let first = log.frame(bytes(2), 9).seq;
+        log.frame(bytes(3), 8);
+        assert_eq!(log.ack(0).len(), 0);
+        let freed = log.ack(first);
+        let buckets: Vec<_> = freed.iter().map(|k| k.bucket).collect();
+        assert_eq!(buckets, [None, Some(9)]);
+        assert_eq!((log.len(), log.kept_bytes()), (1, 20));
+        assert_eq!(log.ack(u64::MAX).len(), 1);
+        assert_eq!((log.len(), log.kept_bytes()), (0, 0));
+    }
+
+    #[test]
+    fn everything_kept_comes_back_in_order() {
+        let mut log = SourceLog::new();
+        log.frame(bytes(2), 1);
+        log.residue(bytes(1), None);
+        log.end();
+        let kept: Vec<_> = log.take_all().into_iter().map(|k| k.frame).collect();
+        assert_eq!(kept, [bytes(1), bytes(2)]);
+        assert_eq!(log.len(), 0);
+    }
+}

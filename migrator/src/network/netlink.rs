@@ -1,0 +1,207 @@
+//! Links, bridge ports and forwarding entries, by rtnetlink.
+
+use futures::TryStreamExt;
+use netlink_packet_route::link::{
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkMessage,
+};
+use netlink_packet_route::neighbour::{NeighbourFlags, NeighbourMessage, NeighbourState};
+use netlink_packet_route::{AddressFamily, neighbour::NeighbourAttribute};
+use rtnetlink::{Handle, LinkBridgePort, LinkUnspec};
+use vm_runtime::units::MacAddress;
+
+use super::error::NetlinkError;
+
+/// Frames that a TAP keeps for a reader that has stopped. The most a TAP takes, and more than a
+/// gigabit link carries in half a second of full frames.
+pub(crate) const QUEUE_FRAMES: u32 = 65536;
+
+/// linux/rtnetlink.h and errno: no such entry, no such device.
+const ENOENT: i32 = libc::ENOENT;
+const ENODEV: i32 = libc::ENODEV;
+
+/// What is read of a link.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Link {
+    pub(crate) index: u32,
+    pub(crate) mtu: u32,
+    /// Frames that the device took and dropped.
+    pub(crate) tx_dropped: u64,
+}
+
+/// The service's rtnetlink socket, in the namespace of the thread that opened it.
+#[derive(Clone, Debug)]
+pub(crate) struct Netlink {
+    handle: Handle,
+}
+
+impl Netlink {
+    /// Opens the socket, and serves it on the current tokio runtime.
+    pub(crate) fn open() -> std::io::Result<Self> {
+        let (connection, handle, _) = rtnetlink::new_connection()?;
+        tokio::spawn(connection);
+        Ok(Self { handle })
+    }
+
+    /// A link by name; `None` if there is none.
+    pub(crate) async fn link(&self, name: &str) -> Result<Option<Link>, NetlinkError> {
+        let mut found = self
+            .handle
+            .link()
+            .get()
+            .match_name(name.to_owned())
+            .execute();
+        match found.try_next().await {
+            Ok(message) => Ok(message.map(|message| read_link(&message))),
+            Err(error) if is_errno(&error, &[ENODEV, ENOENT]) => Ok(None),
+            Err(source) => Err(NetlinkError::new("read the link", name, source)),
+        }
+    }
+
+    /// A link that must be there.
+    pub(crate) async fn require(&self, name: &str) -> Result<Link, NetlinkError> {
+        self.link(name)
+            .await?
+            .ok_or_else(|| NetlinkError::Missing(name.to_owned()))
+    }
+
+    /// Prepares a park: a long queue, no addresses, up.
+    pub(crate) async fn raise_park(&self, name: &str, mtu: u32) -> Result<Link, NetlinkError> {
+        let link = self.require(name).await?;
+        self.make_silent(name, link.index).await?;
+        self.set(name, quiet(link.index, mtu).up().build()).await?;
+        Ok(link)
+    }
+
+    /// Prepares a pod's TAP: a long queue, no addresses, a port of the bridge that neither learns from
+    /// the guest nor gets frames for unknown addresses, up.
+    pub(crate) async fn raise_tap(
+        &self,
+        name: &str,
+        bridge: u32,
+        mtu: u32,
+    ) -> Result<Link, NetlinkError> {
+        let link = self.require(name).await?;
+        self.make_silent(name, link.index).await?;
+        let message = quiet(link.index, mtu).controller(bridge).build();
+        self.set(name, message).await?;
+        let port = LinkBridgePort::new(link.index)
+            .learning(false)
+            .flood(false)
+            .build();
+        self.set(name, port).await?;
+        let up = LinkUnspec::new_with_index(link.index).up().build();
+        self.set(name, up).await?;
+        Ok(link)
+    }
+
+    /// The device must never send a frame of its own: no IPv6 address, so no discovery either.
+    async fn make_silent(&self, name: &str, index: u32) -> Result<(), NetlinkError> {
+        let none = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
+        let message = LinkUnspec::new_with_index(index)
+            .append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![none]))
+            .build();
+        match self.handle.link().set(message).execute().await {
+            Ok(()) => Ok(()),
+            // A kernel or namespace without IPv6 has nothing to silence.
+            Err(error) if is_errno(&error, &[libc::EAFNOSUPPORT, libc::EINVAL]) => Ok(()),
+            Err(source) => Err(NetlinkError::new("silence IPv6 on", name, source)),
+        }
+    }
+
+    async fn set(&self, name: &str, message: LinkMessage) -> Result<(), NetlinkError> {
+        let request = self.handle.link().set(message);
+        request
+            .execute()
+            .await
+            .map_err(|source| NetlinkError::new("configure the link", name, source))
+    }
+
+    /// Removes a link; one that is gone already is fine.
+    pub(crate) async fn delete(&self, name: &str) -> Result<(), NetlinkError> {
+        let Some(link) = self.link(name).await? else {
+            return Ok(());
+        };
+        match self.handle.link().del(link.index).execute().await {
+            Ok(()) => Ok(()),
+            Err(error) if is_errno(&error, &[ENODEV, ENOENT]) => Ok(()),
+            Err(source) => Err(NetlinkError::new("remove the link", name, source)),
+        }
+    }
+
+    /// Sends frames for `mac` to a port of the bridge, whatever the bridge learned or will see: static
+    /// (no ageing) and sticky (a frame from that address elsewhere does not move it).
+    pub(crate) async fn own_address(
+        &self,
+        name: &str,
+        port: u32,
+        mac: MacAddress,
+    ) -> Result<(), NetlinkError> {
+        let request = self
+            .handle
+            .neighbours()
+            .add_bridge(port, &mac.0)
+            .state(NeighbourState::Noarp)
+            .flags(NeighbourFlags::Controller | NeighbourFlags::Sticky)
+            .replace();
+        request
+            .execute()
+            .await
+            .map_err(|source| NetlinkError::new("own the pod's address on", name, source))
+    }
+
+    /// Takes the entry away; one that is gone already is fine.
+    pub(crate) async fn disown_address(
+        &self,
+        name: &str,
+        port: u32,
+        mac: MacAddress,
+    ) -> Result<(), NetlinkError> {
+        let mut message = NeighbourMessage::default();
+        message.header.family = AddressFamily::Bridge;
+        message.header.ifindex = port;
+        message.header.state = NeighbourState::Noarp;
+        message.header.flags = NeighbourFlags::Controller;
+        let address = NeighbourAttribute::LinkLayerAddress(mac.0.to_vec());
+        message.attributes.push(address);
+        match self.handle.neighbours().del(message).execute().await {
+            Ok(()) => Ok(()),
+            Err(error) if is_errno(&error, &[ENODEV, ENOENT, libc::EINVAL]) => Ok(()),
+            Err(source) => Err(NetlinkError::new(
+                "give up the pod's address on",
+                name,
+                source,
+            )),
+        }
+    }
+}
+
+fn quiet(index: u32, mtu: u32) -> rtnetlink::LinkMessageBuilder<LinkUnspec> {
+    LinkUnspec::new_with_index(index)
+        .txqueuelen(QUEUE_FRAMES)
+        .mtu(mtu)
+}
+
+fn read_link(message: &LinkMessage) -> Link {
+    let mut link = Link {
+        index: message.header.index,
+        mtu: 1500,
+        tx_dropped: 0,
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::Stats64(stats) => link.tx_dropped = stats.tx_dropped,
+            _ => {}
+        }
+    }
+    link
+}
+
+fn is_errno(error: &rtnetlink::Error, errnos: &[i32]) -> bool {
+    match error {
+        rtnetlink::Error::NetlinkError(message) => {
+            errnos.iter().any(|errno| message.raw_code() == -errno)
+        }
+        _ => false,
+    }
+}

@@ -1,0 +1,305 @@
+//! The network of one node: its bridge and uplink, the programs, and the slots.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use migrator_ebpf::{Device, Gate, MAX_SLOTS, Mode};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use tokio::sync::watch;
+use vm_runtime::units::MacAddress;
+
+use super::dataplane::{self, Setup, Stage};
+use super::error::{AttachError, OpenError};
+use super::gate::{Gates, SlotGate};
+use super::netlink::Netlink;
+use super::port::Port;
+use super::sys::{self, PacketSocket};
+
+/// Where a node's network is.
+#[derive(Clone, Debug)]
+pub struct NodeNetConfig {
+    /// The bridge that pods are ports of.
+    pub bridge: String,
+    /// The bridge's port towards the other nodes: announcements leave here.
+    pub uplink: String,
+    /// Folder of the node's own BPF file system; mounted if it is none yet.
+    pub bpffs: PathBuf,
+}
+
+/// The pod's side of its one interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodNetId {
+    /// The pod's name, for messages.
+    pub name: String,
+    /// Its MAC address.
+    pub mac: MacAddress,
+    /// Its IPv4 address.
+    pub v4: Option<Ipv4Addr>,
+    /// Its IPv6 address.
+    pub v6: Option<Ipv6Addr>,
+}
+
+/// How a pod comes to this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// It runs here: the gate starts open.
+    Local,
+    /// It is on its way here: the gate starts shut.
+    Incoming,
+}
+
+/// The devices of a pod whose VMM lives on while the service was away.
+#[derive(Debug)]
+pub struct ExistingDevices {
+    /// A descriptor of its TAP.
+    pub tap: OwnedFd,
+    /// A descriptor of its park.
+    pub park: OwnedFd,
+}
+
+#[derive(Debug)]
+pub(crate) struct NodeInner {
+    pub(crate) config: NodeNetConfig,
+    pub(crate) netlink: Netlink,
+    pub(crate) gates: Arc<Gates>,
+}
+
+/// The network of this node. Cheap to clone. Every call belongs into the network namespace that
+/// [`open`](Self::open) was called in, and into a tokio runtime.
+#[derive(Clone, Debug)]
+pub struct NodeNetwork {
+    inner: Arc<NodeInner>,
+}
+
+/// Name of the TAP of a slot.
+pub fn tap_name(slot: u16) -> String {
+    format!("mt{slot}")
+}
+
+/// Name of the park of a slot.
+pub fn park_name(slot: u16) -> String {
+    format!("mp{slot}")
+}
+
+impl NodeNetwork {
+    /// Loads the programs, over what a former service has pinned, and clears what it pinned for pods
+    /// whose devices are gone.
+    ///
+    /// # Errors
+    /// The bridge or the uplink is missing, or the kernel does not take the programs.
+    pub async fn open(config: NodeNetConfig) -> Result<Self, OpenError> {
+        let netlink = Netlink::open().map_err(OpenError::Socket)?;
+        netlink.require(&config.bridge).await?;
+        netlink.require(&config.uplink).await?;
+        let gates = Arc::new(Gates::open(&config.bpffs)?);
+        for slot in gates.pinned_slots() {
+            if netlink.link(&tap_name(slot)).await?.is_none() {
+                gates.detach(slot, None)?;
+            }
+        }
+        let inner = NodeInner {
+            config,
+            netlink,
+            gates,
+        };
+        Ok(Self {
+            inner: Arc::new(inner),
+        })
+    }
+
+    /// Slots that hold pinned state of a pod whose TAP exists.
+    pub fn slots(&self) -> Vec<u16> {
+        self.inner.gates.pinned_slots()
+    }
+
+    /// Removes what a slot has pinned, and its devices. For a pod that is not attached.
+    ///
+    /// # Errors
+    /// A pin or a device could not be removed.
+    pub async fn forget(&self, slot: u16) -> Result<(), AttachError> {
+        self.inner.gates.detach(slot, None)?;
+        self.inner.netlink.delete(&tap_name(slot)).await?;
+        self.inner.netlink.delete(&park_name(slot)).await?;
+        Ok(())
+    }
+
+    /// Puts a pod on the network: its devices, its gate, and the thread that serves it. With
+    /// `existing`, takes over what lives on; the gate stays as it is.
+    ///
+    /// # Errors
+    /// See [`AttachError`]. New devices are gone again after an error.
+    pub async fn attach(
+        &self,
+        pod: &PodNetId,
+        slot: u16,
+        role: Role,
+        existing: Option<ExistingDevices>,
+    ) -> Result<Port, AttachError> {
+        if u32::from(slot) >= MAX_SLOTS {
+            return Err(AttachError::BadSlot { slot });
+        }
+        let is_new = existing.is_none();
+        let result = self.try_attach(pod, slot, role, existing).await;
+        if result.is_err() && is_new {
+            // The error is what the caller needs to see; a leftover is cleared by the next attempt.
+            let _ = self.inner.gates.detach(slot, None);
+        }
+        result
+    }
+
+    async fn try_attach(
+        &self,
+        pod: &PodNetId,
+        slot: u16,
+        role: Role,
+        existing: Option<ExistingDevices>,
+    ) -> Result<Port, AttachError> {
+        let gate = self.inner.gates.slot(slot);
+        let adopted = existing.is_some();
+        let devices = match existing {
+            Some(devices) => devices,
+            None => self.create(slot, &gate)?,
+        };
+        let name_of = |fd: &OwnedFd| {
+            sys::tap_name(fd.as_fd()).map_err(|source| AttachError::Device {
+                action: "ask the name of the device of",
+                device: pod.name.clone(),
+                source,
+            })
+        };
+        let names = (name_of(&devices.tap)?, name_of(&devices.park)?);
+        let netlink = &self.inner.netlink;
+        let bridge = netlink.require(&self.inner.config.bridge).await?;
+        let park = netlink.raise_park(&names.1, bridge.mtu).await?;
+        let tap = netlink.require(&names.0).await?;
+        if !adopted {
+            let (mode, may_send) = match role {
+                Role::Local => (Mode::Local, true),
+                Role::Incoming => (Mode::Shut, false),
+            };
+            gate.set(Gate {
+                mode,
+                may_send,
+                slot,
+                epoch: gate.get().epoch.wrapping_add(1),
+            });
+        }
+        let device = Device {
+            park: park.index,
+            slot,
+            mac: pod.mac.0,
+        };
+        // The gate first, so that the bridge never reaches a TAP without one.
+        self.inner.gates.attach(&names.0, tap.index, device)?;
+        netlink
+            .raise_tap(&names.0, bridge.index, bridge.mtu)
+            .await?;
+        let stage = initial_stage(gate.get().mode, role);
+        if matches!(stage, Stage::Local | Stage::Holding | Stage::Forwarding) {
+            netlink.own_address(&names.0, tap.index, pod.mac).await?;
+        }
+        let port = self.start(pod, gate, names, tap.index, devices, stage)?;
+        if adopted {
+            port.resync(true);
+        }
+        Ok(port)
+    }
+
+    fn create(&self, slot: u16, gate: &SlotGate) -> Result<ExistingDevices, AttachError> {
+        self.inner.gates.detach(slot, None)?;
+        gate.clear()?;
+        let create = |name: String| {
+            sys::create_tap(&name).map_err(|source| AttachError::Device {
+                action: "create the TAP",
+                device: name,
+                source,
+            })
+        };
+        let devices = ExistingDevices {
+            tap: create(tap_name(slot))?,
+            park: create(park_name(slot))?,
+        };
+        sys::set_park_offloads(devices.park.as_fd(), true).map_err(|source| {
+            AttachError::Device {
+                action: "set the offloads of",
+                device: park_name(slot),
+                source,
+            }
+        })?;
+        Ok(devices)
+    }
+
+    fn start(
+        &self,
+        pod: &PodNetId,
+        gate: SlotGate,
+        names: (String, String),
+        tap_index: u32,
+        devices: ExistingDevices,
+        stage: Stage,
+    ) -> Result<Port, AttachError> {
+        let device_error = |action| {
+            let device = names.0.clone();
+            move |source: std::io::Error| AttachError::Device {
+                action,
+                device,
+                source,
+            }
+        };
+        let injector =
+            PacketSocket::injector(tap_index).map_err(device_error("open a packet socket on"))?;
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let wake = EventFd::from_value_and_flags(0, flags)
+            .map_err(|errno| device_error("make the wake-up for")(errno.into()))?;
+        let wake = Arc::new(wake);
+        let duplicate = |fd: &OwnedFd| {
+            fd.try_clone()
+                .map_err(device_error("duplicate the descriptor of"))
+        };
+        let (commands, receiver) = std::sync::mpsc::channel();
+        let (acked, acked_watch) = watch::channel(0);
+        let (stages, stage_watch) = watch::channel(stage);
+        let setup = Setup {
+            pod: pod.name.clone(),
+            tap_name: names.0.clone(),
+            mac: pod.mac,
+            gate: gate.clone(),
+            tap: duplicate(&devices.tap)?,
+            park: duplicate(&devices.park)?,
+            injector,
+            stage,
+            commands: receiver,
+            wake: Arc::clone(&wake),
+            acked,
+            stages,
+        };
+        let thread = dataplane::start(setup).map_err(device_error("start the thread of"))?;
+        Ok(Port::new(super::port::Parts {
+            node: Arc::clone(&self.inner),
+            pod: pod.clone(),
+            gate,
+            tap_name: names.0,
+            park_name: names.1,
+            tap_index,
+            devices,
+            commands,
+            wake,
+            thread,
+            acked: acked_watch,
+            stages: stage_watch,
+        }))
+    }
+}
+
+/// Where the life of an adopted port goes on. A fresh one has the gate that fits its role.
+fn initial_stage(mode: Mode, role: Role) -> Stage {
+    match (mode, role) {
+        (Mode::Local, _) => Stage::Local,
+        (Mode::Shut, _) => Stage::Incoming,
+        (Mode::Hold, Role::Local) => Stage::Holding,
+        (Mode::Hold, Role::Incoming) => Stage::Opened,
+        (Mode::Forward, _) => Stage::Forwarding,
+    }
+}

@@ -1,0 +1,285 @@
+//! Building a pod's parts, one after the other, and taking them down in reverse when one fails.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use vm_runtime::agent_client::AgentClient;
+use vm_runtime::agent_client::Configuration;
+use vm_runtime::memory::GuestMemory;
+use vm_runtime::pod::PodSpec;
+use vm_runtime::spec::VmSpec;
+use vm_runtime::units::Bytes;
+use vm_runtime::vm::{CONSOLE, Vm, VmExit, VmResources};
+
+use super::error::PodError;
+use super::handle::{Facts, PodResources};
+use super::plan::VMM_OVERHEAD;
+use super::sink::LogSink;
+use crate::daemon::node::Node;
+use crate::network::{ExistingFds, PodNetId, Port, Role};
+
+/// How much of the console's end goes into an error, in bytes.
+const CONSOLE_TAIL: usize = 600;
+
+/// What a boot needs beside the pod's facts.
+#[derive(Debug)]
+pub(super) struct BootOrder {
+    pub(super) configuration: Configuration,
+    pub(super) disks: Vec<PathBuf>,
+    /// From the VMM's start to the last container's.
+    pub(super) deadline: Duration,
+}
+
+/// What has been built so far; a field a step, in the order of the steps.
+#[derive(Debug, Default)]
+pub(super) struct Parts {
+    pub(super) port: Option<Port>,
+    pub(super) vm: Option<Arc<Vm>>,
+    pub(super) agent: Option<AgentClient>,
+}
+
+impl Parts {
+    /// Takes everything down again, in reverse. What cannot be removed is logged: there is nobody
+    /// left to ask.
+    pub(super) async fn undo(self, pod: &str) {
+        let Self { port, vm, agent } = self;
+        drop(agent);
+        if let Some(vm) = vm
+            && let Err(error) = vm.kill().await
+        {
+            tracing::error!(pod, %error, "cannot end the VM");
+        }
+        if let Some(port) = port
+            && let Err(error) = port.release().await
+        {
+            tracing::error!(pod, %error, "cannot remove the network port");
+        }
+    }
+}
+
+/// Boots a pod and starts its containers; what was built is in `parts` at any moment.
+///
+/// # Errors
+/// The step that failed; the caller takes `parts` down.
+pub(super) async fn boot(
+    node: &Node,
+    facts: &Facts,
+    order: &BootOrder,
+    parts: &mut Parts,
+) -> Result<PodResources, PodError> {
+    let name = facts.spec.name.as_str();
+    let (port, res) = resources(node, facts, &order.disks, Role::Local, parts).await?;
+    let vm = Vm::boot(&facts.vm_spec, res)
+        .await
+        .map_err(|e| PodError::step(name, "start its VM", e))?;
+    let vm = Arc::new(vm);
+    parts.vm = Some(Arc::clone(&vm));
+    let start = start_containers(facts, &vm, order, parts);
+    let started = tokio::select! {
+        started = tokio::time::timeout(order.deadline, start) => started,
+        exit = vm.wait_exit() => return Err(PodError::Died {
+            pod: name.to_owned(),
+            reason: death(exit.ok().as_ref(), &facts.dir),
+        }),
+    };
+    let agent = match started {
+        Ok(agent) => agent?,
+        Err(_) => {
+            return Err(PodError::Slow {
+                pod: name.to_owned(),
+                seconds: order.deadline.as_secs(),
+                console: console_tail(&facts.dir),
+            });
+        }
+    };
+    Ok(PodResources {
+        spec: facts.spec.clone(),
+        vm_spec: facts.vm_spec.clone(),
+        vm,
+        port,
+        agent,
+        logs: Arc::clone(&facts.logs),
+    })
+}
+
+async fn start_containers(
+    facts: &Facts,
+    vm: &Vm,
+    order: &BootOrder,
+    parts: &mut Parts,
+) -> Result<AgentClient, PodError> {
+    let name = facts.spec.name.as_str();
+    let sink = Arc::new(LogSink::new(Arc::clone(&facts.logs)));
+    let agent = AgentClient::connect(&vm.agent_socket(), sink, order.deadline)
+        .await
+        .map_err(|e| PodError::step(name, "reach the agent in its guest", e))?;
+    parts.agent = Some(agent.clone());
+    agent
+        .configure(order.configuration.clone())
+        .await
+        .map_err(|e| PodError::step(name, "configure its guest", e))?;
+    agent
+        .start_pod()
+        .await
+        .map_err(|e| PodError::step(name, "start its containers", e))?;
+    Ok(agent)
+}
+
+/// Makes guest memory and the port, and gathers what the VMM needs.
+pub(super) async fn resources(
+    node: &Node,
+    facts: &Facts,
+    disks: &[PathBuf],
+    role: Role,
+    parts: &mut Parts,
+) -> Result<(Port, VmResources), PodError> {
+    let name = facts.spec.name.as_str();
+    let memory = GuestMemory::create(name, facts.vm_spec.memory)
+        .map_err(|e| PodError::step(name, "make its memory", e))?;
+    let port = node
+        .network
+        .attach(&net_id(&facts.spec), facts.slot, role, None)
+        .await
+        .map_err(|e| PodError::step(name, "make its network port", e))?;
+    parts.port = Some(port.clone());
+    let dup = |e: std::io::Error| PodError::step(name, "share its TAP with the VMM", e);
+    let res = VmResources {
+        dir: facts.dir.clone(),
+        memory: Arc::new(memory),
+        tap: port.tap_fd().map_err(dup)?,
+        park: Some(port.park_fd().map_err(dup)?),
+        qemu: node.qemu.clone(),
+        kernel: node.guest.kernel.clone(),
+        initramfs: node.guest.initramfs.clone(),
+        disks: disks.to_vec(),
+    };
+    Ok((port, res))
+}
+
+/// The descriptors of a running VM's port.
+pub(super) fn existing(vm: &Vm) -> std::io::Result<ExistingFds> {
+    let park = vm.park()?;
+    Ok(ExistingFds {
+        tap: vm.tap()?,
+        park: park.ok_or_else(|| std::io::Error::other("the VMM holds no park"))?,
+    })
+}
+
+/// A pod as the network knows it.
+pub(super) fn net_id(spec: &PodSpec) -> PodNetId {
+    PodNetId {
+        name: spec.name.clone(),
+        mac: spec.net.mac,
+        v4: spec.net.ipv4.map(|(address, _)| address),
+        v6: spec.net.ipv6.map(|(address, _)| address),
+    }
+}
+
+/// The files behind a VM's disks.
+///
+/// # Errors
+/// An image is not on this node.
+pub(super) async fn disk_paths(
+    node: &Node,
+    pod: &str,
+    spec: &VmSpec,
+) -> Result<Vec<PathBuf>, PodError> {
+    let images = Arc::clone(&node.images);
+    let digests: Vec<String> = spec.disks.iter().map(|d| d.image_digest.clone()).collect();
+    let find = move || {
+        digests
+            .iter()
+            .map(|text| {
+                let digest = text
+                    .parse()
+                    .map_err(|e| Box::new(e) as super::error::Cause)?;
+                images
+                    .erofs_path(&digest)
+                    .map_err(|e| Box::new(e) as super::error::Cause)
+            })
+            .collect::<Result<Vec<PathBuf>, _>>()
+    };
+    tokio::task::spawn_blocking(find)
+        .await
+        .map_err(|e| PodError::step(pod, "look up its images", e))?
+        .map_err(|e| PodError::step(pod, "look up its images", e))
+}
+
+/// Refuses a pod that this node has no memory for.
+///
+/// # Errors
+/// [`PodError::Memory`].
+pub(super) fn check_memory(spec: &PodSpec) -> Result<(), PodError> {
+    let need = Bytes(spec.memory.0 + VMM_OVERHEAD.0);
+    let available = crate::doctor::available_memory();
+    if available < need {
+        return Err(PodError::Memory {
+            pod: spec.name.clone(),
+            need,
+            available,
+        });
+    }
+    Ok(())
+}
+
+/// Why a VM is gone, in the words of the VMM and of the guest.
+pub(super) fn death(exit: Option<&VmExit>, dir: &Path) -> String {
+    let mut text = match exit {
+        Some(VmExit {
+            reason: Some(reason),
+            ..
+        }) => reason.clone(),
+        Some(VmExit {
+            status: Some(status),
+            ..
+        }) => format!("the VMM ended with {status}"),
+        Some(_) | None => "the VMM is gone".to_owned(),
+    };
+    let console = console_tail(dir);
+    if !console.is_empty() {
+        text.push_str("; its console ends with: ");
+        text.push_str(&console);
+    }
+    text
+}
+
+/// The last lines of a guest's console, on one line. The guest wrote them: control characters are escaped.
+pub(super) fn console_tail(dir: &Path) -> String {
+    let bytes = tail_bytes(&dir.join(CONSOLE), CONSOLE_TAIL).unwrap_or_default();
+    let text = String::from_utf8_lossy(&bytes);
+    let lines: Vec<String> = text
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty())
+        .map(|line| line.escape_debug().to_string())
+        .collect();
+    let first = lines.len().saturating_sub(5);
+    lines.get(first..).unwrap_or_default().join(" | ")
+}
+
+fn tail_bytes(path: &Path, most: usize) -> std::io::Result<Vec<u8>> {
+    use std::io::{Read, Seek, SeekFrom};
+    let mut file = std::fs::File::open(path)?;
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(most as u64)))?;
+    let mut bytes = Vec::new();
+    file.take(most as u64).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_console_tail_has_the_last_lines_and_no_control_characters() {
+        let dir = tempfile::tempdir().unwrap();
+        let text: String = (0..100).map(|n| format!("line {n}\r\n\r\n")).collect();
+        std::fs::write(dir.path().join(CONSOLE), text + "\x1b[31mpanic").unwrap();
+        let tail = console_tail(dir.path());
+        assert!(tail.ends_with("line 99 | \\u{1b}[31mpanic"), "{tail}");
+        assert_eq!(tail.matches('|').count(), 4);
+        assert_eq!(console_tail(Path::new("/nonexistent")), "");
+    }
+}

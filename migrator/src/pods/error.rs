@@ -1,0 +1,225 @@
+//! Why something about a pod fails, and what kind of failure that is for a client.
+
+use std::error::Error;
+use std::io;
+use std::path::PathBuf;
+
+use vm_runtime::units::Bytes;
+
+use crate::api::error::{ApiError, chain};
+use crate::api::types::{ErrorCode, PodState};
+
+/// Any error, as the cause of another.
+pub type Cause = Box<dyn Error + Send + Sync>;
+
+/// Why something about a pod fails.
+#[derive(Debug, thiserror::Error)]
+pub enum PodError {
+    /// The YAML is no pod.
+    #[error("the pod's YAML is not valid")]
+    Spec(#[source] Cause),
+    /// Its sockets would not fit a socket address.
+    #[error("the pod name `{name}` is too long: at most {limit} bytes with this node's state_dir")]
+    NameTooLong {
+        /// The name.
+        name: String,
+        /// The longest that works here.
+        limit: usize,
+    },
+    /// A pod of that name is here.
+    #[error("a pod named `{0}` is on this node already")]
+    NameTaken(String),
+    /// An address of it is another pod's.
+    #[error("{what} is taken by pod `{by}` on this node")]
+    AddressTaken {
+        /// The address.
+        what: String,
+        /// Whose it is.
+        by: String,
+    },
+    /// No slot is free.
+    #[error("this node holds {0} pods already, as many as its configuration allows")]
+    TooMany(u16),
+    /// An image is not here.
+    #[error("container `{container}`: image `{image}` is not on this node")]
+    NoImage {
+        /// The container.
+        container: String,
+        /// The image's reference.
+        image: String,
+    },
+    /// The image store fails.
+    #[error("container `{container}`: image `{image}` cannot be used")]
+    Image {
+        /// The container.
+        container: String,
+        /// The image's reference.
+        image: String,
+        /// Why.
+        #[source]
+        source: Cause,
+    },
+    /// Pod and image together do not say what to run, or make no VM.
+    #[error("pod `{pod}` cannot be run as it is described")]
+    Plan {
+        /// The pod.
+        pod: String,
+        /// Why.
+        #[source]
+        source: Cause,
+    },
+    /// Not enough memory.
+    #[error("pod `{pod}` needs {need} of memory and this node has {available} available")]
+    Memory {
+        /// The pod.
+        pod: String,
+        /// Guest RAM and the VMM's own.
+        need: Bytes,
+        /// `MemAvailable`.
+        available: Bytes,
+    },
+    /// No such pod.
+    #[error("there is no pod `{0}` on this node")]
+    NotFound(String),
+    /// No such container.
+    #[error("pod `{pod}` has no container `{container}`")]
+    NoContainer {
+        /// The pod.
+        pod: String,
+        /// The name asked for.
+        container: String,
+    },
+    /// The state it is in does not allow this.
+    #[error("pod `{pod}` is {}: cannot {verb} it now", state.as_str())]
+    Busy {
+        /// The pod.
+        pod: String,
+        /// Where it is.
+        state: PodState,
+        /// What was asked.
+        verb: &'static str,
+    },
+    /// A step of starting, stopping or finding it again failed.
+    #[error("pod `{pod}`: cannot {step}")]
+    Step {
+        /// The pod.
+        pod: String,
+        /// What was tried.
+        step: &'static str,
+        /// Why not.
+        #[source]
+        source: Cause,
+    },
+    /// The VM ended while something was being done with it.
+    #[error("pod `{pod}`: its VM ended: {reason}")]
+    Died {
+        /// The pod.
+        pod: String,
+        /// The VMM's and the guest's last words.
+        reason: String,
+    },
+    /// Its containers did not start in time.
+    #[error("pod `{pod}`: its containers did not start within {seconds} s")]
+    Slow {
+        /// The pod.
+        pod: String,
+        /// The deadline.
+        seconds: u64,
+        /// The console's end.
+        console: String,
+    },
+    /// The agent refused a command.
+    #[error("{0}")]
+    Exec(String),
+    /// Its files cannot be read or written.
+    #[error("cannot {verb} {}", path.display())]
+    State {
+        /// What was being done.
+        verb: &'static str,
+        /// With what.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The service is being stopped.
+    #[error("the service is shutting down")]
+    ShuttingDown,
+}
+
+impl PodError {
+    /// A step that failed.
+    pub fn step(pod: &str, step: &'static str, source: impl Into<Cause>) -> Self {
+        Self::Step {
+            pod: pod.to_owned(),
+            step,
+            source: source.into(),
+        }
+    }
+
+    fn code(&self) -> ErrorCode {
+        match self {
+            Self::Spec(_) | Self::NameTooLong { .. } | Self::Plan { .. } | Self::Exec(_) => {
+                ErrorCode::Invalid
+            }
+            Self::NameTaken(_) | Self::AddressTaken { .. } => ErrorCode::Conflict,
+            Self::TooMany(_) | Self::Memory { .. } => ErrorCode::Exhausted,
+            Self::NoImage { .. } | Self::NotFound(_) | Self::NoContainer { .. } => {
+                ErrorCode::NotFound
+            }
+            Self::Busy { .. } => ErrorCode::Busy,
+            Self::Slow { .. } => ErrorCode::Timeout,
+            Self::ShuttingDown => ErrorCode::Unavailable,
+            Self::Image { .. } | Self::Step { .. } | Self::Died { .. } | Self::State { .. } => {
+                ErrorCode::Internal
+            }
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        Some(match self {
+            Self::NoImage { .. } => {
+                "`migrator image ls` lists the images here, `migrator image import PATH` adds one"
+                    .to_owned()
+            }
+            Self::NotFound(_) => {
+                "`migrator ps` lists the pods of this node; it may have moved to another".to_owned()
+            }
+            Self::NameTaken(name) => {
+                format!("give it another name, or remove the other with `migrator stop {name}`")
+            }
+            Self::AddressTaken { .. } => {
+                "give the pod another address in its annotations".to_owned()
+            }
+            Self::TooMany(_) => "stop a pod, or raise limits.pods".to_owned(),
+            Self::Memory { .. } => {
+                "stop something, or lower the containers' memory limits".to_owned()
+            }
+            Self::Slow { console, .. } if !console.is_empty() => {
+                format!("its console ends with: {console}")
+            }
+            Self::Slow { .. } | Self::Step { .. } | Self::Died { .. } => {
+                "the service's log has more".to_owned()
+            }
+            Self::Spec(_)
+            | Self::NameTooLong { .. }
+            | Self::Image { .. }
+            | Self::Plan { .. }
+            | Self::NoContainer { .. }
+            | Self::Busy { .. }
+            | Self::Exec(_)
+            | Self::State { .. }
+            | Self::ShuttingDown => return None,
+        })
+    }
+}
+
+impl From<PodError> for ApiError {
+    fn from(error: PodError) -> Self {
+        let answer = Self::new(error.code(), chain(&error));
+        match error.hint() {
+            Some(hint) => answer.hint(hint),
+            None => answer,
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! A pod on its way to this node: everything it needs here, until it runs here or is discarded.
+//!
+//! ```text
+//!   prepare ──▶ build ──▶ adopt        the guest runs here
+//!      └───────────┴────▶ discard      as if it had never been offered
+//! ```
+//!
+//! Whose the pod is, is the migration's business: nothing here writes the journal. A service that is
+//! killed in between leaves a folder without an owner record, which its successor removes.
+
+use std::sync::Arc;
+
+use vm_runtime::agent_client::AgentClient;
+use vm_runtime::pod::PodSpec;
+use vm_runtime::spec::VmSpec;
+use vm_runtime::units::Epoch;
+use vm_runtime::vm::Vm;
+
+use super::actor::{self, Birth};
+use super::boot::{self, Parts, check_memory, disk_paths};
+use super::error::PodError;
+use super::handle::{Facts, PodHandle, PodResources};
+use super::logs::LogStore;
+use super::run::make_folder;
+use super::sink::LogSink;
+use super::state::{PodFile, PodRecord};
+use super::{PodRegistry, Reservation};
+use crate::daemon::node::Node;
+use crate::network::{Port, Role};
+
+/// A pod on its way to this node. Dropping it leaves VM, port and folder for the next start of the
+/// service to remove: call [`IncomingPod::discard`].
+#[derive(Debug)]
+pub struct IncomingPod {
+    node: Arc<Node>,
+    reservation: Reservation,
+    facts: Facts,
+    record: PodRecord,
+    parts: Parts,
+}
+
+impl IncomingPod {
+    /// Takes name, addresses and a slot, checks the memory, and makes the pod's folder.
+    ///
+    /// # Errors
+    /// What is taken or not enough; nothing is kept then.
+    pub async fn prepare(
+        node: &Arc<Node>,
+        spec: PodSpec,
+        vm: VmSpec,
+        record: PodRecord,
+    ) -> Result<Self, PodError> {
+        vm.check()
+            .map_err(|e| PodError::step(&spec.name, "accept its VM", e))?;
+        let limit = node.config.longest_pod_name();
+        if spec.name.len() > limit {
+            return Err(PodError::NameTooLong {
+                name: spec.name,
+                limit,
+            });
+        }
+        let reservation = node.pods.reserve(&spec, node.config.limits.pods)?;
+        check_memory(&spec)?;
+        let file = PodFile {
+            spec,
+            vm,
+            slot: reservation.slot(),
+            record: record.clone(),
+        };
+        let facts = make_folder(node, file).await?;
+        Ok(Self {
+            node: Arc::clone(node),
+            reservation,
+            facts,
+            record,
+            parts: Parts::default(),
+        })
+    }
+
+    /// Makes guest memory and the port (in the role Incoming), and starts a VM that awaits its state.
+    /// Every image must be here.
+    ///
+    /// # Errors
+    /// The step that failed; what was built before it stays, for [`IncomingPod::discard`].
+    pub async fn build(&mut self) -> Result<(Arc<Vm>, Port), PodError> {
+        let name = self.facts.spec.name.as_str();
+        let disks = disk_paths(&self.node, name, &self.facts.vm_spec).await?;
+        let (port, res) = boot::resources(
+            &self.node,
+            &self.facts,
+            &disks,
+            Role::Incoming,
+            &mut self.parts,
+        )
+        .await?;
+        let vm = Vm::incoming(&self.facts.vm_spec, res)
+            .await
+            .map_err(|e| PodError::step(name, "start a VM for it", e))?;
+        let vm = Arc::new(vm);
+        self.parts.vm = Some(Arc::clone(&vm));
+        Ok((vm, port))
+    }
+
+    /// The pod.
+    pub fn spec(&self) -> &PodSpec {
+        &self.facts.spec
+    }
+
+    /// Where its output goes on: install the source's tail before the agent is attached.
+    pub fn logs(&self) -> Arc<LogStore> {
+        Arc::clone(&self.facts.logs)
+    }
+
+    /// What the agent's client writes the output to.
+    pub fn sink(&self) -> Arc<LogSink> {
+        Arc::new(LogSink::new(self.logs()))
+    }
+
+    /// Enters it into the register as a pod that runs here, which the journal must say by now. Call it
+    /// after [`IncomingPod::build`].
+    ///
+    /// # Errors
+    /// It was not built: the pod, to be discarded.
+    pub fn adopt(mut self, agent: AgentClient, epoch: Epoch) -> Result<PodHandle, Box<Self>> {
+        let (Some(vm), Some(port)) = (self.parts.vm.take(), self.parts.port.take()) else {
+            return Err(Box::new(self));
+        };
+        let resources = Arc::new(PodResources {
+            spec: self.facts.spec.clone(),
+            vm_spec: self.facts.vm_spec.clone(),
+            vm,
+            port,
+            agent,
+            logs: Arc::clone(&self.facts.logs),
+        });
+        Ok(actor::spawn(
+            &self.node,
+            self.reservation,
+            self.facts,
+            epoch,
+            Some(self.record.containers),
+            Birth::Running(resources),
+        ))
+    }
+
+    /// Removes everything.
+    ///
+    /// # Errors
+    /// The folder cannot be removed; VM and port are gone.
+    pub async fn discard(self) -> Result<(), PodError> {
+        let name = self.facts.spec.name.clone();
+        self.parts.undo(&name).await;
+        super::run::remove_folder(&self.facts.dir).await
+    }
+}
+
+impl PodRegistry {
+    /// Whether an offered pod's name and addresses are free here, for a refusal before anything is made.
+    ///
+    /// # Errors
+    /// What is taken, and by whom.
+    pub fn check_free(&self, spec: &PodSpec, limit: u16) -> Result<(), PodError> {
+        self.reserve(spec, limit).map(drop)
+    }
+}

@@ -1,0 +1,149 @@
+//! From a pod and its images to a VM and what its agent is told. Pure.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use vm_runtime::agent_client as agent;
+use vm_runtime::pod::PodSpec;
+use vm_runtime::spec::{Accel, CPU, DiskSpec, KERNEL_CMDLINE, VmSpec};
+use vm_runtime::units::Bytes;
+
+use crate::image::{ImageRecord, resolve};
+
+use super::error::{Cause, PodError};
+
+/// What the VMM needs beside guest RAM: QEMU's own heap, its code, and the emulator's translations.
+pub const VMM_OVERHEAD: Bytes = Bytes::mib(96);
+
+/// What this node gives to every VM.
+#[derive(Clone, Debug)]
+pub struct Base<'a> {
+    /// Versioned machine type.
+    pub machine: &'a str,
+    /// What runs it.
+    pub accel: Accel,
+    /// SHA-256 of the guest's kernel, hex.
+    pub kernel_sha256: &'a str,
+    /// SHA-256 of its initramfs, hex.
+    pub initramfs_sha256: &'a str,
+}
+
+/// A pod's VM, and what its agent is told.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The VM.
+    pub vm: VmSpec,
+    /// For the agent.
+    pub configuration: agent::Configuration,
+}
+
+/// Plans a pod; `images` has one entry a container, in order, `uuid` is fresh.
+///
+/// Containers of the same image share one disk: it is read-only.
+///
+/// # Errors
+/// [`PodError::Plan`]: pod and image together name no program, or the VM is beyond what QEMU takes.
+pub fn plan(
+    spec: &PodSpec,
+    images: &[Arc<ImageRecord>],
+    base: &Base<'_>,
+    uuid: String,
+) -> Result<Plan, PodError> {
+    let bad = |source: Cause| PodError::Plan {
+        pod: spec.name.clone(),
+        source,
+    };
+    let mut disks: Vec<DiskSpec> = Vec::new();
+    let mut containers = Vec::new();
+    for (container, image) in spec.containers.iter().zip(images) {
+        let digest = image.erofs_digest.to_string();
+        let serial = match disks.iter().find(|disk| disk.image_digest == digest) {
+            Some(disk) => disk.serial.clone(),
+            None => {
+                let serial = format!("img{}", disks.len());
+                disks.push(DiskSpec {
+                    serial: serial.clone(),
+                    image_digest: digest,
+                    size: Bytes(image.erofs_size),
+                });
+                serial
+            }
+        };
+        let process = resolve(container, &image.config).map_err(|e| bad(e.into()))?;
+        containers.push(agent::Container {
+            name: container.name.clone(),
+            disk: serial,
+            argv: process.argv,
+            env: process.env,
+            working_dir: process.cwd,
+            user: process.user,
+            memory_limit: container.memory_limit.map(|b| b.0),
+            cpu_limit_milli: container.cpu_limit_milli,
+        });
+    }
+    let vm = VmSpec {
+        name: spec.name.clone(),
+        uuid,
+        machine: base.machine.to_owned(),
+        cpu: CPU.to_owned(),
+        accel: base.accel,
+        memory: spec.memory,
+        vcpus: spec.vcpus,
+        mac: spec.net.mac,
+        disks,
+        cmdline: KERNEL_CMDLINE.to_owned(),
+        kernel_sha256: base.kernel_sha256.to_owned(),
+        initramfs_sha256: base.initramfs_sha256.to_owned(),
+    };
+    vm.check().map_err(|e| bad(e.into()))?;
+    let configuration = agent::Configuration {
+        hostname: spec.name.clone(),
+        interfaces: vec![interface(spec)],
+        dns: Vec::new(),
+        containers,
+        sysctls: Vec::new(),
+    };
+    Ok(Plan { vm, configuration })
+}
+
+fn interface(spec: &PodSpec) -> agent::Interface {
+    let net = &spec.net;
+    let v4 = net
+        .ipv4
+        .map(|(address, prefix)| (IpAddr::V4(address), prefix));
+    let v6 = net
+        .ipv6
+        .map(|(address, prefix)| (IpAddr::V6(address), prefix));
+    let g4 = net.gateway4.map(IpAddr::V4);
+    let g6 = net.gateway6.map(IpAddr::V6);
+    agent::Interface {
+        mac: net.mac.0,
+        addresses: v4.into_iter().chain(v6).collect(),
+        gateways: g4.into_iter().chain(g6).collect(),
+    }
+}
+
+/// A UUID of version 4 from 16 random bytes (RFC 9562, section 5.4).
+pub fn uuid(mut random: [u8; 16]) -> String {
+    random[6] = random[6] & 0x0f | 0x40;
+    random[8] = random[8] & 0x3f | 0x80;
+    let mut text = String::with_capacity(36);
+    for (at, byte) in random.iter().enumerate() {
+        if matches!(at, 4 | 6 | 8 | 10) {
+            text.push('-');
+        }
+        text.push_str(&format!("{byte:02x}"));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uuids_carry_version_and_variant() {
+        assert_eq!(uuid([0; 16]), "00000000-0000-4000-8000-000000000000");
+        assert_eq!(uuid([0xff; 16]), "ffffffff-ffff-4fff-bfff-ffffffffffff");
+    }
+}

@@ -1,0 +1,318 @@
+//! Finding the pods again after a restart of the service.
+//!
+//! The journal says whose a pod is, its folder says what it is, and its VMM has the descriptors:
+//!
+//! | journal | what happens |
+//! |---|---|
+//! | owner, no migration open | attached; a VM that stands still goes on |
+//! | a migration from here is open | attached as migrating; the driver ends the migration |
+//! | granted to this node, resume not seen | attached as migrating; the driver resumes it |
+//! | anything else | the VM is killed and everything removed |
+//! | damaged | left alone; its name and slot stay taken |
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use vm_runtime::agent_client::AgentClient;
+use vm_runtime::vm::{AttachError, RunState, Vm, VmRecord};
+
+use super::actor::{self, Birth};
+use super::boot;
+use super::error::PodError;
+use super::handle::{Facts, PodHandle, PodResources};
+use super::logs::LogStore;
+use super::sink::LogSink;
+use super::state::{self, PodFile};
+use crate::api::error::chain;
+use crate::daemon::node::Node;
+use crate::migration::journal::{DestinationRecord, OwnerState, Recovery, SourceRecord};
+use crate::network::Role;
+
+/// A guest that runs answers at once; one that stands still does not answer at all.
+const AGENT_DEADLINE: Duration = Duration::from_secs(20);
+
+/// A migration that an earlier service left open, for the driver to end.
+#[derive(Debug)]
+pub enum OpenMigration {
+    /// It was to take a pod away from here.
+    Source {
+        /// As journaled.
+        record: SourceRecord,
+        /// Whether the right was handed over already.
+        handed_over: bool,
+        /// The pod, marked as migrating, and its parts; absent if its VM is gone.
+        pod: Option<(PodHandle, Arc<PodResources>)>,
+    },
+    /// It brought a pod here, and the grant came.
+    Destination {
+        /// As journaled.
+        record: DestinationRecord,
+        /// The pod, marked as migrating, and its parts; absent if its VM is gone.
+        pod: Option<(PodHandle, Arc<PodResources>)>,
+    },
+    /// It was to bring a pod here, and no grant had come: nothing of it is left, and the driver answers so.
+    Discarded {
+        /// As journaled.
+        record: DestinationRecord,
+    },
+}
+
+/// Finds every pod again; tells which migrations are open. A pod that cannot be found again does not
+/// keep the others from it.
+pub async fn recover(node: &Arc<Node>, journal: Recovery) -> Vec<OpenMigration> {
+    let mut open = Vec::new();
+    let mut seen = Vec::new();
+    let folders = match std::fs::read_dir(node.pods_dir()) {
+        Ok(entries) => entries.flatten().map(|e| e.path()).collect(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        Err(error) => {
+            tracing::error!(%error, "cannot list the pods");
+            Vec::new()
+        }
+    };
+    for damaged in &journal.damaged {
+        tracing::error!(error = chain(damaged), "the journal is damaged");
+    }
+    for dir in folders {
+        let Some(name) = dir.file_name().and_then(|n| n.to_str()).map(str::to_owned) else {
+            continue;
+        };
+        match find(node, &dir, &name, &journal).await {
+            Ok(found) => open.extend(found),
+            Err(error) => tracing::error!(pod = name, error = chain(&error), "not found again"),
+        }
+        seen.push(name);
+    }
+    for owner in &journal.owners {
+        // The service was killed between the journal's entry and the folder, or before the entry was closed.
+        if owner.state == OwnerState::Owner
+            && !seen.contains(&owner.pod)
+            && let Err(error) = node.journal.stop_owner(&owner.pod)
+        {
+            tracing::warn!(
+                pod = owner.pod,
+                error = chain(&error),
+                "cannot close its entry"
+            );
+        }
+    }
+    for (record, owner) in &journal.sources {
+        if !seen.contains(&record.pod) {
+            let handed_over = owner
+                .as_ref()
+                .is_some_and(|o| matches!(o.state, OwnerState::HandedOver { .. }));
+            open.push(OpenMigration::Source {
+                record: record.clone(),
+                handed_over,
+                pod: None,
+            });
+        }
+    }
+    for (record, _) in &journal.destinations {
+        if !seen.contains(&record.pod) {
+            open.push(match record.verdict() {
+                Some(_) => OpenMigration::Destination {
+                    record: record.clone(),
+                    pod: None,
+                },
+                None => OpenMigration::Discarded {
+                    record: record.clone(),
+                },
+            });
+        }
+    }
+    open
+}
+
+async fn find(
+    node: &Arc<Node>,
+    dir: &Path,
+    name: &str,
+    journal: &Recovery,
+) -> Result<Option<OpenMigration>, PodError> {
+    let file = match state::load(dir) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            // Half made or half removed: at most a VMM is left of it.
+            remove(node, dir, None).await?;
+            return Ok(None);
+        }
+        Err(source) => {
+            return Err(PodError::State {
+                verb: "read the record in",
+                path: dir.to_owned(),
+                source,
+            });
+        }
+    };
+    if file.spec.name != name {
+        return Err(PodError::NotFound(name.to_owned()));
+    }
+    let reservation = node.pods.reserve_slot(&file.spec, file.slot)?;
+    let owner = match node.journal.owner(name) {
+        Ok(owner) => owner,
+        Err(error) => {
+            reservation.keep_for_ever();
+            return Err(PodError::step(name, "read whose it is", error));
+        }
+    };
+    let source = journal.sources.iter().find(|(r, _)| r.pod == name);
+    let destination = journal.destinations.iter().find(|(r, _)| r.pod == name);
+    let granted = destination.filter(|(r, _)| r.verdict().is_some());
+    let handed_over = owner
+        .as_ref()
+        .is_some_and(|o| matches!(o.state, OwnerState::HandedOver { .. }));
+    let mine = owner
+        .as_ref()
+        .filter(|o| o.state == OwnerState::Owner || handed_over);
+    let Some(owner) = mine else {
+        remove(node, dir, Some(&file)).await?;
+        drop(reservation);
+        let discarded = destination.map(|(record, _)| OpenMigration::Discarded {
+            record: record.clone(),
+        });
+        return Ok(discarded);
+    };
+    let migration = source
+        .map(|(r, _)| r.migration)
+        .or(granted.map(|(r, _)| r.migration));
+    let containers = file.record.containers.clone();
+    let facts = facts(node, dir, file)?;
+    let found = attach(node, &facts, migration.is_some()).await;
+    let epoch = owner.epoch;
+    let birth = match (&found, migration) {
+        (Err(reason), _) => Birth::Dead(reason.clone()),
+        (Ok(resources), None) => Birth::Running(Arc::clone(resources)),
+        (Ok(resources), Some(id)) => Birth::Migrating {
+            resources: Arc::clone(resources),
+            migration: id.to_string(),
+            in_doubt: handed_over,
+        },
+    };
+    let handle = actor::spawn(node, reservation, facts, epoch, Some(containers), birth);
+    let pod = found.ok().map(|resources| (handle, resources));
+    Ok(match (source, granted) {
+        (Some((record, _)), _) => Some(OpenMigration::Source {
+            record: record.clone(),
+            handed_over,
+            pod,
+        }),
+        (None, Some((record, _))) => Some(OpenMigration::Destination {
+            record: record.clone(),
+            pod,
+        }),
+        (None, None) => None,
+    })
+}
+
+fn facts(node: &Node, dir: &Path, file: PodFile) -> Result<Facts, PodError> {
+    let logs =
+        LogStore::open(&dir.join("logs"), node.config.limits.log_bytes).map_err(|source| {
+            PodError::State {
+                verb: "open the log in",
+                path: dir.to_owned(),
+                source,
+            }
+        })?;
+    Ok(Facts {
+        node: node.config.name.as_str().to_owned(),
+        created_unix_ms: file.record.created_unix_ms,
+        spec: file.spec,
+        vm_spec: file.vm,
+        slot: file.slot,
+        dir: dir.to_owned(),
+        logs: Arc::new(logs),
+    })
+}
+
+/// Takes VM, port and agent back. The error is the reason that the pod is shown as failed with.
+async fn attach(node: &Node, facts: &Facts, migrating: bool) -> Result<Arc<PodResources>, String> {
+    let name = facts.spec.name.as_str();
+    let vm = match find_vm(&facts.dir).await {
+        Ok(vm) => Arc::new(vm),
+        Err(error) => {
+            // Nothing of a dead VM may stay behind on the bridge.
+            clean_network(node, facts.slot, name).await;
+            let reason = match error {
+                AttachError::Gone { .. } => boot::death(None, &facts.dir),
+                other => chain(&other),
+            };
+            tracing::error!(pod = name, reason, "its VM is not there any more");
+            return Err(reason);
+        }
+    };
+    let fds = boot::existing(&vm).map_err(|e| format!("cannot take its TAP back: {e}"))?;
+    let port = node
+        .network
+        .attach(
+            &boot::net_id(&facts.spec),
+            facts.slot,
+            Role::Local,
+            Some(fds),
+        )
+        .await
+        .map_err(|e| format!("cannot take its network port back: {}", chain(&e)))?;
+    if !migrating {
+        resume(name, &vm).await;
+    }
+    let sink = Arc::new(LogSink::new(Arc::clone(&facts.logs)));
+    let agent = AgentClient::connect(&vm.agent_socket(), sink, AGENT_DEADLINE)
+        .await
+        .map_err(|e| format!("cannot reach its agent again: {}", chain(&e)))?;
+    tracing::info!(pod = name, pid = vm.pid(), "found again");
+    Ok(Arc::new(PodResources {
+        spec: facts.spec.clone(),
+        vm_spec: facts.vm_spec.clone(),
+        vm,
+        port,
+        agent,
+        logs: Arc::clone(&facts.logs),
+    }))
+}
+
+async fn find_vm(dir: &Path) -> Result<Vm, AttachError> {
+    let record = VmRecord::load(dir).map_err(|_| AttachError::Gone { pid: 0 })?;
+    Vm::attach(&record).await
+}
+
+/// A guest that this node owns, and that no migration holds, has no reason to stand still.
+async fn resume(pod: &str, vm: &Vm) {
+    match vm.query_status().await {
+        Ok(RunState::Paused | RunState::Saved) => {
+            tracing::warn!(pod, "its guest stood still: it goes on");
+            if let Err(error) = vm.cont().await {
+                tracing::error!(pod, error = chain(&error), "its guest does not go on");
+            }
+        }
+        Ok(RunState::Running | RunState::Saving | RunState::Incoming | RunState::Other(_)) => {}
+        Err(error) => tracing::error!(pod, error = chain(&error), "its VMM does not answer"),
+    }
+}
+
+/// Removes a pod that this node does not own: its VM, its port, its folder.
+async fn remove(node: &Node, dir: &Path, file: Option<&PodFile>) -> Result<(), PodError> {
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    tracing::warn!(pod = %name, "it is not this node's (any more): removing what is left of it");
+    if let Ok(record) = VmRecord::load(dir) {
+        record
+            .kill()
+            .await
+            .map_err(|e| PodError::step(&name, "end its VM", e))?;
+    }
+    if let Some(file) = file {
+        clean_network(node, file.slot, &name).await;
+    }
+    super::run::remove_folder(dir).await
+}
+
+async fn clean_network(node: &Node, slot: u16, pod: &str) {
+    if let Err(error) = node.network.remove_leftovers(slot).await {
+        tracing::error!(
+            pod,
+            error = chain(&error),
+            "cannot remove what is left of its port"
+        );
+    }
+}

@@ -1,0 +1,171 @@
+//! `run`: from YAML to a running pod.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use vm_runtime::pod::PodSpec;
+use vm_runtime::units::Epoch;
+
+use super::actor::{self, Birth};
+use super::boot::{BootOrder, check_memory, disk_paths};
+use super::error::PodError;
+use super::handle::{Facts, PodHandle, waiting};
+use super::logs::LogStore;
+use super::plan::{self, Base};
+use super::state::{self, PodFile, PodRecord, unix_ms};
+use crate::daemon::node::Node;
+use crate::image::{ImageRecord, StoreError};
+
+/// Runs the pod that `yaml` describes; with `wait`, returns when its containers have started.
+///
+/// # Errors
+/// Everything is as before, and the name is free again; without `wait`, a failure to start is shown as
+/// the pod's state.
+pub async fn run(
+    node: &Arc<Node>,
+    yaml: &str,
+    wait: bool,
+    deadline: Duration,
+) -> Result<PodHandle, PodError> {
+    let spec = PodSpec::from_yaml(yaml).map_err(|e| PodError::Spec(e.into()))?;
+    let limit = node.config.longest_pod_name();
+    if spec.name.len() > limit {
+        return Err(PodError::NameTooLong {
+            name: spec.name,
+            limit,
+        });
+    }
+    let reservation = node.pods.reserve(&spec, node.config.limits.pods)?;
+    let images = images(node, &spec).await?;
+    let base = Base {
+        machine: &node.machine,
+        accel: node.accel,
+        kernel_sha256: &node.guest.kernel_sha256,
+        initramfs_sha256: &node.guest.initramfs_sha256,
+    };
+    let uuid = plan::uuid(crate::wire::id::MigrationId::random().0);
+    let plan = plan::plan(&spec, &images, &base, uuid)?;
+    check_memory(&spec)?;
+    let disks = disk_paths(node, &spec.name, &plan.vm).await?;
+    let file = PodFile {
+        vm: plan.vm,
+        slot: reservation.slot(),
+        record: PodRecord {
+            created_unix_ms: unix_ms(),
+            containers: waiting(&spec),
+        },
+        spec,
+    };
+    let epoch = own(node, &file.spec.name).await?;
+    let facts = make_folder(node, file).await?;
+    let (started, result) = oneshot::channel();
+    let order = BootOrder {
+        configuration: plan.configuration,
+        disks,
+        deadline,
+    };
+    let birth = Birth::Boot {
+        order,
+        started: wait.then_some(started),
+    };
+    let handle = actor::spawn(node, reservation, facts, epoch, None, birth);
+    if wait {
+        // The actor drops the sender only when it panics, which its log tells.
+        result.await.map_err(|_| PodError::ShuttingDown)??;
+    }
+    Ok(handle)
+}
+
+/// Journals the right to run a new pod.
+async fn own(node: &Node, pod: &str) -> Result<Epoch, PodError> {
+    let journal = Arc::clone(&node.journal);
+    let name = pod.to_owned();
+    tokio::task::spawn_blocking(move || journal.create_owner(&name))
+        .await
+        .map_err(|e| PodError::step(pod, "journal the right to run it", e))?
+        .map_err(|e| PodError::step(pod, "journal the right to run it", e))
+}
+
+/// The image of each container.
+async fn images(node: &Node, spec: &PodSpec) -> Result<Vec<Arc<ImageRecord>>, PodError> {
+    let store = Arc::clone(&node.images);
+    let wanted: Vec<(String, String)> = spec
+        .containers
+        .iter()
+        .map(|c| (c.name.clone(), c.image.clone()))
+        .collect();
+    let find = move || {
+        wanted
+            .into_iter()
+            .map(|(container, image)| match store.resolve(&image) {
+                Ok(record) => Ok(Arc::new(record)),
+                Err(StoreError::NotFound(_)) => Err(PodError::NoImage { container, image }),
+                Err(source) => Err(PodError::Image {
+                    container,
+                    image,
+                    source: source.into(),
+                }),
+            })
+            .collect()
+    };
+    tokio::task::spawn_blocking(find)
+        .await
+        .map_err(|e| PodError::step(&spec.name, "look up its images", e))?
+}
+
+/// Makes a pod's folder with its record and its log.
+pub(super) async fn make_folder(node: &Node, file: PodFile) -> Result<Facts, PodError> {
+    let pods = node.pods_dir();
+    let limit = node.config.limits.log_bytes;
+    let name = file.spec.name.clone();
+    let path = pods.join(&name);
+    let make = {
+        let file = file.clone();
+        move || {
+            // A folder that no pod of the register owns is what a crash left half removed.
+            state::remove_folder(&pods.join(&name))?;
+            let dir = state::create_folder(&pods, &name)?;
+            let logs = state::store(&dir, &file)
+                .and_then(|()| LogStore::open(&dir.join("logs"), limit))
+                .inspect_err(|_| {
+                    // The first error is the one to tell.
+                    let _ = state::remove_folder(&dir);
+                })?;
+            Ok((dir, logs))
+        }
+    };
+    let failed = |source| PodError::State {
+        verb: "make the folder",
+        path,
+        source,
+    };
+    let (dir, logs) = tokio::task::spawn_blocking(make)
+        .await
+        .unwrap_or_else(|e| Err(std::io::Error::other(e)))
+        .map_err(failed)?;
+    Ok(Facts {
+        node: node.config.name.as_str().to_owned(),
+        created_unix_ms: file.record.created_unix_ms,
+        spec: file.spec,
+        vm_spec: file.vm,
+        slot: file.slot,
+        dir,
+        logs: Arc::new(logs),
+    })
+}
+
+/// Removes a pod's folder, off the runtime's threads.
+pub(super) async fn remove_folder(dir: &Path) -> Result<(), PodError> {
+    let path = dir.to_owned();
+    let failed = |source| PodError::State {
+        verb: "remove",
+        path: dir.to_owned(),
+        source,
+    };
+    tokio::task::spawn_blocking(move || state::remove_folder(&path))
+        .await
+        .unwrap_or_else(|e| Err(std::io::Error::other(e)))
+        .map_err(failed)
+}

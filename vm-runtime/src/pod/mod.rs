@@ -1,0 +1,145 @@
+//! A pod: what the user writes, parsed into types that cannot be wrong.
+//!
+//! The file is a Kubernetes Pod (core/v1) of which a part is supported:
+//!
+//! ```yaml
+//! apiVersion: v1                        # both optional
+//! kind: Pod
+//! metadata:
+//!   name: web                           # RFC 1123 label
+//!   labels: {app: web}
+//!   annotations:                        # others than migrator/ are ignored
+//!     migrator/ipv4: 10.77.0.10/24      # one of ipv4 and ipv6 at least
+//!     migrator/ipv6: fd77::10/64
+//!     migrator/gateway4: 10.77.0.1
+//!     migrator/gateway6: fd77::1
+//!     migrator/mac: 52:54:00:12:34:56   # derived from the name if missing
+//!     migrator/vm-memory: 512Mi         # else the sum of the limits and 128Mi for the guest itself
+//! spec:
+//!   restartPolicy: Never                # the only one so far
+//!   containers:
+//!   - name: web
+//!     image: web:1
+//!     command: [/bin/server]            # replaces the image's entrypoint
+//!     args: [--port, "80"]              # replaces the image's cmd
+//!     workingDir: /srv
+//!     env: [{name: MODE, value: fast}]
+//!     resources: {limits: {memory: 64Mi, cpu: 500m}}   # memory counts as 128Mi if missing
+//! ```
+//!
+//! Any other field is refused by its path: a field that would be ignored is a promise not kept.
+
+mod parse;
+mod quantity;
+mod validate;
+mod yaml;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use serde::{Deserialize, Serialize};
+
+use crate::units::{Bytes, MacAddress};
+
+/// A pod as the rest of the program sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodSpec {
+    /// `metadata.name`: an RFC 1123 label, unique on a node.
+    pub name: String,
+    /// `metadata.labels`.
+    pub labels: BTreeMap<String, String>,
+    /// Addresses and MAC of the pod's one interface.
+    pub net: PodNet,
+    /// Guest RAM: the annotation `migrator/vm-memory`, or the containers' limits plus the guest's own need.
+    pub memory: Bytes,
+    /// Virtual CPUs: the sum of the containers' cpu limits, rounded up, at least 1.
+    pub vcpus: u32,
+    /// The containers, started in this order.
+    pub containers: Vec<ContainerSpec>,
+}
+
+/// The pod's interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodNet {
+    /// Its MAC address.
+    pub mac: MacAddress,
+    /// IPv4 address and prefix length.
+    pub ipv4: Option<(Ipv4Addr, u8)>,
+    /// IPv6 address and prefix length.
+    pub ipv6: Option<(Ipv6Addr, u8)>,
+    /// IPv4 default gateway.
+    pub gateway4: Option<Ipv4Addr>,
+    /// IPv6 default gateway.
+    pub gateway6: Option<Ipv6Addr>,
+}
+
+/// One container.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerSpec {
+    /// Its name, unique in the pod.
+    pub name: String,
+    /// The image's reference, as imported.
+    pub image: String,
+    /// Overrides the image's entrypoint.
+    pub command: Option<Vec<String>>,
+    /// Overrides the image's cmd.
+    pub args: Option<Vec<String>>,
+    /// Added to the image's environment, in order.
+    pub env: Vec<(String, String)>,
+    /// Overrides the image's working directory.
+    pub working_dir: Option<String>,
+    /// `resources.limits.memory`.
+    pub memory_limit: Option<Bytes>,
+    /// `resources.limits.cpu`, in thousandths of a CPU.
+    pub cpu_limit_milli: Option<u32>,
+}
+
+/// Why a pod file is refused. The path is the field's, such as `spec.containers[0].image`.
+#[derive(Debug, thiserror::Error)]
+pub enum PodError {
+    /// The file is too long.
+    #[error("the pod file is longer than 1 MiB")]
+    TooLong,
+    /// Not YAML, or not one document.
+    #[error("the pod file is not one valid YAML document")]
+    Yaml(#[source] serde_yaml_ng::Error),
+    /// A field that must be there.
+    #[error("{path}: required; {hint}")]
+    Missing {
+        /// The field.
+        path: String,
+        /// What to do.
+        hint: String,
+    },
+    /// A field that is not known or not supported.
+    #[error("{path}: not supported; {hint}")]
+    Unsupported {
+        /// The field.
+        path: String,
+        /// What to do.
+        hint: String,
+    },
+    /// A value that does not do.
+    #[error("{path}: {problem}")]
+    Invalid {
+        /// The field.
+        path: String,
+        /// What is wrong and what would be right.
+        problem: String,
+    },
+}
+
+impl PodSpec {
+    /// Parses a pod file: see the [module's documentation](self).
+    pub fn from_yaml(text: &str) -> Result<Self, PodError> {
+        parse::pod(text)
+    }
+
+    /// Checks a spec that did not come through [`PodSpec::from_yaml`], but from a peer: the same rules.
+    pub fn validate(&self) -> Result<(), PodError> {
+        validate::pod(self)
+    }
+}

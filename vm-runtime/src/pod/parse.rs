@@ -1,0 +1,341 @@
+//! From the file's YAML to a [`PodSpec`].
+
+use std::collections::BTreeMap;
+use std::str::FromStr;
+
+use serde_yaml_ng::Value;
+
+use super::quantity::{self, BadQuantity};
+use super::validate;
+use super::yaml::{Fields, Node, invalid};
+use super::{ContainerSpec, PodError, PodNet, PodSpec};
+use crate::units::{Bytes, MacAddress};
+
+/// Longest file, in bytes.
+const MAX_FILE: usize = 1 << 20;
+
+/// What a container counts for that has no memory limit.
+const DEFAULT_LIMIT: Bytes = Bytes::mib(128);
+
+/// What the guest needs for itself: kernel, agent, page tables, and the writable layer's first pages.
+const GUEST_OVERHEAD: Bytes = Bytes::mib(128);
+
+/// Annotations of ours.
+const PREFIX: &str = "migrator/";
+
+pub(super) fn pod(text: &str) -> Result<PodSpec, PodError> {
+    if text.len() > MAX_FILE {
+        return Err(PodError::TooLong);
+    }
+    let value: Value = serde_yaml_ng::from_str(text).map_err(PodError::Yaml)?;
+    let mut fields = Node::root(&value).fields()?;
+    constant(&mut fields, "apiVersion", "v1")?;
+    constant(&mut fields, "kind", "Pod")?;
+    let mut metadata = fields.require("metadata", "give it a `name`")?.fields()?;
+    let mut spec = fields.require("spec", "list its `containers`")?.fields()?;
+    fields.finish()?;
+
+    let name = metadata
+        .require("name", "a pod is known by it")?
+        .text()?
+        .to_owned();
+    let labels = labels(&mut metadata)?;
+    let mut annotations = Annotations::read(&mut metadata)?;
+    metadata.finish()?;
+
+    restart_policy(&mut spec)?;
+    let containers = spec.require("containers", "list at least one")?.list()?;
+    spec.finish()?;
+    let containers: Vec<ContainerSpec> =
+        containers.iter().map(container).collect::<Result<_, _>>()?;
+
+    let net = net(&name, &mut annotations)?;
+    let memory = match annotations.take("vm-memory") {
+        Some((path, text)) => bytes(&path, &text)?,
+        None => needed_memory(&containers)?,
+    };
+    annotations.finish()?;
+    let milli: u64 = containers
+        .iter()
+        .filter_map(|c| c.cpu_limit_milli)
+        .map(u64::from)
+        .sum();
+    let vcpus = u32::try_from(milli.div_ceil(1000).max(1)).unwrap_or(u32::MAX);
+    let pod = PodSpec {
+        name,
+        labels,
+        net,
+        memory: Bytes::mib(memory.0.div_ceil(1 << 20)),
+        vcpus,
+        containers,
+    };
+    validate::pod(&pod)?;
+    Ok(pod)
+}
+
+fn constant(fields: &mut Fields<'_>, key: &'static str, wanted: &str) -> Result<(), PodError> {
+    match fields.get(key) {
+        Some(node) if node.text()? != wanted => invalid(&node.path, format!("must be `{wanted}`")),
+        _ => Ok(()),
+    }
+}
+
+fn restart_policy(spec: &mut Fields<'_>) -> Result<(), PodError> {
+    match spec.get("restartPolicy") {
+        Some(node) if node.text()? != "Never" => Err(PodError::Unsupported {
+            path: node.path,
+            hint: "containers are not restarted yet: write `Never`, or remove it".to_owned(),
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn labels(metadata: &mut Fields<'_>) -> Result<BTreeMap<String, String>, PodError> {
+    let Some(node) = metadata.get("labels") else {
+        return Ok(BTreeMap::new());
+    };
+    let labels = node.text_map()?.into_iter();
+    labels
+        .map(|(key, value)| Ok((key.to_owned(), value.text()?.to_owned())))
+        .collect()
+}
+
+/// The annotations of ours, by name without the prefix.
+struct Annotations {
+    path: String,
+    left: BTreeMap<String, (String, String)>,
+    known: Vec<&'static str>,
+}
+
+impl Annotations {
+    fn read(metadata: &mut Fields<'_>) -> Result<Self, PodError> {
+        let path = metadata.path("annotations");
+        let mut left = BTreeMap::new();
+        if let Some(node) = metadata.get("annotations") {
+            for (key, value) in node.text_map()? {
+                let text = value.text()?.to_owned();
+                if let Some(name) = key.strip_prefix(PREFIX) {
+                    left.insert(name.to_owned(), (value.path, text));
+                }
+            }
+        }
+        Ok(Self {
+            path,
+            left,
+            known: Vec::new(),
+        })
+    }
+
+    /// Path and value.
+    fn take(&mut self, name: &'static str) -> Option<(String, String)> {
+        self.known.push(name);
+        self.left.remove(name)
+    }
+
+    fn parse<T: FromStr>(
+        &mut self,
+        name: &'static str,
+        wanted: &str,
+    ) -> Result<Option<T>, PodError> {
+        let Some((path, text)) = self.take(name) else {
+            return Ok(None);
+        };
+        match text.parse() {
+            Ok(value) => Ok(Some(value)),
+            Err(_) => invalid(&path, format!("`{text}` is not {wanted}")),
+        }
+    }
+
+    /// An address with the length of its prefix.
+    fn network<T: FromStr>(
+        &mut self,
+        name: &'static str,
+        example: &str,
+    ) -> Result<Option<(T, u8)>, PodError> {
+        let Some((path, text)) = self.take(name) else {
+            return Ok(None);
+        };
+        let parsed = text.split_once('/').and_then(|(address, prefix)| {
+            // No sign, no leading zeroes.
+            let prefix: u8 = prefix
+                .parse()
+                .ok()
+                .filter(|p: &u8| p.to_string() == prefix)?;
+            Some((address.parse().ok()?, prefix))
+        });
+        match parsed {
+            Some(network) => Ok(Some(network)),
+            None => invalid(
+                &path,
+                format!("`{text}` is not an address with a prefix, such as {example}"),
+            ),
+        }
+    }
+
+    fn finish(self) -> Result<(), PodError> {
+        let Some((name, (path, _))) = self.left.into_iter().next() else {
+            return Ok(());
+        };
+        Err(PodError::Unsupported {
+            path,
+            hint: format!(
+                "`{PREFIX}{name}` is not an annotation of migrator; those are {}",
+                self.known.join(", ")
+            ),
+        })
+    }
+}
+
+fn net(pod: &str, annotations: &mut Annotations) -> Result<PodNet, PodError> {
+    let ipv4 = annotations.network("ipv4", "10.77.0.10/24")?;
+    let ipv6 = annotations.network("ipv6", "fd77::10/64")?;
+    let net = PodNet {
+        mac: annotations
+            .parse("mac", "a unicast MAC address, such as 52:54:00:12:34:56")?
+            .unwrap_or_else(|| derived_mac(pod)),
+        ipv4,
+        ipv6,
+        gateway4: annotations.parse("gateway4", "an IPv4 address")?,
+        gateway6: annotations.parse("gateway6", "an IPv6 address")?,
+    };
+    if net.ipv4.is_none() && net.ipv6.is_none() {
+        return Err(PodError::Missing {
+            path: format!("{}[\"{PREFIX}ipv4\"]", annotations.path),
+            hint:
+                "a pod needs an address: set this one, such as \"10.77.0.10/24\", or migrator/ipv6"
+                    .to_owned(),
+        });
+    }
+    Ok(net)
+}
+
+/// The MAC of a pod that names none: QEMU's prefix and 24 bits of the name's hash, the same on every node.
+fn derived_mac(pod: &str) -> MacAddress {
+    let hash = twox_hash::XxHash3_64::oneshot(pod.as_bytes());
+    let [a, b, c, ..] = hash.to_le_bytes();
+    MacAddress([0x52, 0x54, 0x00, a, b, c])
+}
+
+fn container(node: &Node<'_>) -> Result<ContainerSpec, PodError> {
+    let mut fields = node.fields()?;
+    let texts = |node: Option<Node<'_>>| match node {
+        // Kubernetes takes an empty list for none.
+        Some(node) => node.texts().map(|list| (!list.is_empty()).then_some(list)),
+        None => Ok(None),
+    };
+    let container = ContainerSpec {
+        name: fields
+            .require("name", "containers are told apart by it")?
+            .text()?
+            .to_owned(),
+        image: fields
+            .require("image", "name one of `migrator image ls`")?
+            .text()?
+            .to_owned(),
+        command: texts(fields.get("command"))?,
+        args: texts(fields.get("args"))?,
+        env: env(fields.get("env"))?,
+        working_dir: match fields.get("workingDir") {
+            Some(node) => Some(node.text()?.to_owned()),
+            None => None,
+        },
+        memory_limit: None,
+        cpu_limit_milli: None,
+    };
+    let (memory_limit, cpu_limit_milli) = limits(fields.get("resources"))?;
+    fields.finish()?;
+    Ok(ContainerSpec {
+        memory_limit,
+        cpu_limit_milli,
+        ..container
+    })
+}
+
+fn env(node: Option<Node<'_>>) -> Result<Vec<(String, String)>, PodError> {
+    let Some(node) = node else {
+        return Ok(Vec::new());
+    };
+    let variable = |node: &Node<'_>| {
+        let mut fields = node.fields()?;
+        let name = fields
+            .require("name", "a variable has one")?
+            .text()?
+            .to_owned();
+        let value = match fields.get("value") {
+            Some(value) => value.text()?.to_owned(),
+            None => String::new(),
+        };
+        fields.finish()?;
+        Ok((name, value))
+    };
+    node.list()?.iter().map(variable).collect()
+}
+
+fn limits(node: Option<Node<'_>>) -> Result<(Option<Bytes>, Option<u32>), PodError> {
+    let Some(node) = node else {
+        return Ok((None, None));
+    };
+    let mut resources = node.fields()?;
+    let limits = resources.get("limits");
+    resources.finish()?;
+    let Some(limits) = limits else {
+        return Ok((None, None));
+    };
+    let mut limits = limits.fields()?;
+    let memory = match limits.get("memory") {
+        Some(node) => Some(bytes(&node.path, &node.text_or_number()?)?),
+        None => None,
+    };
+    let cpu = match limits.get("cpu") {
+        Some(node) => Some(cpu_milli(&node.path, &node.text_or_number()?)?),
+        None => None,
+    };
+    limits.finish()?;
+    Ok((memory, cpu))
+}
+
+fn bytes(path: &str, text: &str) -> Result<Bytes, PodError> {
+    if text.ends_with('m') {
+        let problem = format!(
+            "`{text}` is thousandths of a byte; did you mean `{}Mi`?",
+            text.trim_end_matches('m')
+        );
+        return invalid(path, problem);
+    }
+    let milli = milli(path, text, "512Mi")?;
+    match u64::try_from(milli.div_ceil(1000)) {
+        Ok(bytes) => Ok(Bytes(bytes)),
+        Err(_) => invalid(path, format!("`{text}` is too large")),
+    }
+}
+
+fn cpu_milli(path: &str, text: &str) -> Result<u32, PodError> {
+    match u32::try_from(milli(path, text, "500m")?) {
+        Ok(milli) => Ok(milli),
+        Err(_) => invalid(path, format!("`{text}` is too large")),
+    }
+}
+
+fn milli(path: &str, text: &str, example: &str) -> Result<u128, PodError> {
+    match quantity::milli(text) {
+        Ok(milli) => Ok(milli),
+        Err(BadQuantity::Form) => invalid(
+            path,
+            format!("`{text}` is not a quantity, such as {example}"),
+        ),
+        Err(BadQuantity::TooLarge) => invalid(path, "the number is too long"),
+    }
+}
+
+fn needed_memory(containers: &[ContainerSpec]) -> Result<Bytes, PodError> {
+    let limits = containers
+        .iter()
+        .map(|c| c.memory_limit.unwrap_or(DEFAULT_LIMIT).0);
+    let sum = limits
+        .chain([GUEST_OVERHEAD.0])
+        .try_fold(0_u64, u64::checked_add);
+    match sum {
+        Some(sum) => Ok(Bytes(sum)),
+        None => invalid("spec.containers", "the memory limits add up to too much"),
+    }
+}
