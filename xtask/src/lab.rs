@@ -18,17 +18,15 @@ mod node;
 mod state;
 mod verbs;
 
-use std::io::Write;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use clap::{Subcommand, ValueEnum};
+use clap::ValueEnum;
 
 use crate::project::Project;
-use crate::{cmd, demo_image, netns, process, qemu10, run, setup};
+use crate::{cmd, process, qemu10, run, setup};
 
 pub use node::http_get;
 pub use state::{Owner, State};
