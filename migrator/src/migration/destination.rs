@@ -14,6 +14,7 @@
 use vm_runtime::units::Epoch;
 
 use crate::migration::journal::{DestinationRecord, DestinationState, Entry, OwnerRecord};
+use crate::wire::id::MigrationId;
 use crate::wire::message::{
     Abort, Accept, Control, Handover, Offer, Prepared, QueryReply, Ready, Refuse, RefuseCode,
     RoundAck, Running, Verdict,
@@ -135,6 +136,21 @@ impl Destination {
         }
         destination.set_timer(&mut out);
         (destination, out)
+    }
+
+    /// The migration.
+    pub fn migration(&self) -> MigrationId {
+        self.record.migration
+    }
+
+    /// Name of the pod.
+    pub fn pod(&self) -> &str {
+        &self.record.pod
+    }
+
+    /// Name of the source node.
+    pub fn source(&self) -> &str {
+        &self.record.from
     }
 
     /// The offered epoch.

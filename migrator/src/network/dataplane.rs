@@ -32,6 +32,7 @@ use super::error::PortError;
 use super::gate::SlotGate;
 use super::ledger::Tally;
 use super::log::{InboundLog, LogItem, LogKind, SourceLog};
+use super::marker::{is_marker, marker};
 use super::sys::{self, FRAME_MAX, PacketSocket, Sent, VNET_HEADER};
 
 /// From the echo of the announcement to the end marker: frames that came before it may still be in
@@ -265,7 +266,11 @@ impl Dataplane {
                 }
                 answer(reply, result);
             }
-            Command::DrainTap(until, reply) => self.drain_tap = Some((until, reply)),
+            Command::DrainTap(until, reply) => {
+                // A queue that is too full for the marker is not empty either.
+                self.setup.injector.send(&marker(self.setup.mac));
+                self.drain_tap = Some((until, reply));
+            }
             Command::Residue(reply) => {
                 let result = self.residue();
                 answer(reply, result);
@@ -381,6 +386,9 @@ impl Dataplane {
             let Some(frame) = normalise(&self.buffer[..read], header) else {
                 continue;
             };
+            if is_marker(&frame) {
+                continue;
+            }
             self.tally.residue += 1;
             count += 1;
             let item = self.log.residue(frame, None);
@@ -633,6 +641,10 @@ impl Dataplane {
     /// Fills the TAP's queue.
     fn inject(&mut self) {
         self.full = false;
+        if self.stage == Stage::Incoming {
+            // The VMM takes frames off the TAP before its device is loaded, and forgets them when it is.
+            return;
+        }
         while let Some(next) = self.pending.front() {
             let sent = if next.frame.is_empty() {
                 Sent::Queued

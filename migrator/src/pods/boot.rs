@@ -17,7 +17,7 @@ use super::handle::{Facts, PodResources};
 use super::plan::VMM_OVERHEAD;
 use super::sink::LogSink;
 use crate::daemon::node::Node;
-use crate::network::{ExistingFds, PodNetId, Port, Role};
+use crate::network::{ExistingDevices, PodNetId, Port, PortError, Role};
 
 /// How much of the console's end goes into an error, in bytes.
 const CONSOLE_TAIL: usize = 600;
@@ -143,7 +143,7 @@ pub(super) async fn resources(
         .await
         .map_err(|e| PodError::step(name, "make its network port", e))?;
     parts.port = Some(port.clone());
-    let dup = |e: std::io::Error| PodError::step(name, "share its TAP with the VMM", e);
+    let dup = |e: PortError| PodError::step(name, "share its TAP with the VMM", e);
     let res = VmResources {
         dir: facts.dir.clone(),
         memory: Arc::new(memory),
@@ -158,9 +158,9 @@ pub(super) async fn resources(
 }
 
 /// The descriptors of a running VM's port.
-pub(super) fn existing(vm: &Vm) -> std::io::Result<ExistingFds> {
+pub(super) fn existing(vm: &Vm) -> std::io::Result<ExistingDevices> {
     let park = vm.park()?;
-    Ok(ExistingFds {
+    Ok(ExistingDevices {
         tap: vm.tap()?,
         park: park.ok_or_else(|| std::io::Error::other("the VMM holds no park"))?,
     })

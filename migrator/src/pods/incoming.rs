@@ -111,6 +111,11 @@ impl IncomingPod {
         Arc::clone(&self.facts.logs)
     }
 
+    /// Where the agent's client connects, once the VM is built.
+    pub fn agent_socket(&self) -> std::path::PathBuf {
+        self.facts.dir.join(vm_runtime::vm::AGENT_SOCKET)
+    }
+
     /// What the agent's client writes the output to.
     pub fn sink(&self) -> Arc<LogSink> {
         Arc::new(LogSink::new(self.logs()))

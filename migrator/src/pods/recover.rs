@@ -308,7 +308,7 @@ async fn remove(node: &Node, dir: &Path, file: Option<&PodFile>) -> Result<(), P
 }
 
 async fn clean_network(node: &Node, slot: u16, pod: &str) {
-    if let Err(error) = node.network.remove_leftovers(slot).await {
+    if let Err(error) = node.network.forget(slot).await {
         tracing::error!(
             pod,
             error = chain(&error),

@@ -37,8 +37,12 @@ pub struct Facts {
 pub fn check(offer: &Offer, here: &Facts) -> Result<(), Refuse> {
     let node = &here.node;
     let refuse = |code, reason: String| Err(Refuse { code, reason });
-    if offer.ram != offer.vm.memory || offer.vm.memory != offer.pod.memory || offer.vm.name != offer.pod.name {
-        let reason = "the offer contradicts itself: its pod, its VM and its RAM size differ".to_owned();
+    if offer.ram != offer.vm.memory
+        || offer.vm.memory != offer.pod.memory
+        || offer.vm.name != offer.pod.name
+    {
+        let reason =
+            "the offer contradicts itself: its pod, its VM and its RAM size differ".to_owned();
         return refuse(RefuseCode::Internal, reason);
     }
     if !here.missing_features.is_empty() {
@@ -49,15 +53,23 @@ pub fn check(offer: &Offer, here: &Facts) -> Result<(), Refuse> {
     let need = Bytes(offer.ram.0.saturating_add(here.vmm_overhead.0));
     if here.memory_available < need {
         let available = here.memory_available;
-        let reason = format!("the pod needs {need} of memory, and {node} has {available} available; free some, or choose another node");
+        let reason = format!(
+            "the pod needs {need} of memory, and {node} has {available} available; free some, or choose another node"
+        );
         return refuse(RefuseCode::Memory, reason);
     }
     let machine = &offer.vm.machine;
     if !here.machine_types.contains(machine) {
-        let reason = format!("{node}'s QEMU {} does not know the machine type {machine}; install a newer QEMU there", here.qemu_version);
+        let reason = format!(
+            "{node}'s QEMU {} does not know the machine type {machine}; install a newer QEMU there",
+            here.qemu_version
+        );
         return refuse(RefuseCode::MachineType, reason);
     }
-    let (ours, theirs) = (major_minor(&here.qemu_version), major_minor(&offer.qemu_version));
+    let (ours, theirs) = (
+        major_minor(&here.qemu_version),
+        major_minor(&offer.qemu_version),
+    );
     if ours < theirs {
         let reason = format!(
             "the pod runs under QEMU {}, and {node} has the older {}: device state moves to the same version or a newer one",
@@ -74,11 +86,18 @@ pub fn check(offer: &Offer, here: &Facts) -> Result<(), Refuse> {
         return refuse(RefuseCode::Accel, reason);
     }
     if offer.vm.cpu != here.cpu {
-        let reason = format!("the pod's CPU model is {}, and {node} offers {}", offer.vm.cpu, here.cpu);
+        let reason = format!(
+            "the pod's CPU model is {}, and {node} offers {}",
+            offer.vm.cpu, here.cpu
+        );
         return refuse(RefuseCode::CpuModel, reason);
     }
-    if offer.vm.kernel_sha256 != here.kernel_sha256 || offer.vm.initramfs_sha256 != here.initramfs_sha256 {
-        let reason = format!("{node} has another guest kernel or initramfs; install the same on both nodes (keys guest.kernel and guest.initramfs)");
+    if offer.vm.kernel_sha256 != here.kernel_sha256
+        || offer.vm.initramfs_sha256 != here.initramfs_sha256
+    {
+        let reason = format!(
+            "{node} has another guest kernel or initramfs; install the same on both nodes (keys guest.kernel and guest.initramfs)"
+        );
         return refuse(RefuseCode::GuestKernel, reason);
     }
     Ok(())

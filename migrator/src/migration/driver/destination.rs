@@ -80,7 +80,11 @@ pub(super) async fn incoming(node: Arc<Node>, session: Session) {
     match first {
         Control::Offer(offer) => {
             if offer.source != peer || !matches!(urgent, Some(_) if !data.is_empty()) {
-                tracing::warn!(peer, source = offer.source, "an offer that its certificate does not fit, or without data connections");
+                tracing::warn!(
+                    peer,
+                    source = offer.source,
+                    "an offer that its certificate does not fit, or without data connections"
+                );
                 return;
             }
             let mut run = Run::new(node, Destination::new(offer.clone(), peer));
@@ -101,7 +105,11 @@ pub(super) async fn incoming(node: Arc<Node>, session: Session) {
             };
             question(&node, peer, asked).await;
         }
-        other => tracing::warn!(peer, message = other.name(), "a session began with an unexpected message"),
+        other => tracing::warn!(
+            peer,
+            message = other.name(),
+            "a session began with an unexpected message"
+        ),
     }
 }
 
@@ -115,7 +123,9 @@ fn subject(message: &Control) -> Option<MigrationId> {
 
 /// A source asks after its link was lost: the machine that runs answers, or else the journal.
 async fn question(node: &Arc<Node>, peer: String, asked: Relinked) {
-    let Some(id) = subject(&asked.first) else { return };
+    let Some(id) = subject(&asked.first) else {
+        return;
+    };
     let machine = node.arrivals.lock().get(&id).cloned();
     let mut asked = match machine {
         Some(machine) => match machine.send(asked) {
@@ -130,7 +140,8 @@ async fn question(node: &Arc<Node>, peer: String, asked: Relinked) {
         let answer = match message {
             Control::Query(query) => {
                 let peer = peer.clone();
-                let verdict = blocking(node, move |journal| journal.answer(query.migration, &peer)).await;
+                let verdict =
+                    blocking(node, move |journal| journal.answer(query.migration, &peer)).await;
                 verdict.map(|verdict| {
                     Some(Control::QueryReply(QueryReply {
                         migration: query.migration,
@@ -140,7 +151,10 @@ async fn question(node: &Arc<Node>, peer: String, asked: Relinked) {
             }
             Control::Released(released) => {
                 let peer = peer.clone();
-                let settled = blocking(node, move |journal| journal.settle(released.migration, &peer)).await;
+                let settled = blocking(node, move |journal| {
+                    journal.settle(released.migration, &peer)
+                })
+                .await;
                 settled.map(|()| {
                     Some(Control::Bye(Bye {
                         migration: released.migration,
@@ -170,16 +184,28 @@ async fn question(node: &Arc<Node>, peer: String, asked: Relinked) {
 }
 
 /// Ends a migration to here that an earlier service left open after the grant.
-pub(super) async fn recover(node: Arc<Node>, record: DestinationRecord, pod: Option<(PodHandle, Arc<PodResources>)>) {
+pub(super) async fn recover(
+    node: Arc<Node>,
+    record: DestinationRecord,
+    pod: Option<(PodHandle, Arc<PodResources>)>,
+) {
     let name = record.pod.clone();
     let owner = match blocking(&node, move |journal| journal.owner(&name)).await {
         Ok(owner) => owner,
         Err(reason) => {
-            tracing::error!(pod = record.pod, reason, "its journal cannot be read: left alone");
+            tracing::error!(
+                pod = record.pod,
+                reason,
+                "its journal cannot be read: left alone"
+            );
             return;
         }
     };
-    tracing::info!(pod = record.pod, from = record.from, "going on with a pod that was granted to this node");
+    tracing::info!(
+        pod = record.pod,
+        from = record.from,
+        "going on with a pod that was granted to this node"
+    );
     let (machine, first) = Destination::recover(0, record, owner, pod.is_some());
     let mut run = Run::new(node, machine);
     run.found = pod;
@@ -192,7 +218,7 @@ pub(super) async fn recover(node: Arc<Node>, record: DestinationRecord, pod: Opt
 struct Run {
     node: Arc<Node>,
     machine: Destination,
-    offer: Option<Offer>,
+    offer: Option<Box<Offer>>,
     inputs: UnboundedSender<Input>,
     queue: UnboundedReceiver<Input>,
     /// What comes over the link, so that device state and hashes need not pass the machine.
@@ -348,7 +374,9 @@ impl Run {
         self.relinked.close();
         while let Some(asked) = self.relinked.recv().await {
             let (node, peer) = (Arc::clone(&self.node), self.machine.source().to_owned());
-            self.node.tasks.spawn(async move { question(&node, peer, asked).await });
+            self.node
+                .tasks
+                .spawn(async move { question(&node, peer, asked).await });
         }
     }
 
@@ -361,7 +389,8 @@ impl Run {
             }
             LinkEvent::Message(Control::StateChunk(chunk)) => {
                 if self.state.len() + chunk.0.len() > MAX_STATE {
-                    let reason = format!("the source sends more than {MAX_STATE} bytes of device state");
+                    let reason =
+                        format!("the source sends more than {MAX_STATE} bytes of device state");
                     return Some(Input::Failed { reason });
                 }
                 self.state.extend_from_slice(&chunk.0);
@@ -372,7 +401,8 @@ impl Run {
                 let known: usize = self.theirs.iter().map(|(_, piece)| piece.len()).sum();
                 let more: Vec<u64> = hashes.iter().collect();
                 if (known + more.len()) as u64 > pages {
-                    let reason = "the source sends more page hashes than the guest has pages".to_owned();
+                    let reason =
+                        "the source sends more page hashes than the guest has pages".to_owned();
                     return Some(Input::Failed { reason });
                 }
                 self.theirs.push((hashes.first, more));
@@ -420,18 +450,29 @@ impl Run {
         {
             tracing::warn!(reason, "after the grant");
         }
-        let now = self.began.elapsed().as_micros() as u64;
-        let outputs = self.machine.handle(now, input);
+        let outputs = self.handle(input);
         self.carry_out(outputs).await;
     }
 
+    fn handle(&mut self, input: Input) -> Vec<Output> {
+        let now = self.began.elapsed().as_micros() as u64;
+        self.machine.handle(now, input)
+    }
+
+    /// A journal that fails is the machine's very next input, and what followed it is dropped.
     async fn carry_out(&mut self, outputs: Vec<Output>) {
+        let mut outputs = outputs;
+        while let Some(reason) = self.carry_out_once(outputs).await {
+            outputs = self.handle(Input::JournalFailed { reason });
+        }
+    }
+
+    async fn carry_out_once(&mut self, outputs: Vec<Output>) -> Option<String> {
         for output in outputs {
             match output {
                 Output::Journal(entry) => {
                     if let Err(reason) = self.write(entry).await {
-                        let _ = self.inputs.send(Input::JournalFailed { reason });
-                        return;
+                        return Some(reason);
                     }
                 }
                 Output::Note(entry) => {
@@ -442,6 +483,7 @@ impl Run {
                 other => self.begin(other).await,
             }
         }
+        None
     }
 
     async fn write(&self, entry: Entry) -> Result<(), String> {
@@ -482,7 +524,10 @@ impl Run {
             Output::Discard => self.discard().await,
             Output::SendBye => {
                 let ledger = match self.port() {
-                    Some(port) => port.ledger().await.map_or_else(|_| Ledger::default(), |l| super::source_steps::wire_ledger(&l)),
+                    Some(port) => port.ledger().await.map_or_else(
+                        |_| Ledger::default(),
+                        |l| super::source_steps::wire_ledger(&l),
+                    ),
                     None => Ledger::default(),
                 };
                 let migration = self.machine.migration();
@@ -529,7 +574,12 @@ impl Run {
                 Ok(wants)
             }
             Err(refuse) => {
-                tracing::info!(pod = offer.pod.name, from = offer.source, reason = refuse.reason, "refused a pod");
+                tracing::info!(
+                    pod = offer.pod.name,
+                    from = offer.source,
+                    reason = refuse.reason,
+                    "refused a pod"
+                );
                 Err(refuse)
             }
         };
@@ -537,7 +587,10 @@ impl Run {
     }
 
     async fn prepare_vm(&mut self) {
-        let verify = self.offer.as_ref().is_some_and(|offer| offer.options.verify);
+        let verify = self
+            .offer
+            .as_ref()
+            .is_some_and(|offer| offer.options.verify);
         let built = prepare::build(&self.prepared, &self.target, verify).await;
         match built {
             Ok((vm, port)) => {
@@ -581,7 +634,11 @@ impl Run {
                 Some((pod, _)) => {
                     let end = MigrationEnd::Kept { epoch };
                     if let Err(error) = pod.end_migration(end).await {
-                        tracing::error!(pod = pod.name(), error = chain(&error), "cannot end the migration");
+                        tracing::error!(
+                            pod = pod.name(),
+                            error = chain(&error),
+                            "cannot end the migration"
+                        );
                     }
                 }
                 None => prepare::adopt(&prepared, handover, epoch).await,
@@ -590,11 +647,19 @@ impl Run {
     }
 
     async fn pod_failed(&mut self, reason: String) {
-        tracing::error!(pod = self.machine.pod(), reason, "the pod is granted to this node, and its guest is gone");
+        tracing::error!(
+            pod = self.machine.pod(),
+            reason,
+            "the pod is granted to this node, and its guest is gone"
+        );
         if let Some((pod, _)) = &self.found {
             let end = MigrationEnd::Died { reason };
             if let Err(error) = pod.end_migration(end).await {
-                tracing::error!(pod = pod.name(), error = chain(&error), "cannot end the migration");
+                tracing::error!(
+                    pod = pod.name(),
+                    error = chain(&error),
+                    "cannot end the migration"
+                );
             }
             return;
         }
@@ -624,7 +689,9 @@ impl Run {
         match outcome {
             Outcome::Completed { settled } => tracing::info!(pod, settled, "a pod has arrived"),
             Outcome::Failed { reason } => tracing::warn!(pod, reason, "a pod has not arrived"),
-            Outcome::PodFailed { reason } => tracing::error!(pod, reason, "a pod arrived and failed"),
+            Outcome::PodFailed { reason } => {
+                tracing::error!(pod, reason, "a pod arrived and failed")
+            }
         }
         self.steps.shutdown().await;
         if let Some(link) = self.link.take() {

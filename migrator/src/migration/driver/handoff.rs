@@ -18,7 +18,8 @@ pub(super) struct Handoff {
 
 impl Handoff {
     pub(super) fn encode(&self) -> Result<Vec<u8>, String> {
-        postcard::to_stdvec(self).map_err(|error| format!("cannot encode the agent's state: {error}"))
+        postcard::to_stdvec(self)
+            .map_err(|error| format!("cannot encode the agent's state: {error}"))
     }
 
     pub(super) fn decode(bytes: &[u8]) -> Result<Self, String> {

@@ -32,6 +32,8 @@ mod report;
 mod source;
 mod source_steps;
 
+pub use destination::Arrivals;
+
 /// How a migration is to go, nothing left open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {

@@ -59,7 +59,11 @@ pub(super) async fn pump_in(connection: Connection<Urgent>, port: Port) -> LinkE
 async fn receive_items(mut reader: Reader<Urgent>, port: Port) -> LinkError {
     loop {
         match reader.next().await {
-            Ok(Urgent::Packet { seq, kind, frame }) => port.log_input(incoming(seq, kind, frame)),
+            Ok(Urgent::Packet { seq, kind, frame }) => {
+                if port.log_input(incoming(seq, kind, frame)).is_err() {
+                    return LinkError::Closed;
+                }
+            }
             Ok(Urgent::PacketAck { .. }) => return LinkError::Closed,
             Err(error) => return error,
         }

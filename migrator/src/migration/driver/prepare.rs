@@ -49,14 +49,16 @@ fn refuse(code: RefuseCode, reason: String) -> Refuse {
 }
 
 /// Looks whether this node can take the pod. If it can, its name and addresses are taken from here on.
-pub(super) async fn check(node: &Arc<Node>, offer: &Offer) -> Result<(Prepared, Images, Vec<ImageWant>), Refuse> {
+pub(super) async fn check(
+    node: &Arc<Node>,
+    offer: &Offer,
+) -> Result<(Prepared, Images, Vec<ImageWant>), Refuse> {
     let internal = |reason| refuse(RefuseCode::Internal, reason);
-    let (major, minor, patch) = (node.qemu.version.0, node.qemu.version.1, node.qemu.version.2);
     checks::check(
         offer,
         &Facts {
             node: node.name().to_owned(),
-            qemu_version: format!("{major}.{minor}.{patch}"),
+            qemu_version: super::source_steps::version(node.qemu.version),
             machine_types: node.qemu.machine_types.clone(),
             cpu: vm_runtime::spec::CPU.to_owned(),
             accel: node.accel,
@@ -64,20 +66,32 @@ pub(super) async fn check(node: &Arc<Node>, offer: &Offer) -> Result<(Prepared, 
             initramfs_sha256: node.guest.initramfs_sha256.clone(),
             memory_available: crate::doctor::available_memory(),
             vmm_overhead: VMM_OVERHEAD,
+            missing_features: Vec::new(),
         },
     )?;
     let record: PodRecord = serde_json::from_str(&offer.record)
         .map_err(|error| internal(format!("the pod's record cannot be read: {error}")))?;
     let pod = IncomingPod::prepare(node, offer.pod.clone(), offer.vm.clone(), record)
         .await
-        .map_err(|error| refuse(code_of(&error), format!("{}: {}", node.name(), chain(&error))))?;
+        .map_err(|error| {
+            refuse(
+                code_of(&error),
+                format!("{}: {}", node.name(), chain(&error)),
+            )
+        })?;
     match images(node, offer).await {
         Ok((images, wants)) => Ok((pod, images, wants)),
         Err(reason) => {
             if let Err(error) = pod.discard().await {
-                tracing::error!(error = chain(&error), "something of a refused pod is left behind");
+                tracing::error!(
+                    error = chain(&error),
+                    "something of a refused pod is left behind"
+                );
             }
-            Err(refuse(RefuseCode::Image, format!("{}: {reason}", node.name())))
+            Err(refuse(
+                RefuseCode::Image,
+                format!("{}: {reason}", node.name()),
+            ))
         }
     }
 }
@@ -94,8 +108,17 @@ fn code_of(error: &PodError) -> RefuseCode {
 /// Which chunks of which images are missing.
 async fn images(node: &Arc<Node>, offer: &Offer) -> Result<(Images, Vec<ImageWant>), String> {
     let store = Arc::clone(&node.images);
-    let offered: Vec<String> = offer.images.iter().map(|image| image.record.clone()).collect();
-    let disks: Vec<String> = offer.vm.disks.iter().map(|disk| disk.image_digest.clone()).collect();
+    let offered: Vec<String> = offer
+        .images
+        .iter()
+        .map(|image| image.record.clone())
+        .collect();
+    let disks: Vec<String> = offer
+        .vm
+        .disks
+        .iter()
+        .map(|disk| disk.image_digest.clone())
+        .collect();
     blocking(move || {
         if offered.len() != disks.len() {
             return Err("the offer has not one image a disk".to_owned());
@@ -110,7 +133,8 @@ async fn images(node: &Arc<Node>, offer: &Offer) -> Result<(Images, Vec<ImageWan
             if store.resolve(disk).is_ok() {
                 continue;
             }
-            let (incoming, chunks) = Incoming::begin(&store, record).map_err(|error| chain(&error))?;
+            let (incoming, chunks) =
+                Incoming::begin(&store, record).map_err(|error| chain(&error))?;
             if chunks.is_empty() {
                 incoming.finish().map_err(|error| chain(&error))?;
                 continue;
@@ -135,16 +159,23 @@ pub(super) async fn receive_images(images: Images, mut chunks: mpsc::Receiver<Ch
         };
         images = blocking(move || {
             let digest = Digest(digest);
-            let wanted = images.0.iter().filter(|image| image.record().chunks.contains(&digest));
+            let wanted = images
+                .0
+                .iter()
+                .filter(|image| image.record().chunks.contains(&digest));
             let mut placed = false;
             for image in wanted {
-                image.place_digest(&digest, &raw).map_err(|error| chain(&error))?;
+                image
+                    .place_digest(&digest, &raw)
+                    .map_err(|error| chain(&error))?;
                 placed = true;
             }
             if placed {
                 Ok(images)
             } else {
-                Err(format!("the source sent a chunk that nobody asked for: {digest}"))
+                Err(format!(
+                    "the source sent a chunk that nobody asked for: {digest}"
+                ))
             }
         })
         .await?;
@@ -174,7 +205,9 @@ pub(super) async fn build(
     let clean = Arc::clone(&memory);
     blocking(move || {
         let all = PageRange::new(0, pages);
-        clean.punch(all).map_err(|error| format!("cannot clear the guest's memory: {error}"))
+        clean
+            .punch(all)
+            .map_err(|error| format!("cannot clear the guest's memory: {error}"))
     })
     .await?;
     let hashes = verify.then(|| Arc::new(PageHashes::new(pages)));
@@ -200,7 +233,10 @@ pub(super) fn hash_early(target: &Arc<OnceLock<Target>>) {
     });
 }
 
-pub(super) async fn verify(target: Arc<OnceLock<Target>>, theirs: Vec<(PageIndex, Vec<u64>)>) -> Step {
+pub(super) async fn verify(
+    target: Arc<OnceLock<Target>>,
+    theirs: Vec<(PageIndex, Vec<u64>)>,
+) -> Step {
     blocking(move || {
         let Some(Target {
             memory,
@@ -214,7 +250,10 @@ pub(super) async fn verify(target: Arc<OnceLock<Target>>, theirs: Vec<(PageIndex
             .map_err(|error| format!("the guest's memory cannot be read: {error}"))?;
         let pages: u64 = theirs.iter().map(|(_, piece)| piece.len() as u64).sum();
         if pages != memory.pages() {
-            return Err(format!("the source hashed {pages} pages of {}", memory.pages()));
+            return Err(format!(
+                "the source hashed {pages} pages of {}",
+                memory.pages()
+            ));
         }
         let differ: Vec<PageIndex> = theirs
             .iter()
@@ -245,7 +284,11 @@ pub(super) async fn resume(vm: Option<Arc<Vm>>) -> Step {
     let told = |error| chain(&error);
     match vm.query_status().await.map_err(told)? {
         RunState::Running => {}
-        RunState::Paused | RunState::Saved | RunState::Saving | RunState::Incoming | RunState::Other(_) => {
+        RunState::Paused
+        | RunState::Saved
+        | RunState::Saving
+        | RunState::Incoming
+        | RunState::Other(_) => {
             vm.cont().await.map_err(told)?;
         }
     }
@@ -279,7 +322,11 @@ pub(super) async fn adopt(prepared: &Shared, handover: Option<Handover>, epoch: 
     }
     let agent = attach(&pod, state).await;
     if let Err(error) = agent.set_clock(SystemTime::now()).await {
-        tracing::error!(pod = name, error = chain(&error), "the guest's clock is not set");
+        tracing::error!(
+            pod = name,
+            error = chain(&error),
+            "the guest's clock is not set"
+        );
     }
     if let Err(pod) = pod.adopt(agent, epoch) {
         tracing::error!(pod = pod.spec().name, "resumed before it was built");
@@ -287,11 +334,14 @@ pub(super) async fn adopt(prepared: &Shared, handover: Option<Handover>, epoch: 
 }
 
 /// The guest runs: its agent is waited for as long as it takes.
-async fn attach(pod: &Prepared, state: Option<vm_runtime::agent_client::AgentState>) -> AgentClient {
+async fn attach(
+    pod: &Prepared,
+    state: Option<vm_runtime::agent_client::AgentState>,
+) -> AgentClient {
     let socket = pod.agent_socket();
     let mut state = state;
     loop {
-        let sink = Arc::new(pod.sink());
+        let sink = pod.sink();
         let attached = match state.take() {
             Some(state) => AgentClient::resume(&socket, sink, state, AGENT_DEADLINE).await,
             None => AgentClient::connect(&socket, sink, AGENT_DEADLINE).await,
@@ -299,7 +349,11 @@ async fn attach(pod: &Prepared, state: Option<vm_runtime::agent_client::AgentSta
         match attached {
             Ok(agent) => return agent,
             Err(error) => {
-                tracing::error!(pod = pod.spec().name, error = chain(&error), "its agent does not answer; trying again");
+                tracing::error!(
+                    pod = pod.spec().name,
+                    error = chain(&error),
+                    "its agent does not answer; trying again"
+                );
             }
         }
     }

@@ -29,7 +29,12 @@ impl Figures {
     }
 
     /// The final report; the two ledgers are the two nodes' own.
-    pub(super) fn report(self, outcome: Outcome, source: Ledger, destination: Ledger) -> MigrationReport {
+    pub(super) fn report(
+        self,
+        outcome: Outcome,
+        source: Ledger,
+        destination: Ledger,
+    ) -> MigrationReport {
         let total = self.total.unwrap_or_else(|| self.started.elapsed());
         MigrationReport {
             id: self.id,

@@ -71,16 +71,29 @@ pub(super) async fn outgoing(node: Arc<Node>, job: Outgoing) {
             end_pod(&pod, MigrationEnd::Kept { epoch }).await;
             let outcome = status::Outcome::Failed(reason);
             let (source, destination) = (Ledger::default(), Ledger::default());
-            ticket.finish(figures.report(outcome, source, destination)).await;
+            ticket
+                .finish(figures.report(outcome, source, destination))
+                .await;
             return;
         }
     };
     if let Err(error) = resources.port.reset_ledger().await {
-        tracing::warn!(error = chain(&error), "the packet books begin with older entries");
+        tracing::warn!(
+            error = chain(&error),
+            "the packet books begin with older entries"
+        );
     }
     let mut plan = Plan::new(offer, to.to_string(), pod.view().epoch);
     plan.policy = policy(options);
-    let mut run = Run::new(node, pod, Some(resources), ticket, figures, Source::new(plan), addr);
+    let mut run = Run::new(
+        node,
+        pod,
+        Some(resources),
+        ticket,
+        figures,
+        Source::new(plan),
+        addr,
+    );
     run.attach(session, options.bandwidth);
     run.run(Input::Begin).await;
 }
@@ -120,13 +133,22 @@ pub(super) async fn recover(
     let owner = match owner {
         Ok(owner) => owner,
         Err(reason) => {
-            tracing::error!(pod = record.pod, reason, "its journal cannot be read: left alone");
+            tracing::error!(
+                pod = record.pod,
+                reason,
+                "its journal cannot be read: left alone"
+            );
             return;
         }
     };
     let to = record.to.clone();
-    let (machine, first) = Source::recover(record, owner);
-    tracing::info!(pod = pod.name(), to, handed_over, "going on with an open migration");
+    let (machine, first) = Source::recover(0, record, owner, true);
+    tracing::info!(
+        pod = pod.name(),
+        to,
+        handed_over,
+        "going on with an open migration"
+    );
     let mut run = Run::new(node, pod, Some(resources), ticket, figures, machine, addr);
     run.carry_out(first).await;
     run.events().await;
@@ -161,14 +183,20 @@ fn policy(options: Options) -> Policy {
 
 async fn end_pod(pod: &PodHandle, end: MigrationEnd) {
     if let Err(error) = pod.end_migration(end).await {
-        tracing::error!(pod = pod.name(), error = chain(&error), "cannot end the migration");
+        tracing::error!(
+            pod = pod.name(),
+            error = chain(&error),
+            "cannot end the migration"
+        );
     }
 }
 
 /// Calls the journal, which blocks for an fsync.
 pub(super) async fn blocking<T: Send + 'static>(
     node: &Node,
-    call: impl FnOnce(&crate::migration::journal::Journal) -> Result<T, crate::migration::journal::JournalError>
+    call: impl FnOnce(
+        &crate::migration::journal::Journal,
+    ) -> Result<T, crate::migration::journal::JournalError>
     + Send
     + 'static,
 ) -> Result<T, String> {
@@ -272,7 +300,8 @@ impl Run {
         if let Some(resources) = &self.resources
             && !data.is_empty()
         {
-            let (readers, writers): (Vec<_>, Vec<_>) = data.into_iter().map(Connection::split).unzip();
+            let (readers, writers): (Vec<_>, Vec<_>) =
+                data.into_iter().map(Connection::split).unzip();
             let memory = resources.vm.memory();
             self.lanes = Some(Lanes {
                 sender: Arc::new(PageSender::start(&memory, writers, limit)),
@@ -343,10 +372,18 @@ impl Run {
             }
             Input::Peer(Control::Running(running)) => self.figures.running(running),
             Input::LinkLost { reason } => {
-                tracing::warn!(pod = self.pod.name(), reason, "the link to the destination is lost");
+                tracing::warn!(
+                    pod = self.pod.name(),
+                    reason,
+                    "the link to the destination is lost"
+                );
             }
             Input::Failed { reason } => {
-                tracing::warn!(pod = self.pod.name(), reason, "a step of the migration failed");
+                tracing::warn!(
+                    pod = self.pod.name(),
+                    reason,
+                    "a step of the migration failed"
+                );
             }
             _ => {}
         }
@@ -358,44 +395,36 @@ impl Run {
         }
     }
 
+    /// A journal that fails is the machine's very next input, and what followed it is dropped.
     async fn carry_out(&mut self, outputs: Vec<Output>) {
+        let mut outputs = outputs;
+        while let Some(reason) = self.carry_out_once(outputs).await {
+            let now = self.now();
+            outputs = self.machine.handle(now, Input::JournalFailed { reason });
+        }
+        self.show(None);
+    }
+
+    async fn carry_out_once(&mut self, outputs: Vec<Output>) -> Option<String> {
         for output in outputs {
-            let more = match output {
-                Output::Journal(entry) => match self.write(entry).await {
-                    Ok(()) => true,
-                    Err(reason) => {
-                        let _ = self.inputs.send(Input::JournalFailed { reason });
-                        false
+            match output {
+                Output::Journal(entry) => {
+                    if let Err(reason) = self.write(entry).await {
+                        return Some(reason);
                     }
-                },
+                }
                 Output::Note(entry) => {
                     if let Err(reason) = self.write(entry).await {
                         tracing::error!(pod = self.pod.name(), reason, "the journal stays behind");
                     }
-                    true
                 }
-                Output::Rollback(what) => {
-                    self.roll_back(what).await;
-                    true
-                }
-                Output::Finish(outcome) => {
-                    self.finish(outcome).await;
-                    true
-                }
-                Output::Send(message) => {
-                    self.send(message).await;
-                    true
-                }
-                other => {
-                    self.begin_step(other).await;
-                    true
-                }
-            };
-            if !more {
-                return;
+                Output::Rollback(what) => self.roll_back(what).await,
+                Output::Finish(outcome) => self.finish(outcome).await,
+                Output::Send(message) => self.send(message).await,
+                other => self.begin_step(other).await,
             }
         }
-        self.show(None);
+        None
     }
 
     async fn write(&self, entry: Entry) -> Result<(), String> {
@@ -416,7 +445,10 @@ impl Run {
                 self.wake = Some((self.began + Duration::from_micros(at)).into());
             }
             Output::CancelRefused => {
-                tracing::info!(pod = self.pod.name(), "too late to cancel: the guest is handed over");
+                tracing::info!(
+                    pod = self.pod.name(),
+                    "too late to cancel: the guest is handed over"
+                );
             }
             Output::Redial => self.redial(),
             Output::KillVm => self.kill_vm(),
@@ -429,9 +461,15 @@ impl Run {
                 let node = Arc::clone(&self.node);
                 self.step(steps::send_images(node, self.parts(), self.sender(), wants));
             }
-            Output::StartTracking => self.step(steps::start_tracking(self.parts(), self.tracking.clone())),
+            Output::StartTracking => {
+                self.step(steps::start_tracking(self.parts(), self.tracking.clone()))
+            }
             Output::SendRound { round } => {
-                self.step(steps::send_round(self.sender(), self.tracking.clone(), round));
+                self.step(steps::send_round(
+                    self.sender(),
+                    self.tracking.clone(),
+                    round,
+                ));
             }
             Output::Scan => self.step(steps::scan(self.tracking.clone())),
             Output::DetachAgent => self.step(steps::detach_agent(self.parts())),
@@ -439,9 +477,17 @@ impl Run {
             Output::StopVm => self.step(steps::stop_vm(self.parts())),
             Output::ReadResidue => self.step(steps::read_residue(self.parts())),
             Output::SendLastPages { round } => {
-                self.step(steps::send_last_pages(self.sender(), self.tracking.clone(), round));
+                self.step(steps::send_last_pages(
+                    self.sender(),
+                    self.tracking.clone(),
+                    round,
+                ));
             }
-            Output::Send(_) | Output::Journal(_) | Output::Note(_) | Output::Rollback(_) | Output::Finish(_) => {}
+            Output::Send(_)
+            | Output::Journal(_)
+            | Output::Note(_)
+            | Output::Rollback(_)
+            | Output::Finish(_) => {}
         }
     }
 
@@ -458,7 +504,10 @@ impl Run {
     }
 
     /// Runs a step beside the machine.
-    pub(super) fn step(&mut self, step: impl Future<Output = Result<Input, String>> + Send + 'static) {
+    pub(super) fn step(
+        &mut self,
+        step: impl Future<Output = Result<Input, String>> + Send + 'static,
+    ) {
         while self.steps.try_join_next().is_some() {}
         let inputs = self.inputs.clone();
         self.steps.spawn(async move {
@@ -488,7 +537,9 @@ impl Run {
     /// The link is up again: what is parked goes over the new connection from where it is not acknowledged.
     async fn relinked(&mut self, session: Session) {
         self.attach(session, None);
-        let Some(resources) = self.parts() else { return };
+        let Some(resources) = self.parts() else {
+            return;
+        };
         if matches!(resources.port.stage(), Stage::Holding | Stage::Forwarding) {
             let log = self.pump(&resources);
             if let Err(error) = resources.port.resend(log).await {
@@ -513,7 +564,9 @@ impl Run {
     }
 
     fn hold(&mut self) {
-        let Some(resources) = self.parts() else { return };
+        let Some(resources) = self.parts() else {
+            return;
+        };
         let log = self.pump(&resources);
         self.step(async move {
             let held = resources.port.hold(log).await;
@@ -522,18 +575,26 @@ impl Run {
     }
 
     async fn forward(&mut self) {
-        let Some(resources) = self.parts() else { return };
+        let Some(resources) = self.parts() else {
+            return;
+        };
         if let Err(error) = resources.port.forward().await {
-            tracing::warn!(error = chain(&error), "frames that come late are not forwarded");
+            tracing::warn!(
+                error = chain(&error),
+                "frames that come late are not forwarded"
+            );
         }
         self.step(steps::forwarded(resources));
     }
 
     fn kill_vm(&mut self) {
-        let Some(resources) = self.parts() else { return };
+        let Some(resources) = self.parts() else {
+            return;
+        };
         self.figures.total = Some(self.figures.started.elapsed());
         // No answer is needed: the release kills again, and waits.
-        self.helpers.spawn(async move { drop(resources.vm.kill().await) });
+        self.helpers
+            .spawn(async move { drop(resources.vm.kill().await) });
     }
 
     fn release(&mut self) {
@@ -555,19 +616,35 @@ impl Run {
         self.done = true;
         self.steps.shutdown().await;
         let (end, outcome, source, destination) = match outcome {
-            Outcome::Completed { source, destination } => {
-                (None, status::Outcome::Completed, source, destination.unwrap_or_default())
-            }
+            Outcome::Completed {
+                source,
+                destination,
+            } => (
+                None,
+                status::Outcome::Completed,
+                source,
+                destination.unwrap_or_default(),
+            ),
             Outcome::Failed { reason } => {
                 let epoch = self.owner_epoch().await;
                 let end = Some(MigrationEnd::Kept { epoch });
-                (end, status::Outcome::Failed(reason), Ledger::default(), Ledger::default())
+                (
+                    end,
+                    status::Outcome::Failed(reason),
+                    Ledger::default(),
+                    Ledger::default(),
+                )
             }
             Outcome::PodFailed { reason } => {
                 let end = Some(MigrationEnd::Died {
                     reason: reason.clone(),
                 });
-                (end, status::Outcome::Failed(reason), Ledger::default(), Ledger::default())
+                (
+                    end,
+                    status::Outcome::Failed(reason),
+                    Ledger::default(),
+                    Ledger::default(),
+                )
             }
         };
         if let Some(end) = end {
@@ -582,8 +659,13 @@ impl Run {
         }
         self.helpers.shutdown().await;
         if let Some(ticket) = self.ticket.take() {
-            let figures = std::mem::replace(&mut self.figures, figures(&self.node, &ticket, &self.pod, ""));
-            ticket.finish(figures.report(outcome, source, destination)).await;
+            let figures = std::mem::replace(
+                &mut self.figures,
+                figures(&self.node, &ticket, &self.pod, ""),
+            );
+            ticket
+                .finish(figures.report(outcome, source, destination))
+                .await;
         }
     }
 
@@ -602,7 +684,9 @@ impl Run {
         let rounds = self.machine.convergence();
         let pages_left = self.tracking.pending();
         let in_doubt = self.machine.in_doubt() && self.link.is_none();
-        let bytes_sent = self.sender().map_or(self.figures.memory.bytes_sent, |sender| sender.bytes_sent());
+        let bytes_sent = self
+            .sender()
+            .map_or(self.figures.memory.bytes_sent, |sender| sender.bytes_sent());
         ticket.update(|status| {
             if let Some(phase) = phase {
                 status.phase = phase;
@@ -616,7 +700,11 @@ impl Run {
             status.bandwidth_bytes_per_s = rounds.bandwidth_bytes_per_s();
             status.dirty_bytes_per_s = rounds.dirty_bytes_per_s();
             let predicted = rounds.predict_downtime_us(pages_left);
-            status.predicted_downtime_ms = if predicted == u64::MAX { 0.0 } else { predicted as f64 / 1e3 };
+            status.predicted_downtime_ms = if predicted == u64::MAX {
+                0.0
+            } else {
+                predicted as f64 / 1e3
+            };
         });
     }
 }

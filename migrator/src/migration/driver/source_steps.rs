@@ -85,13 +85,18 @@ pub(super) async fn offer(
         pod: resources.spec.clone(),
         vm: resources.vm_spec.clone(),
         ram: resources.vm_spec.memory,
-        qemu_version: node.qemu.version.to_string(),
+        qemu_version: version(node.qemu.version),
         options: OfferOptions {
             verify: options.verify,
         },
         record: json(&pod.record())?,
         images,
     })
+}
+
+/// `7.2.22`.
+pub(super) fn version((major, minor, micro): (u32, u32, u32)) -> String {
+    format!("{major}.{minor}.{micro}")
 }
 
 fn json(value: &impl serde::Serialize) -> Result<String, String> {
@@ -111,7 +116,12 @@ fn need<T>(part: Option<T>, what: &str) -> Result<T, String> {
     part.ok_or_else(|| format!("{what} is gone"))
 }
 
-pub(super) async fn send_images(node: Arc<Node>, parts: Parts, sender: Sender, wants: Vec<ImageWant>) -> Step {
+pub(super) async fn send_images(
+    node: Arc<Node>,
+    parts: Parts,
+    sender: Sender,
+    wants: Vec<ImageWant>,
+) -> Step {
     let (parts, sender) = (need(parts, "the pod")?, need(sender, "the link")?);
     let mut turn = 0;
     for want in wants {
@@ -119,12 +129,19 @@ pub(super) async fn send_images(node: Arc<Node>, parts: Parts, sender: Sender, w
             .vm_spec
             .disks
             .get(want.image as usize)
-            .ok_or_else(|| format!("the destination wants image {}, which was not offered", want.image))?;
+            .ok_or_else(|| {
+                format!(
+                    "the destination wants image {}, which was not offered",
+                    want.image
+                )
+            })?;
         let digest: Digest = disk.image_digest.parse().map_err(|error| chain(&error))?;
         for index in want.chunks {
             let images = Arc::clone(&node.images);
             let chunk = blocking(move || {
-                let raw = images.read_chunk(&digest, index).map_err(|error| chain(&error))?;
+                let raw = images
+                    .read_chunk(&digest, index)
+                    .map_err(|error| chain(&error))?;
                 Ok(Bytes::from(raw))
             })
             .await?;
@@ -170,12 +187,19 @@ pub(super) async fn scan(tracking: Tracking) -> Step {
 pub(super) async fn detach_agent(parts: Parts) -> Step {
     let parts = need(parts, "the pod")?;
     if !parts.agent.detach(AGENT_LIMIT).await {
-        tracing::info!(pod = parts.spec.name, "the agent has not acknowledged everything: the rest travels");
+        tracing::info!(
+            pod = parts.spec.name,
+            "the agent has not acknowledged everything: the rest travels"
+        );
     }
     let agent = match parts.agent.state().await {
         Ok(state) => Some(state),
         Err(error) => {
-            tracing::warn!(pod = parts.spec.name, error = chain(&error), "the agent's link begins anew at the destination");
+            tracing::warn!(
+                pod = parts.spec.name,
+                error = chain(&error),
+                "the agent's link begins anew at the destination"
+            );
             None
         }
     };
@@ -191,7 +215,10 @@ pub(super) async fn detach_agent(parts: Parts) -> Step {
 pub(super) async fn drain_tap(parts: Parts) -> Step {
     let parts = need(parts, "the pod")?;
     if !parts.port.drain_tap(DRAIN_LIMIT).await {
-        tracing::info!(pod = parts.spec.name, "the guest does not empty its queue: the rest travels");
+        tracing::info!(
+            pod = parts.spec.name,
+            "the guest does not empty its queue: the rest travels"
+        );
     }
     Ok(Input::Drained)
 }
@@ -231,10 +258,9 @@ pub(super) async fn save_state(parts: Parts, control: Option<ControlSender>) -> 
 pub(super) async fn send_hashes(parts: Parts, control: Option<ControlSender>) -> Step {
     let (parts, control) = (need(parts, "the pod")?, need(control, "the link")?);
     let memory = parts.vm.memory();
-    let hashes = blocking(move || {
-        hash_all(&memory, HASH_THREADS).map_err(|error: io::Error| chain(&error))
-    })
-    .await?;
+    let hashes =
+        blocking(move || hash_all(&memory, HASH_THREADS).map_err(|error: io::Error| chain(&error)))
+            .await?;
     let lost = |error| chain(&error);
     for (index, piece) in hashes.chunks(PageHashes::MAX_PAGES).enumerate() {
         let first = PageIndex((index * PageHashes::MAX_PAGES) as u64);
@@ -247,7 +273,11 @@ pub(super) async fn send_hashes(parts: Parts, control: Option<ControlSender>) ->
 }
 
 /// Undoes what is marked, in the order of a switchover read backwards. Returns what could not be undone.
-pub(super) async fn roll_back(parts: Option<&PodResources>, tracking: &Tracking, what: Rollback) -> Vec<String> {
+pub(super) async fn roll_back(
+    parts: Option<&PodResources>,
+    tracking: &Tracking,
+    what: Rollback,
+) -> Vec<String> {
     let mut problems = Vec::new();
     let Some(parts) = parts else { return problems };
     if what.stop_tracking {
@@ -281,9 +311,11 @@ async fn resume(parts: &PodResources) -> Result<(), String> {
     parts.vm.abort_save().await.map_err(told)?;
     match parts.vm.query_status().await.map_err(told)? {
         RunState::Running => Ok(()),
-        RunState::Paused | RunState::Saved | RunState::Saving | RunState::Incoming | RunState::Other(_) => {
-            parts.vm.cont().await.map_err(told)
-        }
+        RunState::Paused
+        | RunState::Saved
+        | RunState::Saving
+        | RunState::Incoming
+        | RunState::Other(_) => parts.vm.cont().await.map_err(told),
     }
 }
 
@@ -315,7 +347,11 @@ pub(super) async fn release(parts: Parts, pod: PodHandle, to: String) -> Step {
     }
     let end = MigrationEnd::MovedAway { to };
     if let Err(error) = pod.end_migration(end).await {
-        tracing::error!(pod = pod.name(), error = chain(&error), "files of the pod are left behind");
+        tracing::error!(
+            pod = pod.name(),
+            error = chain(&error),
+            "files of the pod are left behind"
+        );
     }
     Ok(Input::Released { ledger })
 }
