@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 
 use crate::project::Project;
-use crate::{cmd, deb, oci};
+use crate::{cmd, deb, guest, oci};
 
 /// The name under which the image is imported.
 pub const REFERENCE: &str = "demo:latest";
@@ -56,7 +56,7 @@ pub fn ensure(project: &Project) -> Result<PathBuf> {
     let _ = std::fs::remove_dir_all(&work);
     let packages = project.target.join("demo-packages");
     let layers = vec![
-        busybox(&work, &packages)?,
+        busybox(project)?,
         iperf3(&work, &packages)?,
         echo(project, &work)?,
     ];
@@ -79,13 +79,8 @@ pub fn ensure(project: &Project) -> Result<PathBuf> {
     Ok(layout)
 }
 
-fn busybox(work: &Path, packages: &Path) -> Result<oci::Layer> {
-    let tree = work.join("busybox");
-    deb::unpack(&deb::download("busybox-static", packages)?, &tree)?;
-    let program = [tree.join("bin/busybox"), tree.join("usr/bin/busybox")]
-        .into_iter()
-        .find(|path| path.is_file())
-        .context("busybox-static has no busybox")?;
+fn busybox(project: &Project) -> Result<oci::Layer> {
+    let program = guest::busybox(project)?;
     let mut layer = oci::Layer::default();
     for (path, mode) in [
         ("bin", 0o755),

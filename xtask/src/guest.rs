@@ -141,6 +141,30 @@ fn copy_module(file: &Path, target: &Path) -> Result<()> {
         .with_context(|| format!("cannot copy {}", file.display()))
 }
 
+/// Makes sure that a static busybox is there; returns its path.
+///
+/// # Errors
+/// Its package cannot be downloaded.
+pub fn busybox(project: &Project) -> Result<PathBuf> {
+    let target = project.busybox();
+    if target.is_file() {
+        return Ok(target);
+    }
+    let (packages, tree) = (
+        project.guest_dir().join("packages"),
+        project.guest_dir().join("unpacked"),
+    );
+    deb::unpack(&deb::download("busybox-static", &packages)?, &tree)?;
+    let program = [tree.join("bin/busybox"), tree.join("usr/bin/busybox")]
+        .into_iter()
+        .find(|path| path.is_file())
+        .context("busybox-static has no busybox")?;
+    std::fs::rename(&program, &target)
+        .with_context(|| format!("cannot write {}", target.display()))?;
+    std::fs::remove_dir_all(&tree).with_context(|| format!("cannot remove {}", tree.display()))?;
+    Ok(target)
+}
+
 fn agent_build(project: &Project) -> std::process::Command {
     let mut build = cmd::cargo(
         project,

@@ -1,9 +1,9 @@
 //! iperf3 over one TCP connection, from the client's namespace.
 
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
@@ -17,6 +17,7 @@ pub struct Iperf {
     child: Child,
     id: ProcessId,
     output: PathBuf,
+    begun: Instant,
 }
 
 /// What the report says of it.
@@ -30,6 +31,9 @@ pub struct Summary {
     pub retransmits: u64,
     /// One and the same connection carried data to the end.
     pub connection_survived: bool,
+    /// What iperf3 complained of, unless it was the SIGINT that ends it.
+    #[serde(skip)]
+    pub error: Option<String>,
 }
 
 impl Iperf {
@@ -63,9 +67,43 @@ impl Iperf {
             .stdin(Stdio::null())
             .stdout(file)
             .stderr(Stdio::piped());
+        let begun = Instant::now();
         let child = netns::spawn(netns, &mut command)?;
         let id = ProcessId::of("iperf3", child.id().cast_signed())?;
-        Ok(Iperf { child, id, output })
+        Ok(Iperf {
+            child,
+            id,
+            output,
+            begun,
+        })
+    }
+
+    /// As [`Iperf::start`], tried again until a client has sent for a second: the server may not listen yet, or may still be
+    /// busy with the end of another test.
+    ///
+    /// # Errors
+    /// As [`Iperf::start`], or no client has lasted within `limit`.
+    pub fn start_patiently(
+        netns: &str,
+        server: &str,
+        mbits_per_s: u32,
+        output: &Path,
+        limit: Duration,
+    ) -> Result<Iperf> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let iperf = Iperf::start(netns, server, mbits_per_s, output.to_owned())?;
+            if !crate::process::poll_until(Duration::from_secs(1), || !iperf.is_running()) {
+                return Ok(iperf);
+            }
+            if Instant::now() >= deadline {
+                let said = std::fs::read_to_string(output).unwrap_or_default();
+                bail!(
+                    "no iperf3 client has worked within {limit:?}; the last one said {}",
+                    said.trim()
+                );
+            }
+        }
     }
 
     /// Its identity, for the lab's record.
@@ -73,17 +111,22 @@ impl Iperf {
         &self.id
     }
 
+    /// How far into its run it is.
+    pub fn age(&self) -> Duration {
+        self.begun.elapsed()
+    }
+
     /// Whether it still sends.
     pub fn is_running(&self) -> bool {
         self.id.alive()
     }
 
-    /// Ends it and reads what it measured. `busy_until_s` is how far into its run the last move was over: the connection has
+    /// Ends it and reads what it measured. `busy_until` is its age when the last move was over: the connection has
     /// survived only if data flowed after that.
     ///
     /// # Errors
     /// It does not end, or its output is not iperf3's.
-    pub fn stop(mut self, busy_until_s: f64) -> Result<Summary> {
+    pub fn stop(mut self, busy_until: Duration) -> Result<Summary> {
         self.id.signal(Signal::SIGINT)?;
         if !crate::process::poll_until(Duration::from_secs(10), || !self.id.alive()) {
             bail!("iperf3 did not end within 10 s of SIGINT");
@@ -95,7 +138,7 @@ impl Iperf {
         }
         let json = std::fs::read_to_string(&self.output)
             .with_context(|| format!("cannot read {}", self.output.display()))?;
-        summarise(&json, busy_until_s)
+        summarise(&json, busy_until.as_secs_f64())
             .with_context(|| format!("iperf3 wrote no report: {}", words.trim()))
     }
 }
@@ -106,20 +149,6 @@ impl Drop for Iperf {
         let _ = self.id.signal(Signal::SIGKILL);
         let _ = self.child.wait();
     }
-}
-
-/// Whether an iperf3 server answers in the namespace; tries until `limit`.
-///
-/// # Errors
-/// The namespace cannot be entered.
-pub fn server_answers(netns: &str, server: &str, limit: Duration) -> Result<bool> {
-    let address: std::net::SocketAddr =
-        format!("{server}:5201").parse().context("not an address")?;
-    netns::within(netns, || {
-        Ok(crate::process::poll_until(limit, || {
-            std::net::TcpStream::connect_timeout(&address, Duration::from_millis(500)).is_ok()
-        }))
-    })
 }
 
 /// The parts of iperf3's JSON that are used.
@@ -178,10 +207,7 @@ fn summarise(json: &str, busy_until_s: f64) -> Result<Summary> {
             .all(|stream| stream.socket == only.socket),
         _ => false,
     };
-    let ended_by_us = output
-        .error
-        .as_deref()
-        .is_none_or(|error| error == INTERRUPTED);
+    let error = output.error.filter(|error| error != INTERRUPTED);
     let flows_after = output
         .intervals
         .iter()
@@ -198,7 +224,8 @@ fn summarise(json: &str, busy_until_s: f64) -> Result<Summary> {
         seconds,
         mbits_per_s: (bits / 1e4).round() / 1e2,
         retransmits,
-        connection_survived: one_socket && ended_by_us && flows_after,
+        connection_survived: one_socket && error.is_none() && flows_after,
+        error,
     })
 }
 
@@ -235,7 +262,8 @@ mod tests {
                 seconds: 1.0,
                 mbits_per_s: 100.28,
                 retransmits: 7,
-                connection_survived: true
+                connection_survived: true,
+                error: None
             }
         );
     }

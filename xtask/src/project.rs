@@ -52,7 +52,12 @@ impl Project {
 
     /// The guest's initramfs.
     pub fn initramfs(&self) -> PathBuf {
-        self.guest_dir().join("initramfs.img")
+        self.guest_dir().join("initramfs.cpio")
+    }
+
+    /// A static busybox: the demo image's first layer, and what tests put into guests.
+    pub fn busybox(&self) -> PathBuf {
+        self.guest_dir().join("busybox")
     }
 
     /// The demo's OCI image layout.

@@ -26,7 +26,7 @@ pub struct Unpacked {
 
 /// Where it is, there or not.
 pub fn unpacked(project: &Project) -> Unpacked {
-    let usr = dir(project).join("root/usr");
+    let usr = root(project).join("usr");
     Unpacked {
         binary: usr.join("bin/qemu-system-x86_64"),
         lib_dir: usr.join("lib/x86_64-linux-gnu"),
@@ -34,6 +34,11 @@ pub fn unpacked(project: &Project) -> Unpacked {
             .map(|data| usr.join(data))
             .to_vec(),
     }
+}
+
+/// The folder that its packages are unpacked into.
+pub fn root(project: &Project) -> PathBuf {
+    dir(project).join("root")
 }
 
 fn dir(project: &Project) -> PathBuf {
@@ -81,7 +86,7 @@ pub fn ensure(project: &Project) -> Result<Unpacked> {
     {
         let path = entry?.path();
         if path.extension().is_some_and(|extension| extension == "deb") {
-            deb::unpack(&path, &dir.join("root"))?;
+            deb::unpack(&path, &root(project))?;
         }
     }
     let mut version = std::process::Command::new(&qemu.binary);

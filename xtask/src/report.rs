@@ -178,7 +178,13 @@ impl Report {
         );
         must(
             self.iperf3.connection_survived,
-            "iperf3's connection did not survive".to_owned(),
+            format!(
+                "iperf3's connection did not survive: {}",
+                self.iperf3
+                    .error
+                    .as_deref()
+                    .unwrap_or("no data after the last move")
+            ),
         );
         defects
     }
@@ -251,6 +257,7 @@ mod tests {
                 mbits_per_s: 99.0,
                 retransmits: 0,
                 connection_survived: true,
+                error: None,
             },
         }
     }

@@ -29,6 +29,9 @@ const BOOTS_WITHIN: Duration = Duration::from_secs(120);
 /// Traffic before the first move, between moves, and after the last.
 const CALM: Duration = Duration::from_secs(2);
 
+/// Bytes; a larger file is no log that one would read.
+const LOG_LIMIT: u64 = 4 << 20;
+
 /// Arguments of the verb.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
@@ -139,14 +142,15 @@ fn act(lab: &Lab, image: &Path, moves: u32, verify: bool) -> Result<Report> {
         begun.elapsed().as_secs_f64()
     );
 
-    let probe = Probe::start(&lab.client(), address(ECHO_IPV4)?, PROBE_RATE)?;
-    let iperf = iperf::Iperf::start(
+    let output = lab.dir().join("iperf3.json");
+    let iperf = iperf::Iperf::start_patiently(
         &lab.client(),
         POD_IPV4,
         IPERF_RATE,
-        lab.dir().join("iperf3.json"),
+        &output,
+        Duration::from_secs(30),
     )?;
-    let iperf_begun = Instant::now();
+    let probe = Probe::start(&lab.client(), address(ECHO_IPV4)?, PROBE_RATE)?;
     let mut state = lab.state()?;
     state.add_helper(iperf.id().clone());
     state.save(lab.dir())?;
@@ -154,9 +158,11 @@ fn act(lab: &Lab, image: &Path, moves: u32, verify: bool) -> Result<Report> {
     calm(&probe, &iperf)?;
     let mut reports = Vec::new();
     let mut at = Node::A;
+    let mut busy_until = Duration::ZERO;
     for number in 1..=moves {
         println!("move {number}: {} -> {}", at.name(), at.other().name());
         let report = migrate::migrate(lab, POD, at, verify, &mut |line| println!("    {line}"))?;
+        busy_until = iperf.age();
         tell(&report);
         let moved = report.outcome == Outcome::Completed;
         reports.push(report);
@@ -166,8 +172,7 @@ fn act(lab: &Lab, image: &Path, moves: u32, verify: bool) -> Result<Report> {
         at = at.other();
         calm(&probe, &iperf)?;
     }
-    let busy_until_s = iperf_begun.elapsed().as_secs_f64() - CALM.as_secs_f64();
-    let iperf3 = iperf.stop(busy_until_s)?;
+    let iperf3 = iperf.stop(busy_until)?;
     let record = probe.stop()?;
     if let Some((count, reason)) = &record.refused {
         println!("demo: the client's kernel refused {count} probe packets: {reason}");
@@ -208,13 +213,11 @@ fn tell(report: &MigrationReport) {
     }
 }
 
-/// Both containers answer; the echo in both families.
+/// The echo answers in both families.
 fn await_pod(lab: &Lab) -> Result<()> {
     let client = lab.client();
     let echo4 = probe::answers(&client, address(ECHO_IPV4)?, BOOTS_WITHIN)?;
-    let whole = echo4
-        && probe::answers(&client, address(ECHO_IPV6)?, Duration::from_secs(15))?
-        && iperf::server_answers(&client, POD_IPV4, Duration::from_secs(30))?;
+    let whole = echo4 && probe::answers(&client, address(ECHO_IPV6)?, Duration::from_secs(15))?;
     if !whole {
         let logs = cmd::output(lab.on(Node::A).args(["logs", POD]))
             .unwrap_or_else(|error| format!("{error:#}"));
@@ -257,21 +260,15 @@ fn keep_logs(project: &Project, lab: &Lab) {
     println!("demo: logs are in {}", project.short(&dir));
 }
 
-/// The log of the service, and those of each pod's VMM and console.
+/// Every small file but keys: the log of the service, the console and log of each VMM, the journal.
 fn copy_logs(from: &Path, to: &Path) -> std::io::Result<()> {
     std::fs::create_dir_all(to)?;
     for entry in std::fs::read_dir(from)?.flatten() {
         let (path, name) = (entry.path(), entry.file_name());
         let kind = entry.file_type()?;
-        if kind.is_dir() && name != "images" && name != "bpf" {
+        if kind.is_dir() && name != "images" && name != "chunks" && name != "bpf" {
             copy_logs(&path, &to.join(&name))?;
-        } else if kind.is_file()
-            && path.extension().is_some_and(|extension| {
-                ["log", "out", "json", "yaml"]
-                    .iter()
-                    .any(|known| extension == *known)
-            })
-        {
+        } else if kind.is_file() && name != "key.pem" && entry.metadata()?.len() <= LOG_LIMIT {
             std::fs::copy(&path, to.join(&name))?;
         }
     }

@@ -8,7 +8,7 @@ use clap::ValueEnum;
 
 use crate::lab::{self, Lab};
 use crate::project::Project;
-use crate::{check, cmd, demo_image, setup};
+use crate::{check, cmd, demo_image, qemu10, setup};
 
 /// Arguments of the verb.
 #[derive(Clone, Debug, clap::Args)]
@@ -88,6 +88,7 @@ fn root(project: &Project, filter: &[String]) -> Result<Tally> {
     test.env("MIGRATOR_GUEST_DIR", project.guest_dir())
         .env("MIGRATOR_BIN", project.migrator())
         .env("MIGRATOR_DEMO_IMAGE", image)
+        .env("MIGRATOR_QEMU10_DIR", qemu10::root(project))
         .env("MIGRATOR_LAB_DIR", lab.dir());
     tests(test.arg("--").arg("--test-threads=1").args(filter))
 }

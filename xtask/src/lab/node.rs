@@ -114,6 +114,8 @@ pub(super) fn spawn(lab: &Lab, node: Node) -> Result<ProcessId> {
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log);
+    // The log is a file: no colours.
+    command.env("NO_COLOR", "1");
     // Its own process group: a Ctrl-C at this terminal is not meant for it.
     command.process_group(0);
     let child = netns::spawn(&lab.netns(node.name()), &mut command)?;
