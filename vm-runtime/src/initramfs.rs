@@ -41,7 +41,9 @@ pub const CMDLINE: &str = "console=ttyS0 quiet loglevel=4 panic=-1 rdinit=/init 
 #[derive(Debug, thiserror::Error)]
 pub enum InitramfsError {
     /// A part could not be read.
-    #[error("cannot read {path} for the initramfs: build the agent and unpack the guest kernel first (`cargo xtask setup`)")]
+    #[error(
+        "cannot read {path} for the initramfs: build the agent and unpack the guest kernel first (`cargo xtask setup`)"
+    )]
     Read {
         /// The file.
         path: PathBuf,
@@ -83,7 +85,7 @@ pub fn find_modules(dir: &Path) -> Result<Vec<PathBuf>, InitramfsError> {
                 folders.push(path);
             } else if let Some(index) = MODULES
                 .iter()
-                .position(|m| path.file_name().is_some_and(|f| *f == **format!("{m}.ko")))
+                .position(|m| path.file_name().is_some_and(|f| f == format!("{m}.ko").as_str()))
             {
                 found[index] = Some(path);
             }
@@ -118,7 +120,9 @@ pub fn build(agent: &Path, modules: &[PathBuf], out: &Path) -> Result<(), Initra
         written: 0,
     };
     for dir in ["dev", "modules"] {
-        archive.entry(dir, DIRECTORY | 0o755, (0, 0), &[]).map_err(write)?;
+        archive
+            .entry(dir, DIRECTORY | 0o755, (0, 0), &[])
+            .map_err(write)?;
     }
     // The kernel opens it as the first process's standard descriptors, before devtmpfs is there.
     archive
@@ -229,7 +233,10 @@ mod tests {
 
     #[test]
     fn the_same_parts_give_the_same_bytes() {
-        let (a, b) = (tempfile::tempdir().expect("dir"), tempfile::tempdir().expect("dir"));
+        let (a, b) = (
+            tempfile::tempdir().expect("dir"),
+            tempfile::tempdir().expect("dir"),
+        );
         assert_eq!(sample(a.path()), sample(b.path()));
     }
 
@@ -255,13 +262,24 @@ mod tests {
             }
             names.push(text);
         }
-        assert_eq!(names, ["dev", "modules", "dev/console", "init", "modules/00-erofs.ko"]);
+        assert_eq!(
+            names,
+            [
+                "dev",
+                "modules",
+                "dev/console",
+                "init",
+                "modules/00-erofs.ko"
+            ]
+        );
     }
 
     #[test]
     fn a_missing_module_is_named() {
         let dir = tempfile::tempdir().expect("dir");
-        let error = find_modules(dir.path()).expect_err("nothing there").to_string();
+        let error = find_modules(dir.path())
+            .expect_err("nothing there")
+            .to_string();
         assert!(error.contains("virtio_ring.ko"), "{error}");
     }
 }

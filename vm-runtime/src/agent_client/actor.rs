@@ -1,0 +1,434 @@
+//! The task that owns the connection, the link and everything that waits for an answer.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use guest_agent::protocol::frame::{Decoder, Frame, Refusal};
+use guest_agent::protocol::link::{HostInput, HostLink};
+use guest_agent::protocol::message::{
+    Event, ExecId, ExecSpec, GuestMessage, HostMessage, Reply, Request, RequestId, Stream,
+};
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::time::{Instant, sleep_until};
+
+use super::exec::Ends;
+use super::{AgentError, AgentState, ConnectError, OutputSink};
+
+/// How often an Attach is repeated until the guest answers: it may not have opened its port yet.
+const ATTACH_EVERY: Duration = Duration::from_millis(250);
+
+/// How often a socket that does not accept is tried.
+const CONNECT_EVERY: Duration = Duration::from_millis(20);
+
+/// A lost connection that cannot be made again for so long means that the VM is gone.
+const GIVE_UP: Duration = Duration::from_secs(5);
+
+/// Frames are taken from the link only while fewer bytes than this wait for the socket.
+const LOW_WATER: usize = 64 << 10;
+
+/// An answer, with the id that the request was given.
+pub(super) type Answer = oneshot::Sender<Result<(RequestId, Reply), AgentError>>;
+
+/// What handles ask of the task.
+#[derive(Debug)]
+pub(super) enum Command {
+    Request {
+        request: Request,
+        reply: Answer,
+    },
+    Exec {
+        spec: ExecSpec,
+        ends: Ends,
+        reply: Answer,
+    },
+    Tell(HostMessage),
+    Detach {
+        reply: oneshot::Sender<()>,
+    },
+    State {
+        reply: oneshot::Sender<AgentState>,
+    },
+    Reattach {
+        reconnect: bool,
+    },
+}
+
+/// How far the client has gone on the way to a freeze.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    /// Everything flows.
+    Open,
+    /// No new requests.
+    Detached,
+    /// Nothing is read or written.
+    Frozen,
+}
+
+pub(super) struct Actor {
+    socket: PathBuf,
+    sink: Arc<dyn OutputSink>,
+    inbox: mpsc::UnboundedReceiver<Command>,
+    events: broadcast::Sender<Event>,
+    link: HostLink,
+    decoder: Decoder,
+    out: Vec<u8>,
+    mode: Mode,
+    nonce: u64,
+    next_request: RequestId,
+    waiting: HashMap<RequestId, Answer>,
+    execs: HashMap<ExecId, Ends>,
+    offsets: BTreeMap<(String, Stream), u64>,
+    settling: Vec<oneshot::Sender<()>>,
+    attached: Option<oneshot::Sender<Result<(), ConnectError>>>,
+    stream: Option<UnixStream>,
+    /// When to connect or attach again.
+    retry: Instant,
+    lost_since: Option<Instant>,
+}
+
+/// Random bytes from the kernel: a session must not be guessed from another, nor an id come twice.
+fn random<const N: usize>() -> [u8; N] {
+    use std::io::Read;
+    let mut bytes = [0; N];
+    let read = std::fs::File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut bytes));
+    if let Err(error) = read {
+        tracing::error!(%error, "/dev/urandom cannot be read; the agent's session is not random");
+    }
+    bytes
+}
+
+impl Actor {
+    pub(super) fn new(
+        socket: &Path,
+        sink: Arc<dyn OutputSink>,
+        state: Option<AgentState>,
+        inbox: mpsc::UnboundedReceiver<Command>,
+        events: broadcast::Sender<Event>,
+    ) -> Self {
+        let (link, next_request, offsets) = match state {
+            Some(state) => (
+                HostLink::resume(state.link),
+                state.next_request,
+                state
+                    .offsets
+                    .into_iter()
+                    .map(|(c, s, o)| ((c, s), o))
+                    .collect(),
+            ),
+            // Ids of different sessions must not meet in the guest's memory of answers.
+            None => (
+                HostLink::fresh(random()),
+                u64::from_le_bytes(random()) & !0xff_ffff,
+                BTreeMap::new(),
+            ),
+        };
+        Self {
+            socket: socket.to_owned(),
+            sink,
+            inbox,
+            events,
+            link,
+            decoder: Decoder::new(),
+            out: Vec::new(),
+            mode: Mode::Open,
+            nonce: u64::from_le_bytes(random()),
+            next_request,
+            waiting: HashMap::new(),
+            execs: HashMap::new(),
+            offsets,
+            settling: Vec::new(),
+            attached: None,
+            stream: None,
+            retry: Instant::now(),
+            lost_since: None,
+        }
+    }
+
+    /// Runs until the last handle is gone, or the VM. `attached` learns of the first answer.
+    pub(super) async fn run(mut self, attached: oneshot::Sender<Result<(), ConnectError>>) {
+        self.attached = Some(attached);
+        loop {
+            self.fill();
+            let open = self.mode != Mode::Frozen;
+            let interest = match self.out.is_empty() {
+                true => Interest::READABLE,
+                false => Interest::READABLE | Interest::WRITABLE,
+            };
+            let stream = self.stream.as_ref().filter(|_| open);
+            let ready = async {
+                match stream {
+                    Some(stream) => stream.ready(interest).await.map(drop),
+                    None => std::future::pending().await,
+                }
+            };
+            let impatient = open && !self.link.attached();
+            tokio::select! {
+                command = self.inbox.recv() => match command {
+                    Some(command) => self.obey(command),
+                    None => return,
+                },
+                result = ready => {
+                    if let Err(error) = result.and_then(|()| self.transfer()) {
+                        self.lose(&error);
+                    }
+                }
+                () = sleep_until(self.retry), if impatient => {
+                    if !self.try_again().await {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes from the link what may be written.
+    fn fill(&mut self) {
+        if self.stream.is_none() || self.mode == Mode::Frozen {
+            return;
+        }
+        while self.out.len() < LOW_WATER && self.link.pull(&mut self.out) {}
+        if self.mode == Mode::Detached && self.link.settled() {
+            for reply in self.settling.drain(..) {
+                // Whoever waited may have given up.
+                reply.send(()).ok();
+            }
+        }
+    }
+
+    /// Moves what the socket takes and gives.
+    fn transfer(&mut self) -> io::Result<()> {
+        let Some(stream) = &self.stream else {
+            return Ok(());
+        };
+        while !self.out.is_empty() {
+            match stream.try_write(&self.out) {
+                Ok(n) => drop(self.out.drain(..n)),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(e) => return Err(e),
+            }
+        }
+        let mut buffer = vec![0; 64 << 10];
+        let length = match stream.try_read(&mut buffer) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => n,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(e) => return Err(e),
+        };
+        let mut frames = Vec::new();
+        self.decoder.push(&buffer[..length], |f| frames.push(f));
+        for frame in frames {
+            self.hear(frame);
+        }
+        Ok(())
+    }
+
+    /// Connects if there is no connection, attaches if the guest has not answered. False to give up.
+    async fn try_again(&mut self) -> bool {
+        if self.stream.is_some() {
+            self.link.attach(self.nonce);
+            self.retry = Instant::now() + ATTACH_EVERY;
+            return true;
+        }
+        match UnixStream::connect(&self.socket).await {
+            Ok(stream) => {
+                self.stream = Some(stream);
+                self.lost_since = None;
+                self.begin();
+            }
+            Err(source) => {
+                let known = self.attached.is_none();
+                let since = *self.lost_since.get_or_insert_with(Instant::now);
+                if known && since.elapsed() > GIVE_UP {
+                    tracing::info!(socket = %self.socket.display(), "the agent's socket is gone");
+                    return false;
+                }
+                tracing::trace!(error = %source, "the agent's socket does not accept yet");
+                self.retry = Instant::now() + CONNECT_EVERY;
+            }
+        }
+        true
+    }
+
+    /// Begins on this connection: what was cut belongs to the past.
+    fn begin(&mut self) {
+        self.nonce = self.nonce.wrapping_add(1);
+        self.decoder = Decoder::new();
+        self.out.clear();
+        self.link.attach(self.nonce);
+        self.retry = Instant::now() + ATTACH_EVERY;
+    }
+
+    fn lose(&mut self, error: &io::Error) {
+        tracing::debug!(%error, "the connection to the guest's agent broke");
+        self.stream = None;
+        self.begin();
+        self.retry = Instant::now();
+    }
+
+    fn hear(&mut self, frame: Frame) {
+        match self.link.receive(frame) {
+            HostInput::Nothing => {}
+            HostInput::Attached => {
+                if let Some(attached) = self.attached.take() {
+                    attached.send(Ok(())).ok();
+                }
+            }
+            HostInput::Detached(None) => self.begin(),
+            HostInput::Detached(Some(Refusal::UnknownSession)) => {
+                tracing::warn!("the guest does not know this session: beginning a fresh one");
+                self.link = HostLink::fresh(random());
+                self.begin();
+            }
+            HostInput::Detached(Some(Refusal::Version)) => {
+                tracing::error!("the guest's agent speaks another protocol version");
+                if let Some(attached) = self.attached.take() {
+                    attached.send(Err(ConnectError::Version)).ok();
+                }
+            }
+            HostInput::Message(bytes) => match postcard::from_bytes(&bytes) {
+                Ok(GuestMessage::Reply { id, result }) => {
+                    if let Some(reply) = self.waiting.remove(&id) {
+                        let result = result.map(|r| (id, r)).map_err(AgentError::Refused);
+                        if result.is_err() {
+                            self.execs.remove(&id);
+                        }
+                        reply.send(result).ok();
+                    }
+                }
+                Ok(GuestMessage::Event(event)) => self.happen(event),
+                Err(error) => {
+                    tracing::warn!(%error, "the guest sent a message that cannot be read")
+                }
+            },
+        }
+    }
+
+    fn happen(&mut self, event: Event) {
+        match event {
+            Event::Output {
+                container,
+                stream,
+                offset,
+                data,
+            } => self.store(container, stream, offset, &data.0),
+            Event::ExecOutput { exec, stream, data } => {
+                let bytes = data.0.len() as u32;
+                let ends = self.execs.get(&exec);
+                if ends.is_none_or(|e| e.output.send((stream, data.0)).is_err()) {
+                    // Nobody reads it any more: let the process go on to its end.
+                    self.tell(&HostMessage::OutputCredit { exec, bytes });
+                }
+            }
+            Event::StdinCredit { exec, bytes } => {
+                if let Some(ends) = self.execs.get(&exec) {
+                    ends.room.add_permits(bytes as usize);
+                }
+            }
+            Event::ExecExited { exec, code } => {
+                if let Some(ends) = self.execs.remove(&exec) {
+                    ends.room.close();
+                    ends.exit.send(code).ok();
+                }
+            }
+            event @ (Event::Ready { .. }
+            | Event::Started { .. }
+            | Event::ContainerExited { .. }
+            | Event::Stopped
+            | Event::Error { .. }) => {
+                if let Event::Error { context, message } = &event {
+                    tracing::warn!(%context, %message, "the guest's agent reports an error");
+                }
+                // Nobody may be listening.
+                self.events.send(event).ok();
+            }
+        }
+    }
+
+    /// Gives output to the sink, without what it has already.
+    fn store(&mut self, container: String, stream: Stream, offset: u64, data: &[u8]) {
+        let end = offset + data.len() as u64;
+        let stored = self.sink.last_offset(&container, stream);
+        if end > stored {
+            let known = stored.saturating_sub(offset) as usize;
+            self.sink
+                .append(&container, stream, offset + known as u64, &data[known..]);
+        }
+        self.offsets.insert((container, stream), end);
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Request { request, reply } => {
+                self.request(request, reply);
+            }
+            Command::Exec { spec, ends, reply } => {
+                if let Some(id) = self.request(Request::Exec(spec), reply) {
+                    self.execs.insert(id, ends);
+                }
+            }
+            Command::Tell(message) => {
+                if self.mode == Mode::Open {
+                    self.tell(&message);
+                }
+            }
+            Command::Detach { reply } => {
+                if self.mode == Mode::Open {
+                    self.mode = Mode::Detached;
+                }
+                self.settling.push(reply);
+            }
+            Command::State { reply } => {
+                self.mode = Mode::Frozen;
+                let offsets = self.offsets.iter();
+                let state = AgentState {
+                    link: self.link.state(),
+                    next_request: self.next_request,
+                    offsets: offsets.map(|((c, s), o)| (c.clone(), *s, *o)).collect(),
+                };
+                reply.send(state).ok();
+            }
+            Command::Reattach { reconnect } => {
+                self.mode = Mode::Open;
+                self.settling.clear();
+                if reconnect {
+                    self.stream = None;
+                }
+                self.begin();
+                self.retry = Instant::now();
+            }
+        }
+    }
+
+    fn request(&mut self, request: Request, reply: Answer) -> Option<RequestId> {
+        if self.mode != Mode::Open {
+            reply.send(Err(AgentError::Detached)).ok();
+            return None;
+        }
+        let id = self.next_request;
+        self.next_request = self.next_request.wrapping_add(1);
+        if let Err(error) = self.push(&HostMessage::Request { id, request }) {
+            reply.send(Err(error)).ok();
+            return None;
+        }
+        self.waiting.insert(id, reply);
+        Some(id)
+    }
+
+    fn tell(&mut self, message: &HostMessage) {
+        if let Err(error) = self.push(message) {
+            tracing::warn!(%error, "a message to the guest was dropped");
+        }
+    }
+
+    fn push(&mut self, message: &HostMessage) -> Result<(), AgentError> {
+        // Messages are plain data: only the allocator could refuse to encode one.
+        let bytes = postcard::to_allocvec(message).map_err(|_| AgentError::Confused)?;
+        let sent = self.link.send(bytes);
+        sent.map(drop).map_err(|e| AgentError::TooLong(e.0))
+    }
+}
