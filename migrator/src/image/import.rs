@@ -5,15 +5,17 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use super::digest::Digest;
+use super::json::ProcessConfig;
 use super::layer::{self, Budget, LayerError};
 use super::mkfs::{self, MkfsError};
 use super::name::{self, BadName};
-use super::oci::{self, Chosen, OciError, ProcessConfig};
+use super::oci::{self, Chosen, OciError};
 use super::passwd::{self, UserError};
 use super::record::{BadRecord, CHUNK_SIZE, ImageConfig, ImageRecord, MAX_EROFS_SIZE};
 use super::rootfs::{Rootfs, RootfsError};
 use super::source::{Source, SourceError};
-use super::store::{EROFS, ImageStore, StoreError};
+use super::store::{ImageStore, StoreError};
+use super::store_files::EROFS;
 
 /// Longest /etc/passwd and /etc/group that are read, in bytes.
 const MAX_PASSWD: u64 = 1 << 20;

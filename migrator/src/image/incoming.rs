@@ -13,7 +13,8 @@ use tempfile::TempDir;
 
 use super::digest::Digest;
 use super::record::{BadRecord, ImageRecord};
-use super::store::{EROFS, ImageStore, StoreError};
+use super::store::{ImageStore, StoreError};
+use super::store_files::EROFS;
 
 /// Why an image is not taken over. Dropping the [`Incoming`] leaves nothing behind.
 #[derive(Debug, thiserror::Error)]

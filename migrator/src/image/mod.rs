@@ -26,17 +26,25 @@ pub mod store;
 
 mod attributes;
 mod compression;
+mod docker;
+mod entries;
 mod import;
+mod json;
 mod layer;
 mod mkfs;
 mod oci;
 mod passwd;
 mod path;
+mod pax;
 mod rootfs;
 mod source;
+mod store_files;
 mod sys;
 mod tar;
 mod xattr;
+
+#[cfg(test)]
+mod tests;
 
 pub use config::{ResolvedProcess, resolve};
 pub use digest::Digest;

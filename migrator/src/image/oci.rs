@@ -3,18 +3,19 @@
 //! Follows the OCI image-spec 1.1 (image-layout.md, image-index.md, manifest.md, config.md), and the
 //! `manifest.json` of `docker save` where there is no `index.json`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io::Read;
 
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::digest::{BadDigest, Digest, HashingReader};
+use super::docker;
+use super::json::{Config, Descriptor, Index, Manifest, Platform, ProcessConfig};
 use super::name;
 use super::source::{Source, SourceError};
 
 /// Longest JSON file, in bytes: containerd's limit for manifests is 8 MiB, registries' is 4 MiB.
-const MAX_JSON: u64 = 4 << 20;
+pub(super) const MAX_JSON: u64 = 4 << 20;
 
 /// How deep indexes may nest.
 const MAX_NESTING: u32 = 4;
@@ -121,80 +122,12 @@ pub(super) struct Layer {
     pub(super) diff_id: Digest,
 }
 
-#[derive(Clone, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Descriptor {
-    #[serde(default)]
-    media_type: String,
-    digest: String,
-    size: u64,
-    #[serde(default)]
-    annotations: BTreeMap<String, String>,
-    platform: Option<Platform>,
-}
-
-#[derive(Clone, Deserialize)]
-struct Platform {
-    #[serde(default)]
-    architecture: String,
-    #[serde(default)]
-    os: String,
-}
-
-#[derive(Deserialize)]
-struct Index {
-    #[serde(default)]
-    manifests: Vec<Descriptor>,
-}
-
-#[derive(Deserialize)]
-struct Manifest {
-    config: Descriptor,
-    layers: Vec<Descriptor>,
-}
-
-#[derive(Deserialize)]
-struct Config {
-    #[serde(default)]
-    architecture: String,
-    #[serde(default)]
-    os: String,
-    config: Option<ProcessConfig>,
-    rootfs: RootfsConfig,
-}
-
-#[derive(Deserialize)]
-struct RootfsConfig {
-    #[serde(default)]
-    diff_ids: Option<Vec<String>>,
-}
-
-/// The part of the configuration that tells how to start the process. Tools write `null` for empty lists.
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "PascalCase", default)]
-pub(super) struct ProcessConfig {
-    pub(super) entrypoint: Option<Vec<String>>,
-    pub(super) cmd: Option<Vec<String>>,
-    pub(super) env: Option<Vec<String>>,
-    pub(super) working_dir: Option<String>,
-    pub(super) user: Option<String>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct DockerImage {
-    config: String,
-    #[serde(default)]
-    repo_tags: Option<Vec<String>>,
-    layers: Vec<String>,
-}
-
 /// Chooses the image for linux/amd64; among several by `wanted`.
 pub(super) fn choose(source: &Source, wanted: Option<&str>) -> Result<Chosen, OciError> {
     if source.has("index.json") {
         choose_oci(source, wanted)
     } else if source.has("manifest.json") {
-        choose_docker(source, wanted)
+        docker::choose(source, wanted)
     } else {
         Err(OciError::NotAnImage)
     }
@@ -239,7 +172,7 @@ fn check_size(digest: Digest, expected: u64, found: u64) -> Result<(), OciError>
     })
 }
 
-fn parse<T: DeserializeOwned>(name: &str, bytes: &[u8]) -> Result<T, OciError> {
+pub(super) fn parse<T: DeserializeOwned>(name: &str, bytes: &[u8]) -> Result<T, OciError> {
     serde_json::from_slice(bytes).map_err(|source| OciError::Json {
         name: name.to_owned(),
         source,
@@ -366,7 +299,7 @@ fn ref_name(descriptor: &Descriptor) -> Option<String> {
     .find_map(|key| descriptor.annotations.get(*key).cloned())
 }
 
-fn same_name(found: &str, wanted: &str) -> bool {
+pub(super) fn same_name(found: &str, wanted: &str) -> bool {
     let tag = wanted.rsplit_once(':').map(|(_, tag)| tag);
     found == wanted
         || name::normalize(found)
@@ -419,7 +352,10 @@ impl Walk {
     }
 }
 
-fn open_config(config: Config, layers: usize) -> Result<(Vec<Digest>, ProcessConfig), OciError> {
+pub(super) fn open_config(
+    config: Config,
+    layers: usize,
+) -> Result<(Vec<Digest>, ProcessConfig), OciError> {
     let fits = |found: &str, ours| found.is_empty() || found == ours;
     if !fits(&config.os, "linux") || !fits(&config.architecture, "amd64") {
         return Err(OciError::Platform {
@@ -438,46 +374,4 @@ fn open_config(config: Config, layers: usize) -> Result<(Vec<Digest>, ProcessCon
         .map(|text| parse_digest("the image's configuration", text))
         .collect::<Result<_, _>>()?;
     Ok((diff_ids, config.config.unwrap_or_default()))
-}
-
-fn choose_docker(source: &Source, wanted: Option<&str>) -> Result<Chosen, OciError> {
-    let mut images: Vec<DockerImage> =
-        parse("manifest.json", &source.small("manifest.json", MAX_JSON)?)?;
-    let tags = |image: &DockerImage| image.repo_tags.clone().unwrap_or_default();
-    if images.len() > 1 {
-        let found = images
-            .iter()
-            .flat_map(tags)
-            .take(20)
-            .collect::<Vec<_>>()
-            .join(", ");
-        if let Some(wanted) = wanted {
-            images.retain(|image| tags(image).iter().any(|tag| same_name(tag, wanted)));
-        }
-        if images.len() != 1 {
-            return Err(OciError::Ambiguous { found });
-        }
-    }
-    let image = images.pop().ok_or(OciError::Empty)?;
-    let name = tags(&image).into_iter().next();
-    let bytes = source.small(&image.config, MAX_JSON)?;
-    let (diff_ids, process) = open_config(parse(&image.config, &bytes)?, image.layers.len())?;
-    // There is no manifest to take the digest of. The configuration names every layer by its diff_id, so its
-    // digest (docker's own image ID) tells as much.
-    let manifest = Digest::of(&bytes);
-    let layers = image
-        .layers
-        .into_iter()
-        .zip(diff_ids)
-        .map(|(file, diff_id)| Layer {
-            file,
-            blob: None,
-            diff_id,
-        });
-    Ok(Chosen {
-        manifest,
-        name,
-        layers: layers.collect(),
-        config: process,
-    })
 }

@@ -7,23 +7,20 @@
 use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2};
-use nix::sys::stat::{FchmodatFlags, Mode, SFlag, UtimensatFlags};
-use nix::sys::stat::{fchmod, fchmodat, fstat, fstatat, makedev, mkdirat, utimensat};
-use nix::unistd::{Gid, Uid, UnlinkatFlags, fchownat, linkat, symlinkat, unlinkat};
+use nix::sys::stat::{Mode, SFlag, fchmod, fstat, fstatat, mkdirat};
+use nix::unistd::{UnlinkatFlags, unlinkat};
 
-use super::attributes::{Failed, failed, file_type, lstat, make_node};
-use super::attributes::{set_owner_and_mode, set_time, time_spec};
+use super::attributes::{Failed, failed, file_type, set_time};
 use super::path::{BadPath, Split, display, split};
 use super::tar::{Entry, Kind};
-use super::xattr::{self, Target};
 
 /// Deepest directory, counted from the root of the tree. Real images stay below 64; whoever walks the
 /// tree (mkfs.erofs, the removal) holds one descriptor a level.
@@ -69,9 +66,9 @@ pub enum RootfsError {
 /// The directory that an entry goes to.
 pub(super) struct Parent {
     pub(super) fd: OwnedFd,
-    inode: u64,
+    pub(super) inode: u64,
     /// Where it really is, relative to the root: symlinks resolved.
-    place: PathBuf,
+    pub(super) place: PathBuf,
 }
 
 /// A tree under construction.
@@ -84,9 +81,9 @@ pub(super) struct Rootfs {
     /// below it made (OCI image-spec, layer.md, "Whiteouts").
     made: HashSet<(u64, OsString)>,
     /// Modification times of directories, set when nothing more changes in them.
-    directory_times: HashMap<PathBuf, (i64, u32)>,
+    pub(super) directory_times: HashMap<PathBuf, (i64, u32)>,
     newest: i64,
-    buffer: Vec<u8>,
+    pub(super) buffer: Vec<u8>,
 }
 
 impl Rootfs {
@@ -188,7 +185,12 @@ impl Rootfs {
     }
 
     /// Opens `path` with the tree's root as its `/`.
-    fn lookup(&self, path: &Path, flags: OFlag, resolve: ResolveFlag) -> Result<OwnedFd, Errno> {
+    pub(super) fn lookup(
+        &self,
+        path: &Path,
+        flags: OFlag,
+        resolve: ResolveFlag,
+    ) -> Result<OwnedFd, Errno> {
         let how = OpenHow::new()
             .flags(flags | OFlag::O_CLOEXEC)
             .resolve(resolve | ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
@@ -202,7 +204,7 @@ impl Rootfs {
     }
 
     /// The directory `path`; made, with what leads to it, if `make` says so.
-    fn parent(&mut self, path: &Path, make: bool) -> Result<Rc<Parent>, Failed> {
+    pub(super) fn parent(&mut self, path: &Path, make: bool) -> Result<Rc<Parent>, Failed> {
         if let Some((known, parent)) = &self.last_parent
             && known == path
         {
@@ -264,19 +266,6 @@ impl Rootfs {
         at.map_err(failed("open its directory"))
     }
 
-    fn root_entry(&mut self, entry: &Entry) -> Result<(), Failed> {
-        if entry.kind != Kind::Directory {
-            return Err(Failed("replace the root directory", Errno::EBUSY.into()));
-        }
-        let fd = self
-            .lookup(Path::new("."), OFlag::O_DIRECTORY, ResolveFlag::empty())
-            .map_err(failed("open the root directory"))?;
-        set_owner_and_mode(&fd, entry)?;
-        xattr::set(entry, &Target::Open(fd.as_fd())).map_err(|e| Failed(xattr::WHAT, e))?;
-        self.directory_times.insert(PathBuf::new(), entry.mtime);
-        Ok(())
-    }
-
     fn whiteout(
         &mut self,
         entry: &Entry,
@@ -300,181 +289,8 @@ impl Rootfs {
         .map_err(|error| Failed("remove what the whiteout hides", error).of(entry))
     }
 
-    fn directory(&mut self, entry: &Entry, parent: &Parent, name: &OsStr) -> Result<(), Failed> {
-        let private = Mode::from_bits_truncate(0o700);
-        match mkdirat(&parent.fd, name, private) {
-            Err(Errno::EEXIST) => {
-                let there = lstat(parent, name).map_err(failed("look at what is there"))?;
-                if file_type(&there) != SFlag::S_IFDIR {
-                    self.replace(parent, name)?;
-                    mkdirat(&parent.fd, name, private).map_err(failed("make the directory"))?;
-                }
-            }
-            result => result.map_err(failed("make the directory"))?,
-        }
-        let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let fd =
-            openat(&parent.fd, name, flags, Mode::empty()).map_err(failed("open the directory"))?;
-        set_owner_and_mode(&fd, entry)?;
-        xattr::set(entry, &Target::Open(fd.as_fd())).map_err(|e| Failed(xattr::WHAT, e))?;
-        self.directory_times
-            .insert(parent.place.join(name), entry.mtime);
-        Ok(())
-    }
-
-    fn file(
-        &mut self,
-        entry: &Entry,
-        parent: &Parent,
-        name: &OsStr,
-        content: &mut impl Read,
-    ) -> Result<(), RootfsError> {
-        let flags =
-            OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let make = || openat(&parent.fd, name, flags, Mode::from_bits_truncate(0o600));
-        let fd = match make() {
-            Err(Errno::EEXIST) => {
-                self.replace(parent, name).map_err(|e| e.of(entry))?;
-                make()
-            }
-            result => result,
-        };
-        let fd = fd
-            .map_err(failed("make the file"))
-            .map_err(|e| e.of(entry))?;
-        let mut file = File::from(fd);
-        loop {
-            let n = match content.read(&mut self.buffer) {
-                Ok(0) => break,
-                Ok(n) => n,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(source) => {
-                    return Err(RootfsError::Content {
-                        path: entry.shown(),
-                        source,
-                    });
-                }
-            };
-            file.write_all(&self.buffer[..n])
-                .map_err(|error| Failed("write the file", error).of(entry))?;
-        }
-        let fd = OwnedFd::from(file);
-        let attributes = || -> Result<(), Failed> {
-            set_owner_and_mode(&fd, entry)?;
-            // After the owner: chown clears security.capability.
-            xattr::set(entry, &Target::Open(fd.as_fd())).map_err(|e| Failed(xattr::WHAT, e))?;
-            set_time(&fd, entry.mtime)
-        };
-        attributes().map_err(|e| e.of(entry))
-    }
-
-    fn hard_link(
-        &mut self,
-        entry: &Entry,
-        parent: &Parent,
-        name: &OsStr,
-    ) -> Result<(), RootfsError> {
-        let hostile = |why| RootfsError::Hostile {
-            path: entry.shown(),
-            why,
-        };
-        let target = split(&entry.link)
-            .map_err(|_| hostile("it is a hard link to a path outside of the image"))?;
-        let target_name = target
-            .name
-            .ok_or_else(|| hostile("it is a hard link to the root directory"))?;
-        let missing = |_| hostile("it is a hard link to a file that the image does not have");
-        let target_parent = self.parent(&target.parent, false).map_err(missing)?;
-        let there = lstat(&target_parent, &target_name)
-            .map_err(|errno| missing(Failed("", errno.into())))?;
-        if file_type(&there) == SFlag::S_IFDIR {
-            return Err(hostile("it is a hard link to a directory"));
-        }
-        if target_parent.inode == parent.inode && target_name == name {
-            return Ok(());
-        }
-        let link = || {
-            let flags = AtFlags::empty();
-            linkat(
-                &target_parent.fd,
-                target_name.as_os_str(),
-                &parent.fd,
-                name,
-                flags,
-            )
-        };
-        let made = match link() {
-            Err(Errno::EEXIST) => {
-                self.replace(parent, name).map_err(|e| e.of(entry))?;
-                link()
-            }
-            result => result,
-        };
-        made.map_err(failed("make the hard link"))
-            .map_err(|e| e.of(entry))
-    }
-
-    /// Symlinks, devices and FIFOs.
-    fn node(&mut self, entry: &Entry, parent: &Parent, name: &OsStr) -> Result<(), Failed> {
-        let make = || match entry.kind {
-            Kind::Symlink => symlinkat(OsStr::from_bytes(&entry.link), &parent.fd, name),
-            Kind::Fifo => make_node(parent, name, SFlag::S_IFIFO, 0),
-            Kind::CharDevice | Kind::BlockDevice => {
-                let (major, minor) = entry.device;
-                let kind = if entry.kind == Kind::CharDevice {
-                    SFlag::S_IFCHR
-                } else {
-                    SFlag::S_IFBLK
-                };
-                make_node(
-                    parent,
-                    name,
-                    kind,
-                    makedev(u64::from(major), u64::from(minor)),
-                )
-            }
-            Kind::File | Kind::Directory | Kind::HardLink => Err(Errno::EINVAL),
-        };
-        match make() {
-            Err(Errno::EEXIST) => {
-                self.replace(parent, name)?;
-                make()
-            }
-            result => result,
-        }
-        .map_err(failed(match entry.kind {
-            Kind::Symlink => "make the symlink",
-            _ => "make the device or FIFO",
-        }))?;
-        let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
-        fchownat(
-            &parent.fd,
-            name,
-            Some(uid),
-            Some(gid),
-            AtFlags::AT_SYMLINK_NOFOLLOW,
-        )
-        .map_err(failed("set the owner"))?;
-        if entry.kind != Kind::Symlink {
-            let mode = Mode::from_bits_truncate(entry.mode);
-            fchmodat(&parent.fd, name, mode, FchmodatFlags::FollowSymlink)
-                .map_err(failed("set the mode"))?;
-        }
-        xattr::set(entry, &Target::At(parent.fd.as_fd(), name))
-            .map_err(|e| Failed(xattr::WHAT, e))?;
-        let time = time_spec(entry.mtime);
-        utimensat(
-            &parent.fd,
-            name,
-            &time,
-            &time,
-            UtimensatFlags::NoFollowSymlink,
-        )
-        .map_err(failed("set the time"))
-    }
-
     /// Makes way for an entry of the same name.
-    fn replace(&mut self, parent: &Parent, name: &OsStr) -> Result<(), Failed> {
+    pub(super) fn replace(&mut self, parent: &Parent, name: &OsStr) -> Result<(), Failed> {
         self.remove(parent, name, false)
             .map(drop)
             .map_err(|error| Failed("replace what is there", error))

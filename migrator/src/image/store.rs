@@ -12,8 +12,9 @@
 //! anything in it is removed.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -24,70 +25,15 @@ use tempfile::TempDir;
 
 use super::digest::Digest;
 use super::import::{self, ImportError, ImportLimits};
-use super::name::{self, BadName};
+use super::name;
 use super::record::ImageRecord;
+use super::store_files::{EROFS, RECORD, io_error, load_image, sync_folder, write_synced};
 
-/// File name of the block device.
-pub(super) const EROFS: &str = "image.erofs";
-const RECORD: &str = "record.json";
+pub use super::store_files::StoreError;
+
 const NAMES: &str = "names.json";
 const LOCK: &str = "lock";
 const TMP: &str = ".tmp-";
-
-/// Why the store cannot do something.
-#[derive(Debug, thiserror::Error)]
-pub enum StoreError {
-    /// The file system.
-    #[error("cannot {what} {path}")]
-    Io {
-        /// What was being done.
-        what: &'static str,
-        /// With what.
-        path: PathBuf,
-        /// The error.
-        source: io::Error,
-    },
-    /// Another service has it.
-    #[error(
-        "{path} is in use by another service: stop that one, or give this one a state_dir of its own"
-    )]
-    Locked {
-        /// The store's folder.
-        path: PathBuf,
-    },
-    /// No such image.
-    #[error(
-        "there is no image `{0}` here: see `migrator image ls`, or add it with `migrator image import`"
-    )]
-    NotFound(String),
-    /// A digest that several images have.
-    #[error("`{0}` stands for several images: use a name of `migrator image ls`")]
-    Ambiguous(String),
-    /// A name that is none.
-    #[error(transparent)]
-    Name(#[from] BadName),
-    /// A running pod needs it.
-    #[error("image `{0}` is in use by a pod: stop the pod first")]
-    InUse(String),
-    /// No such chunk.
-    #[error("image {image} has no chunk {index}")]
-    NoChunk {
-        /// The image.
-        image: Digest,
-        /// The chunk asked for.
-        index: u32,
-    },
-    /// The disk's bytes are not those that were stored.
-    #[error(
-        "chunk {index} of image {image} is damaged on this node's disk: remove the image and import it again"
-    )]
-    Damaged {
-        /// The image.
-        image: Digest,
-        /// The chunk.
-        index: u32,
-    },
-}
 
 /// The images of a node. Shared by reference or [`Arc`]; every call may block on the disk.
 #[derive(Debug)]
@@ -102,11 +48,6 @@ pub struct ImageStore {
 struct State {
     images: BTreeMap<Digest, Arc<ImageRecord>>,
     names: BTreeMap<String, Digest>,
-}
-
-fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
-    let path = path.to_owned();
-    move |source| StoreError::Io { what, path, source }
 }
 
 impl ImageStore {
@@ -303,13 +244,13 @@ impl ImageStore {
         sync_folder(scratch.path())?;
         let id = record.id();
         let mut state = self.state();
-        if !state.images.contains_key(&id) {
+        if let Entry::Vacant(place) = state.images.entry(id) {
             let folder = self.folder(id);
             fs::rename(scratch.path(), &folder).map_err(io_error("make", &folder))?;
             // It is gone from its old name: nothing to remove.
             let _ = scratch.keep();
             self.sync_root()?;
-            state.images.insert(id, Arc::new(record.clone()));
+            place.insert(Arc::new(record.clone()));
         }
         self.name(&mut state, &record.name, id, take_name)?;
         Ok(record)
@@ -335,7 +276,7 @@ impl ImageStore {
         id: Digest,
         take: bool,
     ) -> Result<(), StoreError> {
-        let free = state.names.get(name).is_none();
+        let free = !state.names.contains_key(name);
         if free || (take && state.names.get(name) != Some(&id)) {
             let mut names = state.names.clone();
             names.insert(name.to_owned(), id);
@@ -446,30 +387,4 @@ impl ImageStore {
             .collect();
         Ok(())
     }
-}
-
-/// Reads the record of an image and checks that its file is there in full length.
-fn load_image(folder: &Path) -> io::Result<ImageRecord> {
-    let record: ImageRecord = serde_json::from_slice(&fs::read(folder.join(RECORD))?)?;
-    record.validate().map_err(io::Error::other)?;
-    let size = fs::metadata(folder.join(EROFS))?.len();
-    if size != record.erofs_size {
-        return Err(io::Error::other(format!(
-            "{EROFS} has {size} bytes, not {}",
-            record.erofs_size
-        )));
-    }
-    Ok(record)
-}
-
-fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
-    File::create(path)
-        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
-        .map_err(io_error("write", path))
-}
-
-fn sync_folder(path: &Path) -> Result<(), StoreError> {
-    File::open(path)
-        .and_then(|folder| folder.sync_all())
-        .map_err(io_error("write", path))
 }

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::process::ExitStatus;
 use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -42,7 +43,7 @@ impl Process {
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Err(gone()),
             Err(error) => return Err(error),
         };
-        if start_time(pid).map_err(|_| gone())? != began {
+        if start_time(pid).map_err(|_| gone())? != began || has_exited(&pidfd)? {
             return Err(gone());
         }
         Ok(Self {
@@ -90,6 +91,12 @@ impl Process {
     }
 }
 
+/// Whether the process has exited, be it reaped or not.
+fn has_exited(pidfd: &OwnedFd) -> io::Result<bool> {
+    let mut asked = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+    Ok(poll(&mut asked, PollTimeout::ZERO)? > 0)
+}
+
 /// Field 22 of `/proc/PID/stat`, in clock ticks since boot: with the number, it names a process.
 fn start_time(pid: i32) -> io::Result<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
@@ -132,6 +139,9 @@ mod tests {
         let (sender, status) = watch::channel(None);
         let process = Process::child(i32::try_from(child.id()).unwrap(), status).unwrap();
         process.kill().await.unwrap();
+        // Not reaped yet, and gone all the same.
+        let gone = Process::find(process.pid, process.start_time).unwrap_err();
+        assert_eq!(gone.kind(), io::ErrorKind::NotFound);
         sender.send(Some(child.wait().unwrap())).unwrap();
         assert_eq!(process.status().await.unwrap().code(), None);
         process.kill().await.unwrap();

@@ -1,0 +1,226 @@
+//! What goes into the source's machine, and what comes out.
+
+use vm_runtime::units::Epoch;
+
+use crate::migration::journal::Entry;
+use crate::migration::rounds::Policy;
+use crate::wire::id::MigrationId;
+use crate::wire::message::{Control, ImageWant, Ledger, Offer};
+
+/// One migration away from this node, as asked for.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The first message; its epoch is the one that follows `epoch`.
+    pub offer: Offer,
+    /// Name of the destination node.
+    pub to: String,
+    /// The epoch in which this node runs the guest.
+    pub epoch: Epoch,
+    /// When to freeze.
+    pub policy: Policy,
+    /// Longest time from the guest's stop to the destination's Ready, in microseconds; then the guest goes on here.
+    pub freeze_limit_us: u64,
+    /// How long parked packets wait for a lost link after the grant was taken, in microseconds.
+    pub relink_limit_us: u64,
+}
+
+impl Plan {
+    /// The usual limits: 10 s of freeze, 30 s without a link.
+    pub fn new(offer: Offer, to: String, epoch: Epoch) -> Self {
+        Self {
+            offer,
+            to,
+            epoch,
+            policy: Policy::default(),
+            freeze_limit_us: 10_000_000,
+            relink_limit_us: 30_000_000,
+        }
+    }
+
+    /// The migration.
+    pub fn migration(&self) -> MigrationId {
+        self.offer.migration
+    }
+}
+
+/// What happened.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// The session with the destination is up: begin. Once, and first.
+    Begin,
+    /// A message of the link that is up. Not `Ping`, `Pong`; `StateChunk` and `PageHashes` never come to a source.
+    Peer(Control),
+    /// The link is lost, or the dial that [`Output::Redial`] asked for failed.
+    LinkLost {
+        /// Why, for people.
+        reason: String,
+    },
+    /// The dial that [`Output::Redial`] asked for succeeded: what was sent from here on goes over that session.
+    LinkUp,
+    /// The user wants it stopped.
+    Cancel,
+    /// The VMM exited.
+    VmDied {
+        /// How, for people.
+        reason: String,
+    },
+    /// [`Output::SendImages`] is done.
+    ImagesSent,
+    /// [`Output::StartTracking`] is done.
+    TrackingStarted,
+    /// [`Output::Scan`] is done.
+    Scanned {
+        /// Pages found written by this scan.
+        dirtied: u64,
+        /// Pages pending in all: this scan's, and what a round left.
+        pending: u64,
+    },
+    /// [`Output::SendRound`] is done: every page and a barrier are on each data connection.
+    RoundSent {
+        /// Pages, zero pages included.
+        pages: u64,
+        /// Bytes, headers included.
+        bytes: u64,
+    },
+    /// [`Output::DetachAgent`] is done.
+    AgentDetached {
+        /// State of the link to the agent, for [`crate::wire::message::Handover::agent`].
+        state: Vec<u8>,
+    },
+    /// [`Output::Hold`] is done.
+    Held,
+    /// [`Output::DrainTap`] is done, or its time is up.
+    Drained,
+    /// [`Output::StopVm`] is done.
+    Stopped {
+        /// Unix time in microseconds.
+        at_unix_us: u64,
+    },
+    /// [`Output::ReadResidue`] is done.
+    ResidueRead,
+    /// [`Output::SendLastPages`] is done: every page and a barrier are on each data connection.
+    LastPagesSent {
+        /// Pages, zero pages included.
+        pages: u64,
+    },
+    /// [`Output::SaveState`] is done, `StateEnd` is queued.
+    StateSent,
+    /// [`Output::SendHashes`] is done, `HashesEnd` is queued.
+    HashesSent,
+    /// [`Output::Rollback`] is done, as well as it could be.
+    RolledBack,
+    /// [`Output::Forward`] has ended: the log is acknowledged and the neighbours have learned.
+    Forwarded,
+    /// [`Output::Release`] is done.
+    Released {
+        /// The packets of this side.
+        ledger: Ledger,
+    },
+    /// A step failed.
+    Failed {
+        /// What failed and why, for people.
+        reason: String,
+    },
+    /// [`Output::Journal`] failed, and what followed it in its batch was not carried out.
+    JournalFailed {
+        /// Why, for people.
+        reason: String,
+    },
+    /// The time of an [`Output::WakeAt`] has come. Early or spare ticks are harmless.
+    Tick,
+}
+
+/// What to do. Outputs of one call are carried out in order; one marked *awaited* is complete before the next begins, the others
+/// are only begun, and report by an [`Input`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum Output {
+    /// Send over the link that is up. A failure is [`Input::LinkLost`].
+    Send(Control),
+    /// *Awaited.* Make durable. On failure drop the rest of the batch and report [`Input::JournalFailed`].
+    Journal(Entry),
+    /// *Awaited.* Make durable if possible; on failure log it and go on, because every later restart finds the same answer without it.
+    Note(Entry),
+    /// Send these chunks over the data connections. Then [`Input::ImagesSent`].
+    SendImages(Vec<ImageWant>),
+    /// Write-protect the guest's memory. Then [`Input::TrackingStarted`].
+    StartTracking,
+    /// Send the pending pages (round 1: every page that is not a hole) and a barrier on each data connection. Then [`Input::RoundSent`].
+    SendRound {
+        /// The round, from 1.
+        round: u32,
+    },
+    /// Add what was written since the last scan to the pending pages. Then [`Input::Scanned`].
+    Scan,
+    /// Flush and let go of the guest agent. Then [`Input::AgentDetached`].
+    DetachAgent,
+    /// Gate LOCAL to HOLD, the log to the urgent connection. Then [`Input::Held`].
+    Hold,
+    /// Let the guest empty its TAP queue, for a few milliseconds at most. Then [`Input::Drained`].
+    DrainTap,
+    /// Stop the vCPUs. Then [`Input::Stopped`].
+    StopVm,
+    /// Read what is left in the TAP queue into the log. Then [`Input::ResidueRead`].
+    ReadResidue,
+    /// Scan once more, send all pending pages and a barrier on each data connection. Then [`Input::LastPagesSent`].
+    SendLastPages {
+        /// The round.
+        round: u32,
+    },
+    /// Send `StateBegin`, `StateChunk`s, `StateEnd`. Then [`Input::StateSent`].
+    SaveState,
+    /// Hash every page of the stopped guest, send `PageHashes` and `HashesEnd`. Then [`Input::HashesSent`].
+    SendHashes,
+    /// Cancel every step under way, then undo in this order what is marked. Then [`Input::RolledBack`], whatever came of it; what could not be
+    /// undone is [`Input::Failed`] before that.
+    Rollback(Rollback),
+    /// Keep relaying until the neighbours have learned and the log is acknowledged; after a lost link, go on from the last
+    /// acknowledgement once there is an urgent connection again. Then [`Input::Forwarded`].
+    Forward,
+    /// Kill the VMM and free its memory. No answer is needed.
+    KillVm,
+    /// Stop forwarding; remove the pod's TAP, park, gate, folder. Then [`Input::Released`].
+    Release,
+    /// Dial a session of the shape `Resume`, with a deadline. Then [`Input::LinkUp`] or [`Input::LinkLost`].
+    Redial,
+    /// Give [`Input::Tick`] at this time. A later one replaces an earlier one.
+    WakeAt(u64),
+    /// Tell the user that it is too late: the right has been given away.
+    CancelRefused,
+    /// The machine is done: close the link, forget the machine.
+    Finish(Outcome),
+}
+
+/// What to undo. Each part must be harmless where there is nothing to undo: after a restart all are set.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rollback {
+    /// Cancel a save that is under way, and resume the vCPUs.
+    pub resume_vm: bool,
+    /// Put residue and log back into the TAP, in order, and open the gate: HOLD to LOCAL.
+    pub release_hold: bool,
+    /// Attach the guest agent again.
+    pub attach_agent: bool,
+    /// Stop dirty tracking.
+    pub stop_tracking: bool,
+}
+
+/// How it ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The destination runs the guest.
+    Completed {
+        /// The packets of this side.
+        source: Ledger,
+        /// The packets of the destination, if it could still tell.
+        destination: Option<Ledger>,
+    },
+    /// The source runs the guest, as before.
+    Failed {
+        /// Why.
+        reason: String,
+    },
+    /// No node runs the guest any more.
+    PodFailed {
+        /// Why.
+        reason: String,
+    },
+}
