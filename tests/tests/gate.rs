@@ -170,9 +170,13 @@ fn frames() -> Vec<(&'static str, Vec<u8>)> {
         ("first fragment", frame(POD, PEER, 0x0800, &ipv4(0x2000))),
         ("later fragment", frame(POD, PEER, 0x0800, &ipv4(185))),
         ("vlan", frame(POD, PEER, 0x8100, &tagged)),
-        // The kernel runs no test on a bare header.
-        ("runt", frame(POD, PEER, 0x0800, &[0x45])),
-        ("cut header", frame(POD, PEER, 0x86dd, &[0x60, 0, 0])),
+        // The kernel runs no test on a cut IP packet, unless a tag hides it.
+        ("runt", frame(POD, PEER, 0x0806, &[0])),
+        ("cut ipv4", frame(POD, PEER, 0x8100, &[0, 1, 0x08, 0x00])),
+        (
+            "cut ipv6",
+            frame(POD, PEER, 0x8100, &[0, 1, 0x86, 0xdd, 0x60]),
+        ),
         ("junk", frame(POD, PEER, 0xdead, &[0xa5; 46])),
         ("length field", frame(POD, PEER, 0x0026, &[0x42; 38])),
     ]
