@@ -19,7 +19,7 @@ use vm_runtime::agent_client::{
 use vm_runtime::initramfs::CMDLINE;
 
 /// A boot under TCG on a crowded machine, and anything that waits for one.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Keeps output in memory and refuses gaps.
 #[derive(Default)]
@@ -229,6 +229,16 @@ async fn collect(mut exec: Exec) -> (String, String, i32) {
     (text(out), text(err), code)
 }
 
+async fn read_until(exec: &mut Exec, wanted: &str) {
+    let mut seen = String::new();
+    while !seen.contains(wanted) {
+        let next = timeout(PATIENCE, exec.output.next()).await;
+        let next = next.unwrap_or_else(|_| panic!("no {wanted:?} in {seen:?}"));
+        seen +=
+            &String::from_utf8_lossy(&next.unwrap_or_else(|| panic!("the end after {seen:?}")).1);
+    }
+}
+
 async fn run(client: &AgentClient, container: &str, script: &str) -> String {
     let exec = client.exec(spec(container, script)).await.expect("starts");
     let (out, err, code) = collect(exec).await;
@@ -282,7 +292,7 @@ async fn a_guest_runs_a_pod_from_boot_to_stop() {
     store.wait_for("web", "extra").await;
     assert_eq!(
         store.text("web", Stream::Stdout),
-        "hello from 1\n/work/dir\nuid=101(web) gid=102(web) groups=102(web),7(extra)\n"
+        "hello from 1\n/work/dir\nuid=101(web) gid=102(web) groups=7(extra),102(web)\n"
     );
     store.wait_for("stubborn", "up").await;
 
@@ -456,8 +466,7 @@ async fn on_a_terminal(client: &AgentClient) {
         )
     };
     let mut exec = client.exec(terminal).await.expect("starts");
-    let (_, first) = exec.output.next().await.expect("output");
-    assert_eq!(String::from_utf8_lossy(&first), "33 77\r\n");
+    read_until(&mut exec, "33 77\r\n").await;
     exec.control.resize(40, 100).expect("resizes");
     let input = exec.input.take().expect("a terminal has one");
     input.write(b"word\r").await.expect("written");
@@ -471,10 +480,12 @@ async fn on_a_terminal(client: &AgentClient) {
     };
     let mut exec = client.exec(interactive).await.expect("starts");
     let input = exec.input.take().expect("a terminal has one");
-    input
-        .write(b"sleep 1000\r\x03exit 4\r")
-        .await
-        .expect("written");
+    read_until(&mut exec, "$ ").await;
+    input.write(b"cat /etc/group -\r").await.expect("written");
+    read_until(&mut exec, "extra:x:7:web\r\n").await;
+    input.write(b"\x03").await.expect("written");
+    read_until(&mut exec, "$ ").await;
+    input.write(b"exit 4\r").await.expect("written");
     let (_, _, code) = collect(exec).await;
     assert_eq!(code, 4, "^C ends the program, not the shell");
 }

@@ -73,6 +73,8 @@ enum State {
         round: u32,
         started: u64,
         sent: Option<(u64, u64)>,
+        /// The acknowledgement may be heard of before the end of our own sending: they come from different tasks.
+        acked_at: Option<u64>,
     },
     Scanning {
         round: u32,
@@ -239,18 +241,11 @@ impl Source {
             (
                 Control::RoundAck(ack),
                 State::Round {
-                    round,
-                    started,
-                    sent: Some((pages, bytes)),
+                    round, acked_at, ..
                 },
             ) if ack.round == *round => {
-                self.rounds.round_done(RoundSample {
-                    pages: *pages,
-                    bytes: *bytes,
-                    duration_us: now.saturating_sub(*started),
-                });
-                self.state = State::Scanning { round: *round };
-                out.push(Output::Scan);
+                acked_at.get_or_insert(now);
+                self.scan_if_round_complete(out);
             }
             (Control::Ready(ready), State::Sending(sending)) => match doubts(self.verify, ready) {
                 Some(reason) => self.unwind(&reason, out),
@@ -290,6 +285,7 @@ impl Source {
                 *sent = Some((pages, bytes));
                 let round = *round;
                 out.push(Output::Send(RoundEnd { round, pages }.into()));
+                self.scan_if_round_complete(out);
             }
             (Input::Scanned { dirtied, pending }, State::Scanning { round }) => {
                 let round = *round;
@@ -347,8 +343,27 @@ impl Source {
             round,
             started: now,
             sent: None,
+            acked_at: None,
         };
         out.push(Output::SendRound { round });
+    }
+
+    fn scan_if_round_complete(&mut self, out: &mut Vec<Output>) {
+        if let State::Round {
+            round,
+            started,
+            sent: Some((pages, bytes)),
+            acked_at: Some(acked_at),
+        } = self.state
+        {
+            self.rounds.round_done(RoundSample {
+                pages,
+                bytes,
+                duration_us: acked_at.saturating_sub(started),
+            });
+            self.state = State::Scanning { round };
+            out.push(Output::Scan);
+        }
     }
 
     fn decide(&mut self, round: u32, pending: u64, now: u64, out: &mut Vec<Output>) {

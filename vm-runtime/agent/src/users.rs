@@ -78,10 +78,15 @@ fn parse(user: &str, passwd: &str, group: &str) -> Result<Identity> {
         },
     };
     // With a group of its own in the spec, only that one counts, as in Docker.
-    let supplementary = groups
-        .filter(|f| group_name.is_none() && name.is_some_and(|n| f[3].split(',').any(|m| m == n)))
+    let member = |f: &Vec<&str>| {
+        group_name.is_none() && name.is_some_and(|n| f[3].split(',').any(|m| m == n))
+    };
+    let mut supplementary: Vec<u32> = groups
+        .filter(member)
         .filter_map(|f| f[2].parse().ok())
+        .filter(|g| *g != gid)
         .collect();
+    supplementary.insert(0, gid);
     Ok(Identity {
         uid,
         gid,
@@ -109,15 +114,15 @@ mod tests {
 
     #[test]
     fn names_and_numbers_are_found_with_their_groups_and_home() {
-        assert_eq!(ids(""), (0, 0, vec![], "/root".into()));
-        assert_eq!(ids("redis"), (101, 102, vec![110], "/var/lib/redis".into()));
-        assert_eq!(ids("101"), (101, 102, vec![110], "/var/lib/redis".into()));
+        assert_eq!(ids(""), (0, 0, vec![0], "/root".into()));
+        assert_eq!(ids("redis"), (101, 102, vec![102, 110], "/var/lib/redis".into()));
+        assert_eq!(ids("101"), (101, 102, vec![102, 110], "/var/lib/redis".into()));
         assert_eq!(
             ids("redis:ssl"),
-            (101, 110, vec![], "/var/lib/redis".into())
+            (101, 110, vec![110], "/var/lib/redis".into())
         );
-        assert_eq!(ids("7:8"), (7, 8, vec![], "/".into()));
-        assert_eq!(ids("7"), (7, 0, vec![], "/".into()));
+        assert_eq!(ids("7:8"), (7, 8, vec![8], "/".into()));
+        assert_eq!(ids("7"), (7, 0, vec![0], "/".into()));
     }
 
     #[test]
