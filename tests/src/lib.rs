@@ -1,1 +1,3 @@
 //! Tests that need root.
+
+pub mod netns;

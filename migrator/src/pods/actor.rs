@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
-use vm_runtime::agent_client::Event;
+use vm_runtime::agent_client::{AgentClient, Event};
 use vm_runtime::units::Epoch;
 use vm_runtime::vm::VmExit;
 
@@ -230,8 +230,9 @@ impl Actor {
 
     /// Serves a pod that has a VM.
     async fn live(&mut self, resources: Arc<PodResources>) -> End {
-        let mut events = resources.agent.events();
-        self.refresh(&resources).await;
+        let mut agent = resources.agent.subscribe();
+        agent.mark_changed();
+        let mut events: Option<broadcast::Receiver<Event>> = None;
         loop {
             let migrating = self.view.borrow().migration.is_some();
             let vm = Arc::clone(&resources.vm);
@@ -249,12 +250,22 @@ impl Actor {
                 exit = vm.wait_exit(), if !migrating => {
                     return self.died(exit.ok(), &resources).await;
                 }
-                event = events.recv() => match event {
+                changed = agent.changed() => {
+                    let client = agent.borrow_and_update().clone();
+                    if let (Ok(()), Some(client)) = (changed, client) {
+                        events = Some(client.events());
+                        self.refresh(&client).await;
+                    }
+                }
+                event = next(&mut events), if events.is_some() => match event {
                     Ok(event) => self.event(event),
                     // Some were missed: ask for the whole.
-                    Err(broadcast::error::RecvError::Lagged(_)) => self.refresh(&resources).await,
-                    // Never: `resources` holds a sender.
-                    Err(broadcast::error::RecvError::Closed) => return End::Left,
+                    Err(broadcast::error::RecvError::Lagged(_)) => {
+                        if let Some(client) = resources.agent.get() {
+                            self.refresh(&client).await;
+                        }
+                    }
+                    Err(broadcast::error::RecvError::Closed) => events = None,
                 },
             }
         }
@@ -305,7 +316,9 @@ impl Actor {
                             view.epoch = epoch;
                         });
                         let _ = reply.send(Ok(()));
-                        self.refresh(resources).await;
+                        if let Some(client) = resources.agent.get() {
+                            self.refresh(&client).await;
+                        }
                         None
                     }
                     MigrationEnd::MovedAway { to } => {
@@ -332,7 +345,7 @@ impl Actor {
             .send_modify(|view| view.state = PodState::Stopping);
         let asked = tokio::time::timeout(grace + STOP_MARGIN, async {
             tokio::select! {
-                asked = resources.agent.stop_pod(grace) => asked.map_err(|e| e.to_string()),
+                asked = stop_containers(resources, grace) => asked,
                 _ = resources.vm.wait_exit() => Ok(()),
             }
         });
@@ -419,11 +432,11 @@ impl Actor {
     }
 
     /// Asks the agent which containers run.
-    async fn refresh(&self, resources: &PodResources) {
+    async fn refresh(&self, agent: &AgentClient) {
         if self.view.borrow().state != PodState::Running {
             return;
         }
-        match resources.agent.status().await {
+        match agent.status().await {
             Ok(status) => self.view.send_modify(|view| {
                 for known in &mut view.containers {
                     if let Some(now) = status.containers.iter().find(|c| c.name == known.name) {
@@ -462,6 +475,22 @@ impl Actor {
                 known.state = state;
             }
         });
+    }
+}
+
+async fn next(
+    events: &mut Option<broadcast::Receiver<Event>>,
+) -> Result<Event, broadcast::error::RecvError> {
+    match events {
+        Some(events) => events.recv().await,
+        None => Err(broadcast::error::RecvError::Closed),
+    }
+}
+
+async fn stop_containers(resources: &PodResources, grace: Duration) -> Result<(), String> {
+    match resources.agent.wait(STOP_MARGIN).await {
+        Some(agent) => agent.stop_pod(grace).await.map_err(|e| chain(&e)),
+        None => Err("it has never answered".to_owned()),
     }
 }
 

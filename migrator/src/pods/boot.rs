@@ -12,12 +12,13 @@ use vm_runtime::spec::VmSpec;
 use vm_runtime::units::Bytes;
 use vm_runtime::vm::{CONSOLE, Vm, VmExit, VmResources};
 
+use super::agent::AgentSlot;
 use super::error::PodError;
 use super::handle::{Facts, PodResources};
 use super::plan::VMM_OVERHEAD;
 use super::sink::LogSink;
 use crate::daemon::node::Node;
-use crate::network::{ExistingDevices, PodNetId, Port, PortError, Role};
+use crate::network::{ExistingDevices, PodNetId, Port, Role};
 
 /// How much of the console's end goes into an error, in bytes.
 const CONSOLE_TAIL: usize = 600;
@@ -51,7 +52,7 @@ impl Parts {
             tracing::error!(pod, %error, "cannot end the VM");
         }
         if let Some(port) = port
-            && let Err(error) = port.release().await
+            && let Err(error) = port.discard().await
         {
             tracing::error!(pod, %error, "cannot remove the network port");
         }
@@ -98,7 +99,7 @@ pub(super) async fn boot(
         vm_spec: facts.vm_spec.clone(),
         vm,
         port,
-        agent,
+        agent: AgentSlot::with(agent),
         logs: Arc::clone(&facts.logs),
     })
 }
@@ -143,7 +144,7 @@ pub(super) async fn resources(
         .await
         .map_err(|e| PodError::step(name, "make its network port", e))?;
     parts.port = Some(port.clone());
-    let dup = |e: PortError| PodError::step(name, "share its TAP with the VMM", e);
+    let dup = |e| PodError::step(name, "share its TAP with the VMM", e);
     let res = VmResources {
         dir: facts.dir.clone(),
         memory: Arc::new(memory),

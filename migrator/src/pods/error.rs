@@ -128,9 +128,9 @@ pub enum PodError {
         /// The console's end.
         console: String,
     },
-    /// The agent refused a command.
-    #[error("{0}")]
-    Exec(String),
+    /// The guest's agent has not answered yet.
+    #[error("pod `{0}`: the agent in its guest has not answered yet")]
+    NoAgent(String),
     /// Its files cannot be read or written.
     #[error("cannot {verb} {}", path.display())]
     State {
@@ -159,15 +159,13 @@ impl PodError {
 
     fn code(&self) -> ErrorCode {
         match self {
-            Self::Spec(_) | Self::NameTooLong { .. } | Self::Plan { .. } | Self::Exec(_) => {
-                ErrorCode::Invalid
-            }
+            Self::Spec(_) | Self::NameTooLong { .. } | Self::Plan { .. } => ErrorCode::Invalid,
             Self::NameTaken(_) | Self::AddressTaken { .. } => ErrorCode::Conflict,
             Self::TooMany(_) | Self::Memory { .. } => ErrorCode::Exhausted,
             Self::NoImage { .. } | Self::NotFound(_) | Self::NoContainer { .. } => {
                 ErrorCode::NotFound
             }
-            Self::Busy { .. } => ErrorCode::Busy,
+            Self::Busy { .. } | Self::NoAgent(_) => ErrorCode::Busy,
             Self::Slow { .. } => ErrorCode::Timeout,
             Self::ShuttingDown => ErrorCode::Unavailable,
             Self::Image { .. } | Self::Step { .. } | Self::Died { .. } | Self::State { .. } => {
@@ -195,6 +193,7 @@ impl PodError {
             Self::Memory { .. } => {
                 "stop something, or lower the containers' memory limits".to_owned()
             }
+            Self::NoAgent(_) => "try again in a moment; its console is in its folder".to_owned(),
             Self::Slow { console, .. } if !console.is_empty() => {
                 format!("its console ends with: {console}")
             }
@@ -207,7 +206,6 @@ impl PodError {
             | Self::Plan { .. }
             | Self::NoContainer { .. }
             | Self::Busy { .. }
-            | Self::Exec(_)
             | Self::State { .. }
             | Self::ShuttingDown => return None,
         })

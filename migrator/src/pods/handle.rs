@@ -12,6 +12,7 @@ use vm_runtime::spec::VmSpec;
 use vm_runtime::units::Epoch;
 use vm_runtime::vm::Vm;
 
+use super::agent::AgentSlot;
 use super::error::PodError;
 use super::logs::LogStore;
 use super::state::PodRecord;
@@ -30,7 +31,7 @@ pub struct PodResources {
     /// Its place on the network.
     pub port: Port,
     /// The agent inside.
-    pub agent: AgentClient,
+    pub agent: AgentSlot,
     /// What its containers printed.
     pub logs: Arc<LogStore>,
 }
@@ -212,7 +213,9 @@ impl PodHandle {
         let view = self.view.borrow();
         match (view.state, &view.resources) {
             (PodState::Running | PodState::Migrating, Some(resources)) => {
-                Ok((resources.agent.clone(), found.name.clone()))
+                let agent = resources.agent.get();
+                let agent = agent.ok_or_else(|| PodError::NoAgent(self.name().to_owned()))?;
+                Ok((agent, found.name.clone()))
             }
             (state, _) => Err(self.busy(state, "run a command in")),
         }

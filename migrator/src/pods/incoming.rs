@@ -10,19 +10,19 @@
 
 use std::sync::Arc;
 
-use vm_runtime::agent_client::AgentClient;
+use vm_runtime::agent_client::AgentState;
 use vm_runtime::pod::PodSpec;
 use vm_runtime::spec::VmSpec;
 use vm_runtime::units::Epoch;
 use vm_runtime::vm::Vm;
 
 use super::actor::{self, Birth};
+use super::agent::{AgentSlot, attach_later};
 use super::boot::{self, Parts, check_memory, disk_paths};
 use super::error::PodError;
 use super::handle::{Facts, PodHandle, PodResources};
 use super::logs::LogStore;
 use super::run::make_folder;
-use super::sink::LogSink;
 use super::state::{PodFile, PodRecord};
 use super::{PodRegistry, Reservation};
 use crate::daemon::node::Node;
@@ -106,27 +106,18 @@ impl IncomingPod {
         &self.facts.spec
     }
 
-    /// Where its output goes on: install the source's tail before the agent is attached.
+    /// Where its output goes on: install the source's tail before [`IncomingPod::adopt`].
     pub fn logs(&self) -> Arc<LogStore> {
         Arc::clone(&self.facts.logs)
     }
 
-    /// Where the agent's client connects, once the VM is built.
-    pub fn agent_socket(&self) -> std::path::PathBuf {
-        self.facts.dir.join(vm_runtime::vm::AGENT_SOCKET)
-    }
-
-    /// What the agent's client writes the output to.
-    pub fn sink(&self) -> Arc<LogSink> {
-        Arc::new(LogSink::new(self.logs()))
-    }
-
-    /// Enters it into the register as a pod that runs here, which the journal must say by now. Call it
-    /// after [`IncomingPod::build`].
+    /// Enters it into the register as a pod that runs here, which the journal must say by now, and attaches
+    /// to its agent with the `link` of the source's client, if there is one. Call it after
+    /// [`IncomingPod::build`].
     ///
     /// # Errors
     /// It was not built: the pod, to be discarded.
-    pub fn adopt(mut self, agent: AgentClient, epoch: Epoch) -> Result<PodHandle, Box<Self>> {
+    pub fn adopt(mut self, epoch: Epoch, link: Option<AgentState>) -> Result<PodHandle, Box<Self>> {
         let (Some(vm), Some(port)) = (self.parts.vm.take(), self.parts.port.take()) else {
             return Err(Box::new(self));
         };
@@ -135,9 +126,10 @@ impl IncomingPod {
             vm_spec: self.facts.vm_spec.clone(),
             vm,
             port,
-            agent,
+            agent: AgentSlot::default(),
             logs: Arc::clone(&self.facts.logs),
         });
+        attach_later(&self.node, &resources, link);
         Ok(actor::spawn(
             &self.node,
             self.reservation,

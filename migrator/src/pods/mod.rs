@@ -24,6 +24,7 @@ pub mod run;
 pub mod state;
 
 mod actor;
+mod agent;
 mod boot;
 mod sink;
 
@@ -32,6 +33,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_runtime::pod::PodSpec;
 
+pub use agent::AgentSlot;
 pub use error::PodError;
 pub use handle::{MigrationEnd, PodHandle, PodResources, View};
 pub use sink::LogSink;

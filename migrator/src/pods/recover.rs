@@ -13,25 +13,20 @@
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
-use vm_runtime::agent_client::AgentClient;
 use vm_runtime::vm::{AttachError, RunState, Vm, VmRecord};
 
 use super::actor::{self, Birth};
+use super::agent::{AgentSlot, attach_later};
 use super::boot;
 use super::error::PodError;
 use super::handle::{Facts, PodHandle, PodResources};
 use super::logs::LogStore;
-use super::sink::LogSink;
 use super::state::{self, PodFile};
 use crate::api::error::chain;
 use crate::daemon::node::Node;
 use crate::migration::journal::{DestinationRecord, OwnerState, Recovery, SourceRecord};
-use crate::network::Role;
-
-/// A guest that runs answers at once; one that stands still does not answer at all.
-const AGENT_DEADLINE: Duration = Duration::from_secs(20);
+use crate::network::{Port, Role, Stage};
 
 /// A migration that an earlier service left open, for the driver to end.
 #[derive(Debug)]
@@ -180,7 +175,7 @@ async fn find(
         .or(granted.map(|(r, _)| r.migration));
     let containers = file.record.containers.clone();
     let facts = facts(node, dir, file)?;
-    let found = attach(node, &facts, migration.is_some()).await;
+    let found = attach(node, &facts, migration.is_some(), granted.is_some()).await;
     let epoch = owner.epoch;
     let birth = match (&found, migration) {
         (Err(reason), _) => Birth::Dead(reason.clone()),
@@ -228,7 +223,12 @@ fn facts(node: &Node, dir: &Path, file: PodFile) -> Result<Facts, PodError> {
 }
 
 /// Takes VM, port and agent back. The error is the reason that the pod is shown as failed with.
-async fn attach(node: &Node, facts: &Facts, migrating: bool) -> Result<Arc<PodResources>, String> {
+async fn attach(
+    node: &Arc<Node>,
+    facts: &Facts,
+    migrating: bool,
+    granted: bool,
+) -> Result<Arc<PodResources>, String> {
     let name = facts.spec.name.as_str();
     let vm = match find_vm(&facts.dir).await {
         Ok(vm) => Arc::new(vm),
@@ -244,32 +244,26 @@ async fn attach(node: &Node, facts: &Facts, migrating: bool) -> Result<Arc<PodRe
         }
     };
     let fds = boot::existing(&vm).map_err(|e| format!("cannot take its TAP back: {e}"))?;
+    let role = if granted { Role::Incoming } else { Role::Local };
     let port = node
         .network
-        .attach(
-            &boot::net_id(&facts.spec),
-            facts.slot,
-            Role::Local,
-            Some(fds),
-        )
+        .attach(&boot::net_id(&facts.spec), facts.slot, role, Some(fds))
         .await
         .map_err(|e| format!("cannot take its network port back: {}", chain(&e)))?;
     if !migrating {
-        resume(name, &vm).await;
+        resume(name, &vm, &port).await;
     }
-    let sink = Arc::new(LogSink::new(Arc::clone(&facts.logs)));
-    let agent = AgentClient::connect(&vm.agent_socket(), sink, AGENT_DEADLINE)
-        .await
-        .map_err(|e| format!("cannot reach its agent again: {}", chain(&e)))?;
     tracing::info!(pod = name, pid = vm.pid(), "found again");
-    Ok(Arc::new(PodResources {
+    let resources = Arc::new(PodResources {
         spec: facts.spec.clone(),
         vm_spec: facts.vm_spec.clone(),
         vm,
         port,
-        agent,
+        agent: AgentSlot::default(),
         logs: Arc::clone(&facts.logs),
-    }))
+    });
+    attach_later(node, &resources, None);
+    Ok(resources)
 }
 
 async fn find_vm(dir: &Path) -> Result<Vm, AttachError> {
@@ -277,8 +271,14 @@ async fn find_vm(dir: &Path) -> Result<Vm, AttachError> {
     Vm::attach(&record).await
 }
 
-/// A guest that this node owns, and that no migration holds, has no reason to stand still.
-async fn resume(pod: &str, vm: &Vm) {
+/// A guest that this node owns, and that no migration holds, has no reason to stand still or to wait for
+/// its packets.
+async fn resume(pod: &str, vm: &Vm, port: &Port) {
+    if port.stage() == Stage::Holding
+        && let Err(error) = port.rollback().await
+    {
+        tracing::error!(pod, error = chain(&error), "its packets do not go on");
+    }
     match vm.query_status().await {
         Ok(RunState::Paused | RunState::Saved) => {
             tracing::warn!(pod, "its guest stood still: it goes on");

@@ -1,0 +1,133 @@
+//! Network namespaces and BPF file systems that vanish with their guard, also when a test panics.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread::JoinHandle;
+
+use anyhow::{Context, ensure};
+use nix::mount::{MntFlags, umount2};
+use nix::sched::{CloneFlags, setns, unshare};
+
+/// Fails the test unless it runs as root: a skipped test of the dataplane proves nothing.
+///
+/// # Panics
+/// Not root.
+pub fn require_root() {
+    assert!(
+        nix::unistd::geteuid().is_root(),
+        "this test makes network namespaces and loads BPF programs: run it as root (`cargo xtask test`)"
+    );
+}
+
+/// An anonymous network namespace, with its loopback up. It lives as long as this guard and the
+/// threads inside.
+#[derive(Debug)]
+pub struct Netns {
+    fd: OwnedFd,
+}
+
+impl Netns {
+    /// Makes one.
+    ///
+    /// # Errors
+    /// Not root, or the kernel has no network namespaces.
+    pub fn new() -> anyhow::Result<Self> {
+        let made = std::thread::spawn(|| -> io::Result<OwnedFd> {
+            unshare(CloneFlags::CLONE_NEWNET)?;
+            Ok(std::fs::File::open("/proc/thread-self/ns/net")?.into())
+        });
+        let fd = join(made).context("could not make a network namespace")?;
+        let netns = Self { fd };
+        netns.ip("link set lo up")?;
+        Ok(netns)
+    }
+
+    /// A path that `ip link set ... netns` takes.
+    pub fn path(&self) -> PathBuf {
+        format!("/proc/{}/fd/{}", std::process::id(), self.fd.as_raw_fd()).into()
+    }
+
+    /// Runs `work` on a thread inside.
+    ///
+    /// # Panics
+    /// The namespace cannot be entered.
+    pub fn spawn<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> JoinHandle<T> {
+        let fd = self.fd.try_clone().expect("a descriptor of the namespace");
+        std::thread::spawn(move || {
+            setns(fd.as_fd(), CloneFlags::CLONE_NEWNET).expect("enter the namespace");
+            work()
+        })
+    }
+
+    /// Runs `ip` with these arguments, split at spaces, inside.
+    ///
+    /// # Errors
+    /// It failed; its message is in the error.
+    pub fn ip(&self, arguments: &str) -> anyhow::Result<()> {
+        let owned = arguments.to_owned();
+        let ran = self.spawn(move || Command::new("ip").args(owned.split(' ')).output());
+        let output = join(ran).context("could not run `ip`")?;
+        ensure!(
+            output.status.success(),
+            "ip {arguments}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Ok(())
+    }
+}
+
+fn join<T>(thread: JoinHandle<io::Result<T>>) -> io::Result<T> {
+    thread
+        .join()
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// A folder to mount a BPF file system on; unmounted with the guard.
+#[derive(Debug)]
+pub struct BpfDir {
+    dir: tempfile::TempDir,
+}
+
+impl BpfDir {
+    /// Makes the folder; whoever opens it mounts it.
+    ///
+    /// # Errors
+    /// No temporary folder could be made.
+    pub fn new() -> io::Result<Self> {
+        let dir = tempfile::Builder::new().prefix("migrator-bpf-").tempdir()?;
+        Ok(Self { dir })
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+}
+
+impl Drop for BpfDir {
+    fn drop(&mut self) {
+        // Not mounted if the test failed early.
+        let _ = umount2(self.dir.path(), MntFlags::MNT_DETACH);
+    }
+}
+
+/// linux/if_tun.h: checksums and TCP segmentation.
+const OFFLOADS: libc::c_ulong = 0x01 | 0x02 | 0x04 | 0x08;
+
+/// Lets a TAP's reader take TCP segments whole, as a VMM does for a guest that can.
+///
+/// # Errors
+/// The descriptor is no TAP.
+pub fn take_segments_whole(tap: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: `TUNSETOFFLOAD` takes a number, not a pointer.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETOFFLOAD as _, OFFLOADS) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
