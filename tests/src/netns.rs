@@ -131,3 +131,22 @@ pub fn take_segments_whole(tap: BorrowedFd<'_>) -> io::Result<()> {
     }
     Ok(())
 }
+
+/// Sets the length of the virtio-net header of a TAP; QEMU makes it 12.
+///
+/// # Errors
+/// The descriptor is no TAP, or the kernel does not know that length.
+pub fn set_vnet_header(tap: BorrowedFd<'_>, len: libc::c_int) -> io::Result<()> {
+    // SAFETY: `TUNSETVNETHDRSZ` reads one `int`, which lives through the call.
+    let result = unsafe {
+        libc::ioctl(
+            tap.as_raw_fd(),
+            libc::TUNSETVNETHDRSZ as _,
+            std::ptr::from_ref(&len),
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}

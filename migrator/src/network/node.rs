@@ -193,9 +193,7 @@ impl NodeNetwork {
         };
         // The gate first, so that the bridge never reaches a TAP without one.
         self.inner.gates.attach(&names.0, tap.index, device)?;
-        netlink
-            .raise_tap(&names.0, bridge.index, bridge.mtu)
-            .await?;
+        netlink.raise_tap(&names.0, bridge, pod.mac).await?;
         let stage = initial_stage(gate.get().mode, role);
         if matches!(stage, Stage::Local | Stage::Holding | Stage::Forwarding) {
             netlink.own_address(&names.0, tap.index, pod.mac).await?;
