@@ -1,11 +1,9 @@
 //! The destination's steps, one function each. What they return is what the machine is told.
 
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use tokio::sync::{Mutex, mpsc};
-use vm_runtime::agent_client::AgentClient;
 use vm_runtime::units::{Epoch, PageIndex, PageRange};
 use vm_runtime::vm::{RunState, Vm};
 
@@ -24,9 +22,6 @@ use crate::pods::incoming::IncomingPod;
 use crate::pods::plan::VMM_OVERHEAD;
 use crate::pods::{PodError, PodRecord};
 use crate::wire::message::{Handover, ImageWant, Offer, Refuse, RefuseCode};
-
-/// How long the agent of a guest that has just been resumed may take to answer.
-const AGENT_DEADLINE: Duration = Duration::from_secs(20);
 
 /// A pod that is being made ready.
 pub(super) type Prepared = IncomingPod;
@@ -320,42 +315,8 @@ pub(super) async fn adopt(prepared: &Shared, handover: Option<Handover>, epoch: 
     if let Err(reason) = installed.await {
         tracing::error!(pod = name, reason, "the output before the move is lost");
     }
-    let agent = attach(&pod, state).await;
-    if let Err(error) = agent.set_clock(SystemTime::now()).await {
-        tracing::error!(
-            pod = name,
-            error = chain(&error),
-            "the guest's clock is not set"
-        );
-    }
-    if let Err(pod) = pod.adopt(agent, epoch) {
+    if let Err(pod) = pod.adopt(epoch, state) {
         tracing::error!(pod = pod.spec().name, "resumed before it was built");
-    }
-}
-
-/// The guest runs: its agent is waited for as long as it takes.
-async fn attach(
-    pod: &Prepared,
-    state: Option<vm_runtime::agent_client::AgentState>,
-) -> AgentClient {
-    let socket = pod.agent_socket();
-    let mut state = state;
-    loop {
-        let sink = pod.sink();
-        let attached = match state.take() {
-            Some(state) => AgentClient::resume(&socket, sink, state, AGENT_DEADLINE).await,
-            None => AgentClient::connect(&socket, sink, AGENT_DEADLINE).await,
-        };
-        match attached {
-            Ok(agent) => return agent,
-            Err(error) => {
-                tracing::error!(
-                    pod = pod.spec().name,
-                    error = chain(&error),
-                    "its agent does not answer; trying again"
-                );
-            }
-        }
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::time::{Instant, sleep};
+use vm_runtime::agent_client::{AgentClient, AgentState};
 use vm_runtime::units::{Epoch, PageIndex};
 use vm_runtime::vm::RunState;
 
@@ -186,22 +187,9 @@ pub(super) async fn scan(tracking: Tracking) -> Step {
 
 pub(super) async fn detach_agent(parts: Parts) -> Step {
     let parts = need(parts, "the pod")?;
-    if !parts.agent.detach(AGENT_LIMIT).await {
-        tracing::info!(
-            pod = parts.spec.name,
-            "the agent has not acknowledged everything: the rest travels"
-        );
-    }
-    let agent = match parts.agent.state().await {
-        Ok(state) => Some(state),
-        Err(error) => {
-            tracing::warn!(
-                pod = parts.spec.name,
-                error = chain(&error),
-                "the agent's link begins anew at the destination"
-            );
-            None
-        }
+    let agent = match parts.agent.get() {
+        Some(agent) => detach(&parts.spec.name, &agent).await,
+        None => None,
     };
     let logs = Arc::clone(&parts.logs);
     let state = blocking(move || {
@@ -210,6 +198,27 @@ pub(super) async fn detach_agent(parts: Parts) -> Step {
     })
     .await?;
     Ok(Input::AgentDetached { state })
+}
+
+/// `None`: the link to the agent begins anew at the destination.
+async fn detach(pod: &str, agent: &AgentClient) -> Option<AgentState> {
+    if !agent.detach(AGENT_LIMIT).await {
+        tracing::info!(
+            pod,
+            "the agent has not acknowledged everything: the rest travels"
+        );
+    }
+    agent
+        .state()
+        .await
+        .inspect_err(|error| {
+            tracing::warn!(
+                pod,
+                error = chain(error),
+                "the agent's link does not travel"
+            )
+        })
+        .ok()
 }
 
 pub(super) async fn drain_tap(parts: Parts) -> Step {
@@ -298,7 +307,8 @@ pub(super) async fn roll_back(
         problems.push(chain(&error));
     }
     if what.attach_agent
-        && let Err(error) = parts.agent.reattach()
+        && let Some(agent) = parts.agent.get()
+        && let Err(error) = agent.reattach()
     {
         problems.push(chain(&error));
     }
