@@ -130,6 +130,15 @@ impl Node {
     }
 }
 
+/// A bridge forwards on a port only when it has heard of its carrier, which takes the kernel a second.
+fn wait_for_port(netns: &Netns, port: &str) -> anyhow::Result<()> {
+    wait_until("the port forwards", || {
+        netns
+            .run("bridge", &format!("link show dev {port}"))
+            .is_ok_and(|shown| shown.contains("state forwarding"))
+    })
+}
+
 fn pod(name: &str, mac: MacAddress, last: u8) -> PodNetId {
     PodNetId {
         name: name.into(),
@@ -158,6 +167,12 @@ impl Lab {
         let a = Node::new(&switch, 1)?;
         let b = Node::new(&switch, 2)?;
         let client = Node::new(&switch, 3)?;
+        for number in 1..=3 {
+            wait_for_port(&switch, &format!("p{number}"))?;
+        }
+        for node in [&a, &b, &client] {
+            wait_for_port(&node.netns, "eth0")?;
+        }
         let port = client.attach(&pod("client", CLIENT_MAC, 1), 0, Role::Local, None)?;
         Ok(Self {
             a,
@@ -563,7 +578,7 @@ fn read_frame(tap: &OwnedFd, header: usize) -> anyhow::Result<Vec<u8>> {
         ensure!(poll(&mut fds, PollTimeout::from(5_000u16))? > 0, "no frame");
         let len = nix::unistd::read(tap.as_fd(), &mut buffer)?;
         // Multicast of the bridges may come between.
-        if buffer.get(header + 12..header + 14) == Some(&[0x08, 0x00]) {
+        if buffer.get(header + 6..header + 12) == Some(&CLIENT_MAC.0) {
             return Ok([&buffer[..VNET_HEADER], &buffer[header..len]].concat());
         }
     }
@@ -598,8 +613,7 @@ fn a_segment_crosses_park_residue_and_log_whole() -> anyhow::Result<()> {
     let mut seen = Vec::new();
     while seen.len() < 2 {
         let item = log.blocking_recv().context("the log")?;
-        let ipv4 = item.frame.get(VNET_HEADER + 12..VNET_HEADER + 14) == Some(&[0x08, 0x00]);
-        if ipv4 {
+        if item.frame.get(VNET_HEADER + 6..VNET_HEADER + 12) == Some(&CLIENT_MAC.0) {
             seen.push(item.kind);
             let sent = match item.kind {
                 LogKind::Residue => &frames[0],
@@ -623,7 +637,13 @@ fn a_segment_crosses_park_residue_and_log_whole() -> anyhow::Result<()> {
     let port = at_b.clone();
     lab.b.call(async move { port.settle().await })??;
     nix::unistd::write(lab.client_tap.as_fd(), &frames[2])?;
-    ensure!(essence(&read_frame(&tap, 12)?) == essence(&frames[2]));
+    let frame = read_frame(&tap, 12)?;
+    ensure!(
+        essence(&frame) == essence(&frames[2]),
+        "{} bytes, {:02x?}",
+        frame.len(),
+        &frame[..80.min(frame.len())]
+    );
     Ok(())
 }
 

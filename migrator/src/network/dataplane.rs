@@ -108,6 +108,8 @@ pub(crate) enum Command {
     /// Bring buckets that wait for lost frames up to date; whether to book those frames as lost in a crash.
     Resync(bool),
     Tally(Reply<Tally>),
+    /// Shut the gate: whatever still comes counts elsewhere.
+    Shut(Reply<()>),
     /// Take what is in the park, then take nothing more.
     Drain(Reply<Tally>),
     /// End the thread, and leave everything as it is for the next service.
@@ -295,6 +297,10 @@ impl Dataplane {
             Command::Tally(reply) => {
                 let tally = self.tally();
                 answer(reply, tally);
+            }
+            Command::Shut(reply) => {
+                self.set_gate(Mode::Shut, false);
+                answer(reply, ());
             }
             Command::Drain(reply) => {
                 self.drain();
