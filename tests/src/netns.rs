@@ -64,20 +64,28 @@ impl Netns {
         })
     }
 
+    /// Runs a program with these arguments, split at spaces, inside; returns what it printed.
+    ///
+    /// # Errors
+    /// It failed; its message is in the error.
+    pub fn run(&self, program: &'static str, arguments: &str) -> anyhow::Result<String> {
+        let owned = arguments.to_owned();
+        let ran = self.spawn(move || Command::new(program).args(owned.split(' ')).output());
+        let output = join(ran).with_context(|| format!("could not run `{program}`"))?;
+        ensure!(
+            output.status.success(),
+            "{program} {arguments}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
     /// Runs `ip` with these arguments, split at spaces, inside.
     ///
     /// # Errors
     /// It failed; its message is in the error.
     pub fn ip(&self, arguments: &str) -> anyhow::Result<()> {
-        let owned = arguments.to_owned();
-        let ran = self.spawn(move || Command::new("ip").args(owned.split(' ')).output());
-        let output = join(ran).context("could not run `ip`")?;
-        ensure!(
-            output.status.success(),
-            "ip {arguments}: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        Ok(())
+        self.run("ip", arguments).map(drop)
     }
 }
 

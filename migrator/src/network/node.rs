@@ -174,7 +174,9 @@ impl NodeNetwork {
         let bridge = netlink.require(&self.inner.config.bridge).await?;
         let park = netlink.raise_park(&names.1, bridge.mtu).await?;
         let tap = netlink.require(&names.0).await?;
-        if !adopted {
+        // A word that was never written: the devices live on, but the pins of the former service are out
+        // of reach, as they are when it was in another mount namespace.
+        if !adopted || gate.get().epoch == 0 {
             let (mode, may_send) = match role {
                 Role::Local => (Mode::Local, true),
                 Role::Incoming => (Mode::Shut, false),
