@@ -138,7 +138,7 @@ mod tests {
     const PEER: [u8; 6] = [0x52, 0x54, 0, 9, 9, 9];
 
     fn ethernet(kind: u16, tags: usize, payload: &[u8]) -> Vec<u8> {
-        let mut frame = Vec::from([POD, PEER].concat());
+        let mut frame = [POD, PEER].concat();
         for _ in 0..tags {
             frame.extend(ETH_P_8021Q.to_be_bytes());
             frame.extend([0, 42]);

@@ -64,20 +64,28 @@ impl Netns {
         })
     }
 
+    /// Runs a program with these arguments, split at spaces, inside; returns what it printed.
+    ///
+    /// # Errors
+    /// It failed; its message is in the error.
+    pub fn run(&self, program: &'static str, arguments: &str) -> anyhow::Result<String> {
+        let owned = arguments.to_owned();
+        let ran = self.spawn(move || Command::new(program).args(owned.split(' ')).output());
+        let output = join(ran).with_context(|| format!("could not run `{program}`"))?;
+        ensure!(
+            output.status.success(),
+            "{program} {arguments}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
     /// Runs `ip` with these arguments, split at spaces, inside.
     ///
     /// # Errors
     /// It failed; its message is in the error.
     pub fn ip(&self, arguments: &str) -> anyhow::Result<()> {
-        let owned = arguments.to_owned();
-        let ran = self.spawn(move || Command::new("ip").args(owned.split(' ')).output());
-        let output = join(ran).context("could not run `ip`")?;
-        ensure!(
-            output.status.success(),
-            "ip {arguments}: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        Ok(())
+        self.run("ip", arguments).map(drop)
     }
 }
 
@@ -126,6 +134,25 @@ const OFFLOADS: libc::c_ulong = 0x01 | 0x02 | 0x04 | 0x08;
 pub fn take_segments_whole(tap: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: `TUNSETOFFLOAD` takes a number, not a pointer.
     let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETOFFLOAD as _, OFFLOADS) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Sets the length of the virtio-net header of a TAP; QEMU makes it 12.
+///
+/// # Errors
+/// The descriptor is no TAP, or the kernel does not know that length.
+pub fn set_vnet_header(tap: BorrowedFd<'_>, len: libc::c_int) -> io::Result<()> {
+    // SAFETY: `TUNSETVNETHDRSZ` reads one `int`, which lives through the call.
+    let result = unsafe {
+        libc::ioctl(
+            tap.as_raw_fd(),
+            libc::TUNSETVNETHDRSZ as _,
+            std::ptr::from_ref(&len),
+        )
+    };
     if result < 0 {
         return Err(io::Error::last_os_error());
     }

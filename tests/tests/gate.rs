@@ -38,13 +38,7 @@ impl Bench {
         require_root();
         let dir = BpfDir::new()?;
         let none: Option<&str> = None;
-        mount(
-            Some("bpf"),
-            dir.path(),
-            Some("bpf"),
-            MsFlags::empty(),
-            none,
-        )?;
+        mount(Some("bpf"), dir.path(), Some("bpf"), MsFlags::empty(), none)?;
         let mut programs = EbpfLoader::new()
             .default_map_pin_directory(dir.path())
             .load(migrator::network::PROGRAMS)?;

@@ -83,10 +83,10 @@ pub fn find_modules(dir: &Path) -> Result<Vec<PathBuf>, InitramfsError> {
             let path = entry.path();
             if entry.file_type().map_err(read)?.is_dir() {
                 folders.push(path);
-            } else if let Some(index) = MODULES
-                .iter()
-                .position(|m| path.file_name().is_some_and(|f| f == format!("{m}.ko").as_str()))
-            {
+            } else if let Some(index) = MODULES.iter().position(|m| {
+                path.file_name()
+                    .is_some_and(|f| f == format!("{m}.ko").as_str())
+            }) {
                 found[index] = Some(path);
             }
         }

@@ -67,6 +67,7 @@ pub(super) async fn start(
             .max_downtime_ms
             .unwrap_or(defaults.max_downtime_ms),
         connections,
+        bandwidth: request.options.bandwidth,
     };
     let id = MigrationId::random();
     // The pod is marked before anybody hears of the migration, so that two cannot take the same one.

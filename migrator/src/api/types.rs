@@ -268,6 +268,8 @@ pub struct MigrateOptions {
     pub max_downtime_ms: Option<u32>,
     /// Data connections, 1 to 16.
     pub connections: Option<u8>,
+    /// Bytes a second that memory may take on the wire while the guest runs.
+    pub bandwidth: Option<std::num::NonZeroU64>,
 }
 
 /// Answer of `POST /v1/pods/NAME/migrate`.

@@ -1,5 +1,6 @@
 //! `migrator migrate POD --to NODE`.
 
+use std::num::NonZeroU64;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -35,10 +36,16 @@ pub(super) struct MigrateArgs {
     /// Data connections
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
     connections: Option<u8>,
+    /// Send at most MB megabytes of memory a second while the guest runs
+    #[arg(long, value_name = "MB")]
+    bandwidth: Option<std::num::NonZeroU32>,
     /// Print the migration's id and return at once
     #[arg(long, conflicts_with = "watch")]
     detach: bool,
 }
+
+/// Bytes in a megabyte.
+const MEGABYTE: NonZeroU64 = NonZeroU64::new(1_000_000).unwrap();
 
 impl MigrateArgs {
     pub(super) async fn run(self, context: &Context) -> Result<ExitCode, Failure> {
@@ -48,6 +55,9 @@ impl MigrateArgs {
                 verify: self.verify,
                 max_downtime_ms: self.max_downtime,
                 connections: self.connections,
+                bandwidth: self
+                    .bandwidth
+                    .map(|mb| NonZeroU64::from(mb).saturating_mul(MEGABYTE)),
             },
         };
         let path = format!("/v1/pods/{}/migrate", encode(&self.pod));

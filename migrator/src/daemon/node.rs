@@ -11,6 +11,7 @@ use vm_runtime::spec::Accel;
 use crate::config::Config;
 use crate::daemon::migrations::MigrationRegistry;
 use crate::image::ImageStore;
+use crate::migration::driver::Arrivals;
 use crate::migration::journal::Journal;
 use crate::network::NodeNetwork;
 use crate::pods::PodRegistry;
@@ -43,6 +44,8 @@ pub struct Node {
     pub pods: PodRegistry,
     /// The migrations, past ones too.
     pub migrations: MigrationRegistry,
+    /// Migrations to here that wait for a source which lost its link.
+    pub arrivals: Arrivals,
     /// Cancelled when the service is to end: tasks end, VMs go on.
     pub shutdown: CancellationToken,
     /// Every task that the service waits for at its end.

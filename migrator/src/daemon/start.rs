@@ -21,6 +21,7 @@ use super::migrations::MigrationRegistry;
 use super::node::{GuestFiles, Node};
 use crate::config::Config;
 use crate::image::ImageStore;
+use crate::migration::driver::Arrivals;
 use crate::migration::journal::{Journal, Recovery};
 use crate::network::{NodeNetConfig, NodeNetwork};
 use crate::pods::PodRegistry;
@@ -117,6 +118,7 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
         journal: Arc::new(journal),
         pods: PodRegistry::default(),
         migrations,
+        arrivals: Arrivals::default(),
         shutdown: CancellationToken::new(),
         tasks: TaskTracker::new(),
         config,

@@ -241,18 +241,14 @@ fn cut(path: &Path) -> io::Result<(u64, Vec<Digest>)> {
 
 /// Says that the disk is full, if that is what lies beneath.
 fn disk_full(store: &ImageStore, error: ImportError) -> ImportError {
+    let by_mkfs = matches!(&error, ImportError::Mkfs(error) if error.is_disk_full());
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&error);
     while let Some(this) = cause {
-        let by_kernel = this.downcast_ref::<io::Error>().is_some_and(|e| {
-            matches!(
-                e.kind(),
-                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-            )
+        let by_kernel = this.downcast_ref::<io::Error>().is_some_and(|error| {
+            let kinds = [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded];
+            kinds.contains(&error.kind())
         });
-        let by_mkfs = this
-            .downcast_ref::<MkfsError>()
-            .is_some_and(MkfsError::is_disk_full);
-        if by_kernel || by_mkfs {
+        if by_mkfs || by_kernel {
             return ImportError::DiskFull {
                 folder: store.root().to_owned(),
                 source: Box::new(error),

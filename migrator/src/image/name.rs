@@ -53,6 +53,14 @@ pub fn normalize(name: &str) -> Result<String, BadName> {
     })
 }
 
+/// Checks a name that should be in the store's form already.
+pub(super) fn check(name: &str) -> Result<(), BadName> {
+    if normalize(name)? == name {
+        return Ok(());
+    }
+    Err(BadName(name.to_owned()))
+}
+
 /// Makes a name out of a file's name, for an archive that carries none: `My Image.tar.gz` becomes
 /// `my-image`.
 pub(super) fn from_file_stem(file_name: &str) -> String {

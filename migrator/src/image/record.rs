@@ -132,9 +132,7 @@ impl ImageRecord {
     /// Checks a record that came from a peer or from a disk: sizes and counts agree, the digest matches,
     /// names and texts are harmless.
     pub fn validate(&self) -> Result<(), BadRecord> {
-        if name::normalize(&self.name)? != self.name {
-            return Err(name::normalize("").unwrap_err().into());
-        }
+        name::check(&self.name)?;
         if !self.chunk_size.is_power_of_two() || !CHUNK_SIZE_RANGE.contains(&self.chunk_size) {
             return Err(BadRecord::ChunkSize(self.chunk_size));
         }

@@ -1,1 +1,24 @@
-//! Stub.
+//! The memory mover: takes pages out of the source's RAM file, and places them in the destination's.
+//!
+//! # Why no page is lost, and none is overtaken by an older version of itself
+//!
+//! 1. Tracking starts before the first page is read. A round scans first (the kernel reports a page as
+//!    written and write-protects it again in one step) and reads the pages after that. A write that
+//!    comes after the scan faults, so the next scan reports it; a write that came before the scan is
+//!    in the bytes that are read. A page may be sent once too often, never once too seldom.
+//! 2. A page always takes the same connection ([`shard::lane_of`] looks at nothing but its index), and a
+//!    connection keeps order. So two versions of a page arrive in the order in which they were read,
+//!    with nothing to wait for between rounds.
+//! 3. The last round's scan runs after the VM has stopped, and its barrier follows its last page on
+//!    every connection. The destination is complete when it has seen that barrier on all of them.
+//!
+//! What is absent: no decision when to go on or to freeze (`migration::rounds`), no VM, no QMP.
+
+mod pace;
+pub mod pageset;
+pub mod receive;
+pub mod runs;
+pub mod send;
+pub mod shard;
+pub mod track;
+pub mod verify;

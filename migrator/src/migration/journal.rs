@@ -205,7 +205,7 @@ impl Journal {
     pub fn answer(&self, migration: MigrationId, peer: &str) -> Result<Verdict, JournalError> {
         let _guard = self.guard();
         let record = self.destination_of(migration, peer)?;
-        let verdict = record.as_ref().map_or(None, DestinationRecord::verdict);
+        let verdict = record.as_ref().and_then(DestinationRecord::verdict);
         if let Some(verdict) = verdict {
             return Ok(verdict);
         }

@@ -127,6 +127,28 @@ fn a_grant_that_is_lost_comes_back_as_discarded_and_one_that_arrived_as_running(
     assert_eq!(lost.source_epoch().0, 3);
 }
 
+#[test]
+fn a_grant_that_comes_after_the_question_is_nothing() {
+    let mut taken_back = 0;
+    for seed in 1..1_000 {
+        let mut world = World::new(Setting {
+            seed,
+            late: true,
+            ..Setting::default()
+        });
+        while !world.in_doubt() {
+            assert!(world.step());
+        }
+        world.strike(Accident::CutAndDeliver);
+        while world.step() {
+            world.check();
+        }
+        world.check_end();
+        taken_back += u32::from(world.source_runs());
+    }
+    assert!((100..900).contains(&taken_back), "{taken_back}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2_000))]
 

@@ -24,6 +24,7 @@ mod error;
 mod gate;
 mod ledger;
 mod log;
+mod marker;
 mod netlink;
 mod node;
 mod port;

@@ -74,15 +74,25 @@ impl Netlink {
 
     /// Prepares a pod's TAP: a long queue, no addresses, a port of the bridge that neither learns from
     /// the guest nor gets frames for unknown addresses, up.
+    ///
+    /// A bridge takes the lowest MAC of its ports for its own, unless one was set: so the host's side of
+    /// the TAP gets a high one, or every new pod could change the address that the node itself has.
     pub(crate) async fn raise_tap(
         &self,
         name: &str,
-        bridge: u32,
-        mtu: u32,
-    ) -> Result<Link, NetlinkError> {
+        bridge: Link,
+        MacAddress(mac): MacAddress,
+    ) -> Result<(), NetlinkError> {
         let link = self.require(name).await?;
         self.make_silent(name, link.index).await?;
-        let message = quiet(link.index, mtu).controller(bridge).build();
+        // 0xfe and 0xfa: locally administered, unicast; not the guest's own in any case.
+        let [first, rest @ ..] = mac;
+        let high = if first == 0xfe { 0xfa } else { 0xfe };
+        let [b, c, d, e, f] = rest;
+        let message = quiet(link.index, bridge.mtu)
+            .address(vec![high, b, c, d, e, f])
+            .controller(bridge.index)
+            .build();
         self.set(name, message).await?;
         let port = LinkBridgePort::new(link.index)
             .learning(false)
@@ -90,8 +100,7 @@ impl Netlink {
             .build();
         self.set(name, port).await?;
         let up = LinkUnspec::new_with_index(link.index).up().build();
-        self.set(name, up).await?;
-        Ok(link)
+        self.set(name, up).await
     }
 
     /// The device must never send a frame of its own: no IPv6 address, so no discovery either.
@@ -100,7 +109,7 @@ impl Netlink {
         let message = LinkUnspec::new_with_index(index)
             .append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![none]))
             .build();
-        match self.handle.link().set(message).execute().await {
+        match self.handle.link().change(message).execute().await {
             Ok(()) => Ok(()),
             // A kernel or namespace without IPv6 has nothing to silence.
             Err(error) if is_errno(&error, &[libc::EAFNOSUPPORT, libc::EINVAL]) => Ok(()),
@@ -109,7 +118,8 @@ impl Netlink {
     }
 
     async fn set(&self, name: &str, message: LinkMessage) -> Result<(), NetlinkError> {
-        let request = self.handle.link().set(message);
+        // RTM_NEWLINK: the kernel reads a bridge port's settings from no other message.
+        let request = self.handle.link().change(message);
         request
             .execute()
             .await

@@ -174,7 +174,9 @@ impl NodeNetwork {
         let bridge = netlink.require(&self.inner.config.bridge).await?;
         let park = netlink.raise_park(&names.1, bridge.mtu).await?;
         let tap = netlink.require(&names.0).await?;
-        if !adopted {
+        // A word that was never written: the devices live on, but the pins of the former service are out
+        // of reach, as they are when it was in another mount namespace.
+        if !adopted || gate.get().epoch == 0 {
             let (mode, may_send) = match role {
                 Role::Local => (Mode::Local, true),
                 Role::Incoming => (Mode::Shut, false),
@@ -193,9 +195,7 @@ impl NodeNetwork {
         };
         // The gate first, so that the bridge never reaches a TAP without one.
         self.inner.gates.attach(&names.0, tap.index, device)?;
-        netlink
-            .raise_tap(&names.0, bridge.index, bridge.mtu)
-            .await?;
+        netlink.raise_tap(&names.0, bridge, pod.mac).await?;
         let stage = initial_stage(gate.get().mode, role);
         if matches!(stage, Stage::Local | Stage::Holding | Stage::Forwarding) {
             netlink.own_address(&names.0, tap.index, pod.mac).await?;

@@ -272,13 +272,15 @@ impl Port {
         self.inner.quiet();
         let netlink = &self.inner.node.netlink;
         let tap = self.inner.tap_index;
-        // First the entry: frames then take the way that the bridge has learned, and none comes here.
+        // First the entry: frames for the pod alone then take the way that the bridge has learned. When
+        // the last one is through, only group frames come, whose copy counts at the other node.
         netlink
             .disown_address(&self.inner.tap_name, tap, self.inner.pod.mac)
             .await?;
-        let waited = tokio::task::spawn_blocking(sys::grace_period).await;
-        if let Ok(Err(error)) = waited {
-            tracing::warn!(%error, "no grace period: a frame on its way here may be lost");
+        wait_for_frames().await;
+        match self.ask(Command::Shut).await {
+            Ok(()) | Err(PortError::Gone(_)) => wait_for_frames().await,
+            Err(error) => return Err(error),
         }
         let ledger = match self.ask(Command::Drain).await {
             Ok(tally) => Some(self.book(tally).await?),
@@ -432,5 +434,12 @@ impl Port {
         let now = self.ledger().await?;
         *lock(&self.inner.base) = now;
         Ok(())
+    }
+}
+
+/// Until no frame is on its way that saw the network as it was.
+async fn wait_for_frames() {
+    if let Ok(Err(error)) = tokio::task::spawn_blocking(sys::grace_period).await {
+        tracing::warn!(%error, "no grace period: a frame on its way may be lost");
     }
 }

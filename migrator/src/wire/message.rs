@@ -336,6 +336,7 @@ pub struct Bye {
 macro_rules! control {
     (
         postcard { $($code:literal => $name:ident,)* }
+        boxed { $($boxed_code:literal => $boxed_name:ident,)* }
         raw { $($raw_code:literal => $raw_name:ident,)* }
     ) => {
         /// A message of the control connection. The frame type of each is fixed.
@@ -343,12 +344,18 @@ macro_rules! control {
         #[allow(missing_docs)] // each variant holds the struct of its name, documented there
         pub enum Control {
             $($name($name),)*
+            $($boxed_name(Box<$boxed_name>),)*
             $($raw_name($raw_name),)*
         }
 
         $(impl From<$name> for Control {
             fn from(message: $name) -> Self {
                 Self::$name(message)
+            }
+        })*
+        $(impl From<$boxed_name> for Control {
+            fn from(message: $boxed_name) -> Self {
+                Self::$boxed_name(Box::new(message))
             }
         })*
         $(impl From<$raw_name> for Control {
@@ -362,6 +369,7 @@ macro_rules! control {
             pub fn name(&self) -> &'static str {
                 match self {
                     $(Self::$name(_) => stringify!($name),)*
+                    $(Self::$boxed_name(_) => stringify!($boxed_name),)*
                     $(Self::$raw_name(_) => stringify!($raw_name),)*
                 }
             }
@@ -373,6 +381,7 @@ macro_rules! control {
             fn kind(&self) -> u8 {
                 match self {
                     $(Self::$name(_) => $code,)*
+                    $(Self::$boxed_name(_) => $boxed_code,)*
                     $(Self::$raw_name(_) => $raw_code,)*
                 }
             }
@@ -380,6 +389,7 @@ macro_rules! control {
             fn head(&self, out: &mut Vec<u8>) {
                 match self {
                     $(Self::$name(message) => put_postcard(message, out),)*
+                    $(Self::$boxed_name(message) => put_postcard(message, out),)*
                     $(Self::$raw_name(message) => message.head(out),)*
                 }
             }
@@ -387,6 +397,7 @@ macro_rules! control {
             fn tail(&self) -> &[u8] {
                 match self {
                     $(Self::$name(_) => &[],)*
+                    $(Self::$boxed_name(_) => &[],)*
                     $(Self::$raw_name(message) => message.tail(),)*
                 }
             }
@@ -394,6 +405,7 @@ macro_rules! control {
             fn decode(kind: u8, payload: Bytes) -> Result<Self, DecodeError> {
                 match kind {
                     $($code => get_postcard(stringify!($name), &payload).map(Self::$name),)*
+                    $($boxed_code => get_postcard(stringify!($boxed_name), &payload).map(Self::$boxed_name),)*
                     $($raw_code => $raw_name::parse(payload).map(Self::$raw_name),)*
                     kind => Err(DecodeError::UnknownType { lane: Lane::Control, kind }),
                 }
@@ -404,7 +416,6 @@ macro_rules! control {
 
 control! {
     postcard {
-        0x01 => Offer,
         0x02 => Accept,
         0x03 => Refuse,
         0x04 => ImageDone,
@@ -426,6 +437,9 @@ control! {
         0x16 => Ping,
         0x17 => Pong,
         0x18 => Bye,
+    }
+    boxed {
+        0x01 => Offer,
     }
     raw {
         0x0a => StateChunk,
@@ -459,7 +473,7 @@ impl PageHashes {
 
     fn parse(mut payload: Bytes) -> Result<Self, DecodeError> {
         let first = PageIndex(split_u64("PageHashes", &mut payload)?);
-        if payload.len() % 8 != 0 {
+        if !payload.len().is_multiple_of(8) {
             return Err(DecodeError::Malformed("PageHashes"));
         }
         Ok(Self {

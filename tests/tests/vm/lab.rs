@@ -12,7 +12,7 @@ use vm_runtime::memory::{GuestMemory, is_zero, page_hash};
 use vm_runtime::qemu::{QemuBinary, QemuConfig};
 use vm_runtime::spec::{Accel, CPU, DiskSpec, KERNEL_CMDLINE, MACHINE, VmSpec};
 use vm_runtime::units::{Bytes, PAGE_SIZE, PageIndex};
-use vm_runtime::vm::{CONSOLE, Vm, VmResources};
+use vm_runtime::vm::{CONSOLE, Vm, VmRecord, VmResources};
 
 use crate::guest;
 
@@ -106,6 +106,30 @@ impl Lab {
         let vm = Vm::boot(&self.spec(), self.resources(name, &self.qemu)?).await?;
         counts_past(vm.dir(), 20).await?;
         Ok(vm)
+    }
+}
+
+impl Drop for Lab {
+    /// A test that failed leaves its VMs running: they are made to outlive whoever started them.
+    fn drop(&mut self) {
+        let dirs = std::fs::read_dir(self.dir.path()).into_iter().flatten();
+        let records: Vec<VmRecord> = dirs
+            .filter_map(|entry| VmRecord::load(&entry.ok()?.path()).ok())
+            .collect();
+        let kill = move || -> anyhow::Result<()> {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?;
+            for record in records {
+                runtime.block_on(record.kill())?;
+            }
+            Ok(())
+        };
+        match std::thread::spawn(kill).join() {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => eprintln!("a VM of this test was not killed: {error:#}"),
+            Err(_) => eprintln!("a VM of this test was not killed"),
+        }
     }
 }
 

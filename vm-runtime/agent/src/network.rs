@@ -146,7 +146,7 @@ fn new_address(index: u32, address: IpAddr, prefix: u8) -> Message {
         }
         IpAddr::V4(_) => {}
         IpAddr::V6(_) => {
-            message.attribute(libc::IFA_FLAGS, &(libc::IFA_F_NODAD as u32).to_ne_bytes());
+            message.attribute(libc::IFA_FLAGS, &libc::IFA_F_NODAD.to_ne_bytes());
         }
     }
     message

@@ -115,8 +115,14 @@ mod tests {
     #[test]
     fn names_and_numbers_are_found_with_their_groups_and_home() {
         assert_eq!(ids(""), (0, 0, vec![0], "/root".into()));
-        assert_eq!(ids("redis"), (101, 102, vec![102, 110], "/var/lib/redis".into()));
-        assert_eq!(ids("101"), (101, 102, vec![102, 110], "/var/lib/redis".into()));
+        assert_eq!(
+            ids("redis"),
+            (101, 102, vec![102, 110], "/var/lib/redis".into())
+        );
+        assert_eq!(
+            ids("101"),
+            (101, 102, vec![102, 110], "/var/lib/redis".into())
+        );
         assert_eq!(
             ids("redis:ssl"),
             (101, 110, vec![110], "/var/lib/redis".into())

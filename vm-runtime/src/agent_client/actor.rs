@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use guest_agent::protocol::frame::{Decoder, Frame, Refusal};
-use guest_agent::protocol::link::{HostInput, HostLink};
+use guest_agent::protocol::frame::Decoder;
+use guest_agent::protocol::link::HostLink;
 use guest_agent::protocol::message::{
-    Event, ExecId, ExecSpec, GuestMessage, HostMessage, Reply, Request, RequestId, Stream,
+    Event, ExecId, ExecSpec, HostMessage, Reply, Request, RequestId, Stream,
 };
 use tokio::io::Interest;
 use tokio::net::UnixStream;
@@ -47,6 +47,7 @@ pub(super) enum Command {
         reply: Answer,
     },
     Tell(HostMessage),
+    Close,
     Detach {
         reply: oneshot::Sender<()>,
     },
@@ -71,20 +72,20 @@ enum Mode {
 
 pub(super) struct Actor {
     socket: PathBuf,
-    sink: Arc<dyn OutputSink>,
+    pub(super) sink: Arc<dyn OutputSink>,
     inbox: mpsc::UnboundedReceiver<Command>,
-    events: broadcast::Sender<Event>,
-    link: HostLink,
+    pub(super) events: broadcast::Sender<Event>,
+    pub(super) link: HostLink,
     decoder: Decoder,
     out: Vec<u8>,
     mode: Mode,
     nonce: u64,
     next_request: RequestId,
-    waiting: HashMap<RequestId, Answer>,
-    execs: HashMap<ExecId, Ends>,
-    offsets: BTreeMap<(String, Stream), u64>,
+    pub(super) waiting: HashMap<RequestId, Answer>,
+    pub(super) execs: HashMap<ExecId, Ends>,
+    pub(super) offsets: BTreeMap<(String, Stream), u64>,
     settling: Vec<oneshot::Sender<()>>,
-    attached: Option<oneshot::Sender<Result<(), ConnectError>>>,
+    pub(super) attached: Option<oneshot::Sender<Result<(), ConnectError>>>,
     stream: Option<UnixStream>,
     /// When to connect or attach again.
     retry: Instant,
@@ -92,7 +93,7 @@ pub(super) struct Actor {
 }
 
 /// Random bytes from the kernel: a session must not be guessed from another, nor an id come twice.
-fn random<const N: usize>() -> [u8; N] {
+pub(super) fn random<const N: usize>() -> [u8; N] {
     use std::io::Read;
     let mut bytes = [0; N];
     let read = std::fs::File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut bytes));
@@ -255,7 +256,7 @@ impl Actor {
     }
 
     /// Begins on this connection: what was cut belongs to the past.
-    fn begin(&mut self) {
+    pub(super) fn begin(&mut self) {
         self.nonce = self.nonce.wrapping_add(1);
         self.decoder = Decoder::new();
         self.out.clear();
@@ -270,97 +271,6 @@ impl Actor {
         self.retry = Instant::now();
     }
 
-    fn hear(&mut self, frame: Frame) {
-        match self.link.receive(frame) {
-            HostInput::Nothing => {}
-            HostInput::Attached => {
-                if let Some(attached) = self.attached.take() {
-                    attached.send(Ok(())).ok();
-                }
-            }
-            HostInput::Detached(None) => self.begin(),
-            HostInput::Detached(Some(Refusal::UnknownSession)) => {
-                tracing::warn!("the guest does not know this session: beginning a fresh one");
-                self.link = HostLink::fresh(random());
-                self.begin();
-            }
-            HostInput::Detached(Some(Refusal::Version)) => {
-                tracing::error!("the guest's agent speaks another protocol version");
-                if let Some(attached) = self.attached.take() {
-                    attached.send(Err(ConnectError::Version)).ok();
-                }
-            }
-            HostInput::Message(bytes) => match postcard::from_bytes(&bytes) {
-                Ok(GuestMessage::Reply { id, result }) => {
-                    if let Some(reply) = self.waiting.remove(&id) {
-                        let result = result.map(|r| (id, r)).map_err(AgentError::Refused);
-                        if result.is_err() {
-                            self.execs.remove(&id);
-                        }
-                        reply.send(result).ok();
-                    }
-                }
-                Ok(GuestMessage::Event(event)) => self.happen(event),
-                Err(error) => {
-                    tracing::warn!(%error, "the guest sent a message that cannot be read")
-                }
-            },
-        }
-    }
-
-    fn happen(&mut self, event: Event) {
-        match event {
-            Event::Output {
-                container,
-                stream,
-                offset,
-                data,
-            } => self.store(container, stream, offset, &data.0),
-            Event::ExecOutput { exec, stream, data } => {
-                let bytes = data.0.len() as u32;
-                let ends = self.execs.get(&exec);
-                if ends.is_none_or(|e| e.output.send((stream, data.0)).is_err()) {
-                    // Nobody reads it any more: let the process go on to its end.
-                    self.tell(&HostMessage::OutputCredit { exec, bytes });
-                }
-            }
-            Event::StdinCredit { exec, bytes } => {
-                if let Some(ends) = self.execs.get(&exec) {
-                    ends.room.add_permits(bytes as usize);
-                }
-            }
-            Event::ExecExited { exec, code } => {
-                if let Some(ends) = self.execs.remove(&exec) {
-                    ends.room.close();
-                    ends.exit.send(code).ok();
-                }
-            }
-            event @ (Event::Ready { .. }
-            | Event::Started { .. }
-            | Event::ContainerExited { .. }
-            | Event::Stopped
-            | Event::Error { .. }) => {
-                if let Event::Error { context, message } = &event {
-                    tracing::warn!(%context, %message, "the guest's agent reports an error");
-                }
-                // Nobody may be listening.
-                self.events.send(event).ok();
-            }
-        }
-    }
-
-    /// Gives output to the sink, without what it has already.
-    fn store(&mut self, container: String, stream: Stream, offset: u64, data: &[u8]) {
-        let end = offset + data.len() as u64;
-        let stored = self.sink.last_offset(&container, stream);
-        if end > stored {
-            let known = stored.saturating_sub(offset) as usize;
-            self.sink
-                .append(&container, stream, offset + known as u64, &data[known..]);
-        }
-        self.offsets.insert((container, stream), end);
-    }
-
     fn obey(&mut self, command: Command) {
         match command {
             Command::Request { request, reply } => {
@@ -372,10 +282,15 @@ impl Actor {
                 }
             }
             Command::Tell(message) => {
-                if self.mode == Mode::Open {
-                    self.tell(&message);
+                if let HostMessage::OutputCredit { exec, bytes } = &message
+                    && let Some(ends) = self.execs.get_mut(exec)
+                {
+                    ends.owed = ends.owed.saturating_sub(u64::from(*bytes));
                 }
+                // While detached as well: a credit that is lost would stop an exec after a rollback.
+                self.tell(&message);
             }
+            Command::Close => self.inbox.close(),
             Command::Detach { reply } => {
                 if self.mode == Mode::Open {
                     self.mode = Mode::Detached;
@@ -419,7 +334,7 @@ impl Actor {
         Some(id)
     }
 
-    fn tell(&mut self, message: &HostMessage) {
+    pub(super) fn tell(&mut self, message: &HostMessage) {
         if let Err(error) = self.push(message) {
             tracing::warn!(%error, "a message to the guest was dropped");
         }

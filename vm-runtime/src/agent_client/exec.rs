@@ -27,6 +27,8 @@ pub(super) struct Ends {
     pub(super) exit: oneshot::Sender<i32>,
     /// Bytes of input that may still be sent.
     pub(super) room: Arc<Semaphore>,
+    /// Bytes of output that the consumer has not taken.
+    pub(super) owed: u64,
 }
 
 pub(super) fn channel(commands: mpsc::UnboundedSender<Command>, stdin: bool) -> (Exec, Ends) {
@@ -46,7 +48,13 @@ pub(super) fn channel(commands: mpsc::UnboundedSender<Command>, stdin: bool) -> 
         control,
         exit: code,
     };
-    (exec, Ends { output, exit, room })
+    let ends = Ends {
+        output,
+        exit,
+        room,
+        owed: 0,
+    };
+    (exec, ends)
 }
 
 impl Exec {

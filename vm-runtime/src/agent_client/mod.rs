@@ -1,6 +1,6 @@
 //! The host's end of the agent's link: requests, events, container output and exec streams.
 //!
-//! One task owns the connection and the link's state ([`actor`]); an [`AgentClient`] is a cheap handle
+//! One task owns the connection and the link's state (`actor.rs`); an [`AgentClient`] is a cheap handle
 //! on it. What the link promises, and how it survives a move, is told in [`guest_agent::protocol`].
 //!
 //! A migration uses it like this:
@@ -17,6 +17,7 @@
 
 mod actor;
 mod exec;
+mod inbound;
 mod pod;
 
 use std::io;
@@ -48,6 +49,8 @@ const EVENT_BACKLOG: usize = 256;
 /// Where container output goes. Called from the client's task, in order: it should write to a file's
 /// page cache and return, and deal with its own errors. When it returns, the output is acknowledged and
 /// the guest forgets it.
+///
+/// Container names come from the guest: take only those that the pod has.
 pub trait OutputSink: Send + Sync + 'static {
     /// `data` follows the first `offset` bytes of this stream. After a gap (output of before a
     /// move whose log did not move along), `offset` is greater than [`Self::last_offset`].
@@ -317,6 +320,13 @@ impl AgentClient {
     /// [`AgentError::Gone`].
     pub fn reconnect(&self) -> Result<(), AgentError> {
         self.send(Command::Reattach { reconnect: true })
+    }
+
+    /// Ends the connection for all handles: requests and execs that wait get [`AgentError::Gone`]. For a
+    /// source whose pod has moved away.
+    pub fn close(&self) {
+        // If the task has ended already, so much the better.
+        self.send(Command::Close).ok();
     }
 
     async fn done(&self, request: Request, limit: Duration) -> Result<(), AgentError> {

@@ -1,8 +1,10 @@
 //! Which pages the guest wrote, asked from outside.
 //!
-//!     start   register the RAM mapping with the VMM's own userfaultfd, write-protect it all
-//!     scan    PAGEMAP_SCAN: report what was written, protect it again, one walk
-//!     stop    unregister: the guest runs at full speed again
+//! ```text
+//! start   register the RAM mapping with the VMM's own userfaultfd, write-protect it all
+//! scan    PAGEMAP_SCAN: report what was written, protect it again, one walk
+//! stop    unregister: the guest runs at full speed again
+//! ```
 //!
 //! With `WP_ASYNC` the kernel resolves a write fault by itself, so the guest never waits for this
 //! process, and a killed service leaves a VM that merely keeps its protection.

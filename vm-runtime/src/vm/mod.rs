@@ -1,9 +1,11 @@
 //! One VM: a QEMU process that outlives this service, its guest memory, and its verbs.
 //!
-//!     boot -> running <-> stop / cont
-//!     incoming -> load_state -> paused -> cont -> running
-//!     running -> stop -> save_state -> quit        the guest now lives elsewhere
-//!                            \-> cont              rollback: it goes on here
+//! ```text
+//! boot -> running <-> stop / cont
+//! incoming -> load_state -> paused -> cont -> running
+//! running -> stop -> save_state -> quit        the guest now lives elsewhere
+//!                        \-> cont              rollback: it goes on here
+//! ```
 //!
 //! Dropping a [`Vm`] leaves its QEMU running; [`Vm::attach`] finds it again. Only `kill` and `quit`
 //! end it. Verbs that fail say in their documentation what state the VM is left in.

@@ -1,10 +1,12 @@
 //! Starting QEMU: one thread a VM, which forks it, traces it for a moment, and later reaps it.
 //!
-//!     fork -> setsid, die with the parent, be traced -> exec stops
-//!       inject userfaultfd(2), take it by pidfd_getfd, do its handshake
-//!       write the record                        <- until here the child dies with this service
-//!       let it outlive us, detach               <- from here a restarted service finds it
-//!     wait -> exit status
+//! ```text
+//! fork -> setsid, die with the parent, be traced -> exec stops
+//!   inject userfaultfd(2), take it by pidfd_getfd, do its handshake
+//!   write the record                        <- until here the child dies with this service
+//!   let it outlive us, detach               <- from here a restarted service finds it
+//! wait -> exit status
+//! ```
 //!
 //! ptrace(2) wants every call from the thread that forked, hence the thread of its own.
 

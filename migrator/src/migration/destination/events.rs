@@ -59,7 +59,7 @@ pub enum Input {
         /// What failed and why, for people.
         reason: String,
     },
-    /// [`Output::Journal`] failed, and what followed it in its batch was not carried out.
+    /// [`Output::Journal`] failed, and what followed it in its batch was not carried out. Must be the next input of all.
     JournalFailed {
         /// Why, for people.
         reason: String,

@@ -6,7 +6,6 @@ use vm_runtime::pod::{PodNet, PodSpec};
 use vm_runtime::spec::{Accel, VmSpec};
 use vm_runtime::units::{Bytes, Epoch};
 
-use super::accidents::Accident;
 use crate::migration::destination::{self, Destination};
 use crate::migration::journal::{
     DestinationRecord, DestinationState, Entry, OwnerRecord, OwnerState, SourceRecord, SourceState,
@@ -16,6 +15,9 @@ use crate::wire::id::MigrationId;
 use crate::wire::message::{
     Bye, Control, ImageWant, Ledger, Offer, OfferOptions, QueryReply, Refuse, RefuseCode, Verdict,
 };
+
+mod accidents;
+mod nodes;
 
 /// What varies between runs.
 #[derive(Clone, Copy, Debug, Default)]
@@ -331,10 +333,28 @@ impl World {
             self.events
                 .retain(|_, e| !matches!(e, Event::Deliver { link: l, .. } if *l == link));
         }
+        if self.setting.late && !lose {
+            self.stall(link);
+        }
         let arrives = self.links[link].arrives;
         for (side, last) in [(Side::Source, arrives.1), (Side::Destination, arrives.0)] {
-            let time = (self.now + self.delay(3_000_000)).max(last + 1);
+            let mut time = self.now + self.delay(3_000_000);
+            if !self.setting.late {
+                time = time.max(last + 1);
+            }
             self.at(time, Event::Lost { link, side });
+        }
+    }
+
+    /// What is under way on a link takes its time, and may come long after its ends have given the link up.
+    fn stall(&mut self, link: usize) {
+        let shift = self.delay(5_000_000);
+        let (stalled, events) = std::mem::take(&mut self.events)
+            .into_iter()
+            .partition(|(_, e)| matches!(e, Event::Deliver { link: l, .. } if *l == link));
+        self.events = events;
+        for ((time, serial), event) in stalled {
+            self.events.insert((time + shift, serial), event);
         }
     }
 
@@ -493,455 +513,5 @@ impl World {
             let life = node.life;
             self.at(now, Event::Outbox { life, side });
         }
-    }
-
-    fn carry_out(&mut self, side: Side) {
-        let Some(out) = self.node(side).outbox.pop_front() else {
-            return;
-        };
-        match out {
-            Out::Source(out) => self.at_source(out),
-            Out::Destination(out) => self.at_destination(out),
-        }
-        let now = self.now;
-        let node = self.node(side);
-        if !node.outbox.is_empty() {
-            let life = node.life;
-            self.at(now, Event::Outbox { life, side });
-        }
-    }
-
-    fn write(&mut self, entry: Entry, side: Side) {
-        match entry {
-            Entry::Owner(record) => self.node(side).owner = Some(record),
-            Entry::Source(record) => self.source_record = Some(record),
-            Entry::Destination(record) => {
-                if record.state == (DestinationState::Owner { resumed: false }) {
-                    self.d.owner = Some(record.owner());
-                }
-                self.destination_record = Some(record);
-            }
-        }
-    }
-
-    fn at_source(&mut self, out: source::Output) {
-        use source::{Input, Output};
-        let step = match out {
-            Output::Send(message) => return self.send(Side::Source, self.s.link, message),
-            Output::Journal(_) if std::mem::take(&mut self.s.disk_full) => {
-                self.s.outbox.clear();
-                let reason = "disk full".to_owned();
-                return self.input(0, In::Source(Input::JournalFailed { reason }));
-            }
-            Output::Journal(entry) | Output::Note(entry) => return self.write(entry, Side::Source),
-            Output::SendImages(_) => Input::ImagesSent,
-            Output::StartTracking => {
-                self.tracking = true;
-                Input::TrackingStarted
-            }
-            Output::SendRound { round } => {
-                self.place(round);
-                Input::RoundSent {
-                    pages: 1000,
-                    bytes: 4_100_000,
-                }
-            }
-            Output::Scan => Input::Scanned {
-                dirtied: 10,
-                pending: 10,
-            },
-            Output::DetachAgent => {
-                self.agent_detached = true;
-                Input::AgentDetached { state: vec![1] }
-            }
-            Output::Hold => {
-                self.held = true;
-                Input::Held
-            }
-            Output::DrainTap => Input::Drained,
-            Output::StopVm => Input::Stopped { at_unix_us: 1 },
-            Output::ReadResidue => Input::ResidueRead,
-            Output::SendLastPages { round } => {
-                self.place(round);
-                Input::LastPagesSent { pages: 10 }
-            }
-            Output::SaveState => {
-                let end = crate::wire::message::StateEnd { bytes: 1 };
-                self.send(Side::Source, self.s.link, end.into());
-                Input::StateSent
-            }
-            Output::SendHashes => {
-                let end = crate::wire::message::HashesEnd { pages: 1 };
-                self.send(Side::Source, self.s.link, end.into());
-                Input::HashesSent
-            }
-            Output::Rollback(rollback) => {
-                self.s.movers += 1;
-                if rollback.resume_vm && self.s.vm == Vm::Paused {
-                    self.s.vm = Vm::Running;
-                }
-                self.held &= !rollback.release_hold;
-                self.tracking &= !rollback.stop_tracking;
-                self.agent_detached &= !rollback.attach_agent;
-                Input::RolledBack
-            }
-            Output::Forward => Input::Forwarded,
-            Output::KillVm => {
-                self.s.vm = Vm::None;
-                return;
-            }
-            Output::Release => {
-                self.held = false;
-                let ledger = Ledger::default();
-                Input::Released { ledger }
-            }
-            Output::Redial => {
-                let (life, time) = (self.s.life, self.now + self.delay(3_000));
-                return self.at(time, Event::Dialed { life });
-            }
-            Output::WakeAt(at) => return self.wake(Side::Source, at),
-            Output::CancelRefused => {
-                self.cancel_refused = true;
-                return;
-            }
-            Output::Finish(_) => {
-                self.s.finished = true;
-                self.source = None;
-                return self.hang_up(Side::Source);
-            }
-        };
-        self.done(In::Source(step));
-    }
-
-    /// The pages of a round arrive beside the control connection.
-    fn place(&mut self, round: u32) {
-        self.done(In::Destination(destination::Input::RoundPlaced { round }));
-    }
-
-    fn wake(&mut self, side: Side, at: u64) {
-        let time = at.max(self.now);
-        let node = self.node(side);
-        node.timer = Some(at);
-        let life = node.life;
-        self.at(time, Event::Tick { life, at, side });
-    }
-
-    fn hang_up(&mut self, side: Side) {
-        if let Some(link) = self.node(side).link.take() {
-            self.cut(link, false);
-        }
-    }
-
-    fn at_destination(&mut self, out: destination::Output) {
-        use destination::{Input, Output};
-        let step = match out {
-            Output::Send(message) => return self.send(Side::Destination, self.d.link, message),
-            Output::Journal(_) if std::mem::take(&mut self.d.disk_full) => {
-                self.d.outbox.clear();
-                let reason = "disk full".to_owned();
-                return self.input(0, In::Destination(Input::JournalFailed { reason }));
-            }
-            Output::Journal(entry) | Output::Note(entry) => {
-                return self.write(entry, Side::Destination);
-            }
-            Output::Check(_) => Input::Checked(self.verdict_of_check()),
-            Output::ReceiveImages(_) => Input::ImagesReceived,
-            Output::PrepareVm => {
-                self.d.vm = Vm::Incoming;
-                Input::VmPrepared
-            }
-            Output::Verify => Input::Verified {
-                pages: 100,
-                mismatched: 0,
-            },
-            Output::LoadState => Input::StateLoaded,
-            Output::OpenNetwork | Output::Adopt { .. } | Output::PodFailed { .. } => return,
-            Output::Resume if self.d.vm == Vm::Dead => Input::Failed {
-                reason: "no VM".to_owned(),
-            },
-            Output::Resume => {
-                assert!(matches!(self.d.vm, Vm::Loaded | Vm::Running), "{self:?}");
-                self.d.vm = Vm::Running;
-                let steps = Vec::new();
-                Input::Resumed {
-                    at_unix_us: 2,
-                    steps,
-                }
-            }
-            Output::Discard => {
-                self.d.movers += 1;
-                self.d.vm = Vm::None;
-                Input::Discarded
-            }
-            Output::SendBye => return self.bye(self.d.link),
-            Output::WakeAt(at) => return self.wake(Side::Destination, at),
-            Output::CancelRefused => return,
-            Output::Finish(_) => {
-                self.d.finished = true;
-                self.destination = None;
-                return self.hang_up(Side::Destination);
-            }
-        };
-        self.done(In::Destination(step));
-    }
-
-    fn bye(&mut self, link: Option<usize>) {
-        let bye = Bye {
-            migration: ID,
-            ledger: Ledger::default(),
-        };
-        self.send(Side::Destination, link, bye.into());
-    }
-
-    fn verdict_of_check(&self) -> Result<Vec<ImageWant>, Refuse> {
-        if self.destination_record.is_some() {
-            return Err(Refuse {
-                code: RefuseCode::Busy,
-                reason: "known".to_owned(),
-            });
-        }
-        let want = ImageWant {
-            image: 0,
-            chunks: vec![1],
-        };
-        Ok(Vec::from_iter(self.setting.images.then_some(want)))
-    }
-
-    fn deliver(&mut self, link: usize, to: Side, message: Control) {
-        if !self.lives(link, to) {
-            return;
-        }
-        let current = self.node(to).link == Some(link);
-        match to {
-            Side::Source if current || self.setting.late => {
-                self.feed(In::Source(source::Input::Peer(message)));
-            }
-            Side::Source => {}
-            Side::Destination => self.deliver_to_destination(link, current, message),
-        }
-    }
-
-    fn deliver_to_destination(&mut self, link: usize, current: bool, message: Control) {
-        match (message, self.destination.is_some()) {
-            (Control::Offer(offer), false) if !self.d.finished => {
-                self.d.link = Some(link);
-                self.destination = Some(Destination::new(offer, "a".to_owned()));
-                self.input(0, In::Destination(destination::Input::Begin));
-            }
-            (Control::Query(_), true) if !current => {
-                if let Some(old) = self.d.link.replace(link) {
-                    self.cut(old, !self.setting.late);
-                }
-                self.feed(In::Destination(destination::Input::Asked));
-            }
-            (message, true) if current || self.setting.late => {
-                self.feed(In::Destination(destination::Input::Peer(message)));
-            }
-            // What the journal answers once there is no machine.
-            (Control::Query(_), false) => {
-                let verdict = self.answer();
-                let migration = ID;
-                let reply = QueryReply { migration, verdict };
-                self.send(Side::Destination, Some(link), reply.into());
-            }
-            (Control::Released(_), false) => {
-                if let Some(record) = &mut self.destination_record
-                    && record.verdict() == Some(Verdict::Running)
-                {
-                    record.state = DestinationState::Settled;
-                }
-                self.bye(Some(link));
-            }
-            _ => {}
-        }
-    }
-
-    fn answer(&mut self) -> Verdict {
-        let record = self.destination_record.take();
-        let known = record.as_ref().and_then(DestinationRecord::verdict);
-        self.destination_record = Some(match record {
-            Some(record) if known.is_some() => record,
-            _ => DestinationRecord {
-                migration: ID,
-                pod: String::new(),
-                from: "a".to_owned(),
-                epoch: Epoch(0),
-                state: DestinationState::Discarded {
-                    reason: String::new(),
-                },
-            },
-        });
-        known.unwrap_or(Verdict::Discarded)
-    }
-
-    fn crash(&mut self, side: Side) {
-        if !self.node(side).up {
-            return;
-        }
-        for link in 0..self.links.len() {
-            if self.lives(link, side) {
-                self.cut(link, false);
-            }
-        }
-        let node = self.node(side);
-        node.up = false;
-        node.life += 1;
-        node.movers += 1;
-        node.outbox.clear();
-        node.link = None;
-        node.timer = None;
-        match side {
-            Side::Source => self.source = None,
-            Side::Destination => self.destination = None,
-        }
-        let time = self.now + self.delay(400_000);
-        self.at(time, Event::Restart { side });
-    }
-
-    fn restart(&mut self, side: Side) {
-        let now = self.now;
-        let node = self.node(side);
-        node.up = true;
-        node.finished = true;
-        let vm_alive = !matches!(node.vm, Vm::None | Vm::Dead);
-        let owner = node.owner.clone();
-        match side {
-            Side::Source => {
-                let started = |r: &SourceRecord| r.state == SourceState::Started;
-                if let Some(record) = self.source_record.clone().filter(started) {
-                    self.s.finished = false;
-                    let (machine, out) = Source::recover(now, record, owner, vm_alive);
-                    self.source = Some(machine);
-                    self.post(side, out.into_iter().map(Out::Source).collect());
-                }
-            }
-            Side::Destination => {
-                let open = |r: &DestinationRecord| match r.state {
-                    DestinationState::Prepared | DestinationState::Owner { resumed: false } => true,
-                    DestinationState::Owner { resumed: true }
-                    | DestinationState::Settled
-                    | DestinationState::Discarded { .. } => false,
-                };
-                if let Some(record) = self.destination_record.clone().filter(open) {
-                    self.d.finished = false;
-                    let (machine, out) = Destination::recover(now, record, owner, vm_alive);
-                    self.destination = Some(machine);
-                    self.post(side, out.into_iter().map(Out::Destination).collect());
-                } else if self
-                    .destination_record
-                    .as_ref()
-                    .is_some_and(|r| matches!(r.state, DestinationState::Discarded { .. }))
-                {
-                    // The journal knows nothing to recover; what the crash left of the VM, the start of the service removes.
-                    self.d.vm = Vm::None;
-                }
-            }
-        }
-    }
-
-    /// An accident happens now.
-    pub(super) fn strike(&mut self, accident: Accident) {
-        let reason = "accident".to_owned();
-        match accident {
-            Accident::CrashSource => self.crash(Side::Source),
-            Accident::CrashDestination => self.crash(Side::Destination),
-            Accident::CrashBoth => {
-                self.crash(Side::Source);
-                self.crash(Side::Destination);
-            }
-            Accident::CutAndLose | Accident::CutAndDeliver => {
-                for link in 0..self.links.len() {
-                    self.cut(link, accident == Accident::CutAndLose);
-                }
-            }
-            Accident::Outage => {
-                self.no_dial_before = self.now + 20_000_000;
-                for link in 0..self.links.len() {
-                    self.cut(link, true);
-                }
-            }
-            Accident::Cancel => self.feed(In::Source(source::Input::Cancel)),
-            Accident::CancelDestination => {
-                self.feed(In::Destination(destination::Input::Cancel));
-            }
-            Accident::SourceVmDies => {
-                if matches!(self.s.vm, Vm::Running | Vm::Paused) {
-                    self.vm_died = true;
-                    self.s.vm = Vm::Dead;
-                    self.feed(In::Source(source::Input::VmDied { reason }));
-                }
-            }
-            Accident::DestinationVmDies => {
-                if !matches!(self.d.vm, Vm::None | Vm::Dead) {
-                    // Before the grant this is the source's good luck.
-                    let granted = self.destination_record.as_ref().map(|r| r.verdict());
-                    self.vm_died |= granted == Some(Some(Verdict::Running)) || self.granting();
-                    self.d.vm = Vm::Dead;
-                    self.feed(In::Destination(destination::Input::VmDied { reason }));
-                }
-            }
-            Accident::SourceFails => self.feed(In::Source(source::Input::Failed { reason })),
-            Accident::DestinationFails => {
-                // A resume that fails for good is the death of the VM.
-                if !self.granting() {
-                    self.feed(In::Destination(destination::Input::Failed { reason }));
-                }
-            }
-            Accident::SourceDiskFull => self.s.disk_full = true,
-            Accident::DestinationDiskFull => self.d.disk_full = true,
-            Accident::Double => self.double = true,
-        }
-    }
-
-    /// The destination has taken the grant and not yet resumed.
-    fn granting(&self) -> bool {
-        self.destination.as_ref().is_some_and(Destination::granted)
-    }
-
-    /// What must hold after every step.
-    pub(super) fn check(&self) {
-        let both = self.s.vm == Vm::Running && self.d.vm == Vm::Running;
-        assert!(!both, "two run the guest\n{self:?}");
-        assert!(!(self.s.owns() && self.d.owns()), "two own it\n{self:?}");
-        if self.s.vm == Vm::Running {
-            assert!(self.s.owns(), "the source runs without the right\n{self:?}");
-        }
-        if self.d.vm == Vm::Running {
-            assert!(
-                self.d.owns(),
-                "the destination runs without the right\n{self:?}"
-            );
-        }
-    }
-
-    /// What must hold at the end.
-    pub(super) fn check_end(&self) {
-        let running = [self.s.vm, self.d.vm].map(|vm| u8::from(vm == Vm::Running));
-        let running: u8 = running.iter().sum();
-        if !self.vm_died {
-            assert_eq!(running, 1, "nobody runs the guest\n{self:?}");
-        }
-        assert!(self.source.is_none(), "the source is not done\n{self:?}");
-        assert!(
-            self.destination.is_none(),
-            "the destination is not done\n{self:?}"
-        );
-        let owners = u8::from(self.s.owns()) + u8::from(self.d.owns());
-        assert_eq!(owners, 1, "not one owner\n{self:?}");
-        assert!(!self.held, "the gate still holds packets\n{self:?}");
-        if self.s.owns() {
-            assert!(
-                !self.tracking && !self.agent_detached,
-                "not all undone\n{self:?}"
-            );
-            assert_eq!(self.d.vm, Vm::None, "something is left behind\n{self:?}");
-        } else {
-            assert_eq!(self.s.vm, Vm::None, "the old VM is left behind\n{self:?}");
-        }
-        let record = self.source_record.as_ref().map(|r| &r.state);
-        assert!(
-            record != Some(&SourceState::Started),
-            "the journal is open\n{self:?}"
-        );
     }
 }

@@ -3,255 +3,19 @@
 //! Needs: QEMU and mkfs.erofs; MIGRATOR_GUEST_DIR with `vmlinuz`, `initramfs.cpio` and a static
 //! `busybox`. `cargo xtask test` provides them.
 
-use std::collections::BTreeMap;
-use std::fs;
-use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex};
+mod harness;
+
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep};
 use vm_runtime::agent_client::{
-    AgentClient, AgentError, Configuration, Container, ContainerState, Event, Exec, ExecSpec,
-    FailureKind, Interface, OutputSink, Stream,
+    AgentClient, AgentError, ContainerState, Event, ExecSpec, FailureKind, OutputSink, Stream,
 };
-use vm_runtime::initramfs::CMDLINE;
 
-/// A boot under TCG on a crowded machine, and anything that waits for one.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// Keeps output in memory and refuses gaps.
-#[derive(Default)]
-struct Store(Mutex<BTreeMap<(String, Stream), Vec<u8>>>);
-
-impl OutputSink for Store {
-    fn append(&self, container: &str, stream: Stream, offset: u64, data: &[u8]) {
-        let mut map = self.0.lock().expect("not poisoned");
-        let bytes = map.entry((container.to_owned(), stream)).or_default();
-        assert_eq!(
-            offset,
-            bytes.len() as u64,
-            "a gap or a repetition in {container}"
-        );
-        bytes.extend_from_slice(data);
-    }
-
-    fn last_offset(&self, container: &str, stream: Stream) -> u64 {
-        self.text(container, stream).len() as u64
-    }
-}
-
-impl Store {
-    fn text(&self, container: &str, stream: Stream) -> String {
-        let map = self.0.lock().expect("not poisoned");
-        let bytes = map.get(&(container.to_owned(), stream));
-        String::from_utf8_lossy(bytes.map_or(&[], Vec::as_slice)).into_owned()
-    }
-
-    async fn wait_for(&self, container: &str, wanted: &str) {
-        let deadline = Instant::now() + PATIENCE;
-        while !self.text(container, Stream::Stdout).contains(wanted) {
-            assert!(Instant::now() < deadline, "no `{wanted}` from {container}");
-            sleep(Duration::from_millis(5)).await;
-        }
-    }
-}
-
-/// A VM that ends with the test.
-struct Guest {
-    dir: tempfile::TempDir,
-    qemu: Child,
-}
-
-impl Guest {
-    fn socket(&self) -> PathBuf {
-        self.dir.path().join("agent.sock")
-    }
-
-    fn console(&self) -> String {
-        fs::read_to_string(self.dir.path().join("console.log")).unwrap_or_default()
-    }
-}
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!("the guest's console:\n{}", self.console());
-        }
-        self.qemu.kill().ok();
-        self.qemu.wait().ok();
-    }
-}
-
-fn guest_dir() -> PathBuf {
-    std::env::var_os("MIGRATOR_GUEST_DIR")
-        .expect("MIGRATOR_GUEST_DIR is not set: run this by `cargo xtask test`")
-        .into()
-}
-
-fn image(dir: &Path) -> PathBuf {
-    let tree = dir.join("tree");
-    fs::create_dir_all(tree.join("bin")).expect("made");
-    fs::create_dir_all(tree.join("etc")).expect("made");
-    fs::copy(guest_dir().join("busybox"), tree.join("bin/busybox")).expect("a static busybox");
-    for applet in [
-        "sh", "cat", "echo", "sleep", "ls", "id", "ps", "stty", "seq", "tail", "hostname", "ip",
-        "kill", "true", "head", "wc", "tr", "mount", "awk", "nc", "date", "grep", "env", "pwd",
-    ] {
-        symlink("busybox", tree.join("bin").join(applet)).expect("linked");
-    }
-    fs::write(
-        tree.join("etc/passwd"),
-        "root:x:0:0::/root:/bin/sh\nweb:x:101:102::/srv:/bin/sh\n",
-    )
-    .expect("written");
-    fs::write(
-        tree.join("etc/group"),
-        "root:x:0:\nweb:x:102:\nextra:x:7:web\n",
-    )
-    .expect("written");
-    let out = dir.join("img0.erofs");
-    let made = Command::new("mkfs.erofs")
-        .arg(&out)
-        .arg(&tree)
-        .stdout(Stdio::null())
-        .status()
-        .expect("mkfs.erofs runs");
-    assert!(made.success());
-    out
-}
-
-fn boot() -> Guest {
-    let dir = tempfile::tempdir().expect("a folder");
-    let disk = image(dir.path());
-    let path = |name: &str| dir.path().join(name).display().to_string();
-    let mut qemu = Command::new("qemu-system-x86_64");
-    qemu.args([
-        "-nodefaults",
-        "-no-user-config",
-        "-display",
-        "none",
-        "-no-reboot",
-    ])
-    .args([
-        "-M",
-        "q35,hpet=on,vmport=off,smbus=off,sata=off",
-        "-accel",
-        "tcg",
-    ])
-    .args(["-cpu", "max", "-m", "256", "-smp", "1", "-append", CMDLINE])
-    .arg("-kernel")
-    .arg(guest_dir().join("vmlinuz"))
-    .arg("-initrd")
-    .arg(guest_dir().join("initramfs.cpio"))
-    .args(["-serial", &format!("file:{}", path("console.log"))])
-    .args(["-netdev", "user,id=net0", "-device"])
-    .arg("virtio-net-pci,netdev=net0,mac=52:54:00:00:00:01")
-    .arg("-blockdev")
-    .arg(format!(
-        "driver=raw,node-name=d0,read-only=on,file.driver=file,file.filename={}",
-        disk.display()
-    ))
-    .args(["-device", "virtio-blk-pci,drive=d0,serial=img0"])
-    .args([
-        "-device",
-        "virtio-rng-pci",
-        "-device",
-        "virtio-serial-pci",
-        "-chardev",
-    ])
-    .arg(format!(
-        "socket,id=agent,path={},server=on,wait=off",
-        path("agent.sock")
-    ))
-    .args([
-        "-device",
-        "virtserialport,chardev=agent,name=migrator.agent",
-    ])
-    .stdin(Stdio::null());
-    let qemu = qemu.spawn().expect("QEMU starts");
-    Guest { dir, qemu }
-}
-
-fn container(name: &str, script: &str) -> Container {
-    Container {
-        name: name.into(),
-        disk: "img0".into(),
-        argv: vec!["sh".into(), "-c".into(), script.into()],
-        env: vec![("GREETING".into(), "hello".into())],
-        working_dir: "/work/dir".into(),
-        user: String::new(),
-        memory_limit: Some(64 << 20),
-        cpu_limit_milli: Some(1500),
-    }
-}
-
-fn pod(containers: Vec<Container>) -> Configuration {
-    Configuration {
-        hostname: "web".into(),
-        interfaces: vec![Interface {
-            mac: [0x52, 0x54, 0, 0, 0, 1],
-            addresses: ["10.0.2.15", "fd77::10"]
-                .map(|a| (a.parse().expect("an address"), 24))
-                .to_vec(),
-            gateways: vec!["10.0.2.2".parse().expect("an address")],
-        }],
-        dns: vec!["10.0.2.3".parse().expect("an address")],
-        containers,
-        sysctls: vec![("net.ipv4.tcp_fin_timeout".into(), "31".into())],
-    }
-}
-
-fn spec(container: &str, script: &str) -> ExecSpec {
-    ExecSpec {
-        container: container.into(),
-        argv: vec!["sh".into(), "-c".into(), script.into()],
-        env: vec![("EXTRA".into(), "more".into())],
-        tty: None,
-        stdin: false,
-    }
-}
-
-async fn collect(mut exec: Exec) -> (String, String, i32) {
-    let (mut out, mut err) = (Vec::new(), Vec::new());
-    let read = async {
-        while let Some((stream, data)) = exec.output.next().await {
-            match stream {
-                Stream::Stdout => out.extend(data),
-                Stream::Stderr => err.extend(data),
-            }
-        }
-        exec.wait().await.expect("an exit code")
-    };
-    let code = timeout(PATIENCE, read).await.expect("the exec ends");
-    let text = |bytes| String::from_utf8(bytes).expect("text");
-    (text(out), text(err), code)
-}
-
-async fn read_until(exec: &mut Exec, wanted: &str) {
-    let mut seen = String::new();
-    while !seen.contains(wanted) {
-        let next = timeout(PATIENCE, exec.output.next()).await;
-        let next = next.unwrap_or_else(|_| panic!("no {wanted:?} in {seen:?}"));
-        seen +=
-            &String::from_utf8_lossy(&next.unwrap_or_else(|| panic!("the end after {seen:?}")).1);
-    }
-}
-
-async fn run(client: &AgentClient, container: &str, script: &str) -> String {
-    let exec = client.exec(spec(container, script)).await.expect("starts");
-    let (out, err, code) = collect(exec).await;
-    assert_eq!((err.as_str(), code), ("", 0), "{script}: {out}");
-    out
-}
-
-async fn connect(guest: &Guest, store: &Arc<Store>) -> AgentClient {
-    let limit = PATIENCE;
-    AgentClient::connect(&guest.socket(), store.clone(), limit)
-        .await
-        .expect("the agent answers")
-}
+use harness::{
+    PATIENCE, Store, boot, collect, connect, container, pod, read_until, relocate, run, spec,
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_runs_a_pod_from_boot_to_stop() {
@@ -359,7 +123,7 @@ async fn in_a_container(client: &AgentClient) {
     let addresses = run(
         client,
         "stubborn",
-        "ip addr show; ip route; cat /etc/hosts /etc/resolv.conf",
+        "ip addr show; ip route; ip -6 route; cat /etc/hosts /etc/resolv.conf",
     )
     .await;
     for wanted in [
@@ -367,6 +131,7 @@ async fn in_a_container(client: &AgentClient) {
         "fd77::10/24",
         "LOOPBACK,UP",
         "default via 10.0.2.2",
+        "default via fd77::1",
         "fd77::10\tweb",
         "nameserver 10.0.2.3",
     ] {
@@ -542,4 +307,44 @@ async fn output_is_neither_lost_nor_doubled_when_connections_break() {
         };
         assert!(client.status().await.expect("a status").started);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn output_survives_a_move_to_another_vmm() {
+    const LAST: u32 = 200_000;
+    let mut guest = boot();
+    let store = Arc::new(Store::default());
+    let mut client = connect(&guest, &store).await;
+    let script = format!("seq 1 {LAST}; echo end; while :; do sleep 1; done");
+    client
+        .configure(pod(vec![container("chatty", &script)]))
+        .await
+        .expect("configures");
+    client.start_pod().await.expect("starts");
+    for round in 0..3 {
+        // The second time the host does not even detach: whatever is under way is cut.
+        if round != 1 {
+            assert!(client.detach(PATIENCE).await);
+        }
+        let (moved, state) = relocate(guest, async || client.state().await.expect("a state")).await;
+        guest = moved;
+        let begun = Instant::now();
+        let sink = store.clone();
+        client = AgentClient::resume(&guest.socket(), sink, state, PATIENCE)
+            .await
+            .expect("resumes");
+        client
+            .set_clock(SystemTime::now())
+            .await
+            .expect("sets the clock");
+        println!(
+            "resumed in {} ms, {} bytes",
+            begun.elapsed().as_millis(),
+            store.last_offset("chatty", Stream::Stdout)
+        );
+        assert_eq!(run(&client, "chatty", "echo $GREETING").await, "hello\n");
+    }
+    store.wait_for("chatty", "end").await;
+    let expected: String = (1..=LAST).map(|n| format!("{n}\n")).collect();
+    assert!(store.text("chatty", Stream::Stdout) == expected + "end\n");
 }

@@ -1,0 +1,87 @@
+//! A set of pages, one bit each. Pure.
+
+use vm_runtime::units::PageRange;
+
+/// Pages that are still to be sent.
+#[derive(Clone, Debug, Default)]
+pub struct PageSet {
+    words: Vec<u64>,
+    pages: u64,
+    count: u64,
+}
+
+impl PageSet {
+    /// An empty set for RAM of `pages` pages.
+    pub fn new(pages: u64) -> Self {
+        Self {
+            words: vec![0; pages.div_ceil(64) as usize],
+            pages,
+            count: 0,
+        }
+    }
+
+    /// Adds the pages of `range` that lie within RAM.
+    pub fn insert(&mut self, range: PageRange) {
+        for page in range.start.0..range.end.0.min(self.pages) {
+            let bit = 1 << (page % 64);
+            let word = &mut self.words[(page / 64) as usize];
+            self.count += u64::from(*word & bit == 0);
+            *word |= bit;
+        }
+    }
+
+    /// How many pages it holds.
+    pub fn len(&self) -> u64 {
+        self.count
+    }
+
+    /// Whether it holds none.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// Takes everything out, as ranges in order that do not touch.
+    pub fn take(&mut self) -> Vec<PageRange> {
+        let mut out: Vec<PageRange> = Vec::new();
+        for (index, word) in self.words.iter_mut().enumerate() {
+            let mut bits = std::mem::take(word);
+            while bits != 0 {
+                let page = index as u64 * 64 + u64::from(bits.trailing_zeros());
+                bits &= bits - 1;
+                match out.last_mut() {
+                    Some(last) if last.end.0 == page => last.end.0 += 1,
+                    Some(_) | None => out.push(PageRange::new(page, page + 1)),
+                }
+            }
+        }
+        self.count = 0;
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn what_goes_in_comes_out_once_and_in_order(ranges in prop::collection::vec((0u64..500, 0u64..90), 0..30)) {
+            let mut set = PageSet::new(512);
+            let mut model = BTreeSet::new();
+            for (start, len) in ranges {
+                set.insert(PageRange::new(start, start + len));
+                model.extend((start..start + len).filter(|page| *page < 512));
+            }
+            prop_assert_eq!(set.len(), model.len() as u64);
+            let out = set.take();
+            prop_assert!(out.windows(2).all(|pair| pair[0].end.0 < pair[1].start.0));
+            let pages: Vec<u64> = out.iter().flat_map(|r| r.start.0..r.end.0).collect();
+            prop_assert_eq!(pages, model.into_iter().collect::<Vec<_>>());
+            prop_assert!(set.is_empty() && set.take().is_empty());
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! The destination's half: one task a data connection places pages in the RAM file.
+
+use std::io;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+use vm_runtime::memory::GuestMemory;
+use vm_runtime::units::{PAGE_SIZE, PageIndex, PageRange};
+
+use super::verify::PageHashes;
+use crate::wire::bulk::Data;
+use crate::wire::conn::{LinkError, Reader};
+
+/// A data connection ended, and the migration cannot go on over it.
+#[derive(Debug, thiserror::Error)]
+pub enum ReceiveError {
+    /// The RAM file could not be written.
+    #[error("the guest's RAM file could not be written")]
+    Memory(#[source] io::Error),
+    /// The data connection is lost.
+    #[error("a data connection from the source is lost")]
+    Link(#[from] LinkError),
+    /// The source sent pages before it was told the size of the RAM, or beyond it.
+    #[error("the source sent pages {first}..{end}, but the guest's RAM has {pages} pages")]
+    OutOfRange {
+        /// First page.
+        first: u64,
+        /// One past the last page.
+        end: u64,
+        /// Pages of the guest's RAM.
+        pages: u64,
+    },
+}
+
+/// What the data connections report, in each one's own order.
+#[derive(Debug)]
+pub enum Arrival {
+    /// Everything up to this round has been placed from this connection.
+    Barrier {
+        /// Which connection.
+        lane: usize,
+        /// The round.
+        round: u32,
+    },
+    /// A chunk of an image, not verified yet.
+    Chunk {
+        /// Claimed digest.
+        digest: [u8; 32],
+        /// Content.
+        raw: Bytes,
+    },
+    /// The connection has ended. Orderly or not is for the conductor to say.
+    Ended(ReceiveError),
+}
+
+/// Where pages go, once the destination has made the RAM file.
+#[derive(Debug)]
+pub struct Target {
+    /// The RAM file.
+    pub memory: Arc<GuestMemory>,
+    /// Filled beside it when the migration verifies.
+    pub hashes: Option<Arc<PageHashes>>,
+}
+
+/// Starts a task a connection. `target` may be set later, but before the first page comes. The tasks end
+/// with their connection, or when `arrivals` is closed.
+pub fn start(
+    readers: Vec<Reader<Data>>,
+    target: &Arc<std::sync::OnceLock<Target>>,
+    arrivals: &mpsc::Sender<Arrival>,
+) {
+    for (lane, reader) in readers.into_iter().enumerate() {
+        let target = Arc::clone(target);
+        let arrivals = arrivals.clone();
+        tokio::spawn(async move {
+            let ended = tokio::select! {
+                ended = run(lane, reader, &target, &arrivals) => ended,
+                () = arrivals.closed() => return,
+            };
+            let _ = arrivals.send(Arrival::Ended(ended)).await;
+        });
+    }
+}
+
+async fn run(
+    lane: usize,
+    mut reader: Reader<Data>,
+    target: &std::sync::OnceLock<Target>,
+    arrivals: &mpsc::Sender<Arrival>,
+) -> ReceiveError {
+    loop {
+        let arrival = match reader.next().await {
+            Err(error) => return error.into(),
+            Ok(Data::Pages { first, raw }) => {
+                let count = (raw.len() / PAGE_SIZE) as u64;
+                match place(target, first, count, Some(&raw)) {
+                    Ok(()) => continue,
+                    Err(error) => return error,
+                }
+            }
+            Ok(Data::Zeros { first, count }) => match place(target, first, count, None) {
+                Ok(()) => continue,
+                Err(error) => return error,
+            },
+            Ok(Data::Barrier { round }) => Arrival::Barrier { lane, round },
+            Ok(Data::Chunk { digest, raw }) => Arrival::Chunk { digest, raw },
+        };
+        // A closed channel ends the task through the select in `start`.
+        if arrivals.send(arrival).await.is_err() {
+            return LinkError::Closed.into();
+        }
+    }
+}
+
+/// Writes pages, or makes a hole where they are zero.
+fn place(
+    target: &std::sync::OnceLock<Target>,
+    first: PageIndex,
+    count: u64,
+    raw: Option<&[u8]>,
+) -> Result<(), ReceiveError> {
+    let end = first.0.saturating_add(count);
+    let pages = target.get().map_or(0, |target| target.memory.pages());
+    let target = target
+        .get()
+        .filter(|_| end <= pages)
+        .ok_or(ReceiveError::OutOfRange {
+            first: first.0,
+            end,
+            pages,
+        })?;
+    let range = PageRange::new(first.0, end);
+    match raw {
+        Some(raw) => target.memory.write(first, raw),
+        None => target.memory.punch(range),
+    }
+    .map_err(ReceiveError::Memory)?;
+    if let Some(hashes) = &target.hashes {
+        hashes.mark(range);
+    }
+    Ok(())
+}

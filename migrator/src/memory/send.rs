@@ -1,0 +1,263 @@
+//! The source's half: one task a data connection reads pages and writes frames.
+
+use std::io;
+use std::num::NonZeroU64;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use tokio::sync::{mpsc, oneshot};
+use vm_runtime::memory::GuestMemory;
+use vm_runtime::units::{PAGE_SIZE, PageIndex, PageRange};
+
+use super::pace::Pace;
+use super::runs::runs;
+use super::shard;
+use crate::wire::bulk::{Batch, Data};
+use crate::wire::conn::{LinkError, Writer};
+
+/// Pages or chunks could not be sent.
+#[derive(Debug, thiserror::Error)]
+pub enum SendError {
+    /// The RAM file could not be read.
+    #[error("the guest's RAM file could not be read")]
+    Memory(#[from] io::Error),
+    /// The data connection is lost.
+    #[error("a data connection to the destination is lost")]
+    Link(#[from] LinkError),
+    /// A connection failed before; its own error was reported then.
+    #[error("a data connection to the destination has ended")]
+    Ended,
+}
+
+/// What a round sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sent {
+    /// Pages, zero pages included; those that the first pass skips are not.
+    pub pages: u64,
+    /// Of these, pages of zeros.
+    pub zero_pages: u64,
+    /// Bytes of frames, before TLS.
+    pub bytes: u64,
+}
+
+impl std::ops::AddAssign for Sent {
+    fn add_assign(&mut self, other: Self) {
+        self.pages += other.pages;
+        self.zero_pages += other.zero_pages;
+        self.bytes += other.bytes;
+    }
+}
+
+/// Sends pages over all data connections, each page always over the same one.
+#[derive(Debug)]
+pub struct PageSender {
+    lanes: Vec<mpsc::Sender<Job>>,
+    bytes: Arc<AtomicU64>,
+    pace: Arc<Pace>,
+}
+
+#[derive(Debug)]
+enum Job {
+    Round {
+        round: u32,
+        pieces: Vec<PageRange>,
+        skip_zeros: bool,
+        done: oneshot::Sender<Result<Sent, SendError>>,
+    },
+    Chunk {
+        digest: [u8; 32],
+        raw: Bytes,
+        done: oneshot::Sender<Result<Sent, SendError>>,
+    },
+}
+
+impl PageSender {
+    /// Takes the data connections. The tasks end, and close them, when this is dropped. `limit` bounds the
+    /// bytes a second of all connections together, until [`Self::lift_limit`].
+    pub fn start(
+        memory: &Arc<GuestMemory>,
+        writers: Vec<Writer<Data>>,
+        limit: Option<NonZeroU64>,
+    ) -> Self {
+        let bytes = Arc::new(AtomicU64::new(0));
+        let pace = Arc::new(Pace::new(limit));
+        let lanes = writers
+            .into_iter()
+            .map(|writer| {
+                let (jobs, queue) = mpsc::channel(4);
+                let lane = Lane {
+                    memory: Arc::clone(memory),
+                    writer,
+                    batch: Batch::new(),
+                    bytes: Arc::clone(&bytes),
+                    pace: Arc::clone(&pace),
+                };
+                tokio::spawn(lane.run(queue));
+                jobs
+            })
+            .collect();
+        Self { lanes, bytes, pace }
+    }
+
+    /// From now on the limit holds no more: the guest stands still, and every millisecond is its downtime.
+    pub fn lift_limit(&self) {
+        self.pace.lift();
+    }
+
+    /// Frame bytes written since the start, for progress.
+    pub fn bytes_sent(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Sends the pages of `ranges`, and a barrier behind them on every connection. With `skip_zeros`
+    /// (a first pass into a new RAM file) pages of zeros are left out.
+    ///
+    /// # Errors
+    /// See [`SendError`]; the other connections finish their part first.
+    pub async fn round(
+        &self,
+        round: u32,
+        ranges: &[PageRange],
+        skip_zeros: bool,
+    ) -> Result<Sent, SendError> {
+        let mut waits = Vec::with_capacity(self.lanes.len());
+        for (lane, pieces) in self
+            .lanes
+            .iter()
+            .zip(shard::split(ranges, self.lanes.len()))
+        {
+            let (done, wait) = oneshot::channel();
+            let job = Job::Round {
+                round,
+                pieces,
+                skip_zeros,
+                done,
+            };
+            lane.send(job).await.map_err(|_| SendError::Ended)?;
+            waits.push(wait);
+        }
+        let mut total = Sent::default();
+        for wait in waits {
+            total += wait.await.map_err(|_| SendError::Ended)??;
+        }
+        Ok(total)
+    }
+
+    /// Sends one chunk of an image, over the connection that `turn` picks, and waits until it is written.
+    ///
+    /// # Errors
+    /// See [`SendError`].
+    pub async fn chunk(&self, turn: usize, digest: [u8; 32], raw: Bytes) -> Result<(), SendError> {
+        let (done, wait) = oneshot::channel();
+        let job = Job::Chunk { digest, raw, done };
+        self.lanes[turn % self.lanes.len()]
+            .send(job)
+            .await
+            .map_err(|_| SendError::Ended)?;
+        wait.await.map_err(|_| SendError::Ended)??;
+        Ok(())
+    }
+}
+
+struct Lane {
+    memory: Arc<GuestMemory>,
+    writer: Writer<Data>,
+    batch: Batch,
+    bytes: Arc<AtomicU64>,
+    pace: Arc<Pace>,
+}
+
+impl Lane {
+    async fn run(mut self, mut queue: mpsc::Receiver<Job>) {
+        while let Some(job) = queue.recv().await {
+            let (result, done) = match job {
+                Job::Round {
+                    round,
+                    pieces,
+                    skip_zeros,
+                    done,
+                } => (self.round(round, &pieces, skip_zeros).await, done),
+                Job::Chunk { digest, raw, done } => (self.chunk(digest, raw).await, done),
+            };
+            let failed = result.is_err();
+            // The asker may have given up; the connection's state is what counts.
+            let _ = done.send(result);
+            if failed {
+                return;
+            }
+        }
+        let _ = self.writer.close().await;
+    }
+
+    async fn round(
+        &mut self,
+        round: u32,
+        pieces: &[PageRange],
+        skip_zeros: bool,
+    ) -> Result<Sent, SendError> {
+        let mut sent = Sent::default();
+        for piece in pieces {
+            sent += self.load(*piece, skip_zeros)?;
+            if self.batch.len() >= shard::PIECE_PAGES as usize * PAGE_SIZE {
+                sent.bytes += self.write().await?;
+            }
+        }
+        self.batch.push(&Data::Barrier { round });
+        sent.bytes += self.write().await?;
+        Ok(sent)
+    }
+
+    async fn chunk(&mut self, digest: [u8; 32], raw: Bytes) -> Result<Sent, SendError> {
+        self.writer.send(&Data::Chunk { digest, raw }).await?;
+        Ok(Sent::default())
+    }
+
+    async fn write(&mut self) -> Result<u64, SendError> {
+        let bytes = self.batch.len() as u64;
+        if bytes > 0 {
+            self.pace.wait(bytes).await;
+            self.writer.send_batch(&self.batch).await?;
+            self.batch.clear();
+            self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        }
+        Ok(bytes)
+    }
+
+    /// Appends one piece to the batch: read straight into a frame, and cut up only if it holds zeros.
+    fn load(&mut self, piece: PageRange, skip_zeros: bool) -> Result<Sent, SendError> {
+        let mark = self.batch.mark();
+        let count = piece.len() as u32;
+        let content = self.batch.pages(piece.start, count);
+        self.memory.read(piece.start, content)?;
+        let kinds = runs(content);
+        if let [run] = kinds.as_slice()
+            && !run.zero
+        {
+            return Ok(Sent {
+                pages: piece.len(),
+                ..Sent::default()
+            });
+        }
+        let copy = Bytes::copy_from_slice(content);
+        self.batch.rewind(mark);
+        let mut sent = Sent::default();
+        for run in kinds {
+            let first = PageIndex(piece.start.0 + run.first as u64);
+            let count = run.count as u64;
+            if run.zero {
+                if skip_zeros {
+                    continue;
+                }
+                self.batch.push(&Data::Zeros { first, count });
+                sent.zero_pages += count;
+            } else {
+                let bytes = run.first * PAGE_SIZE..(run.first + run.count) * PAGE_SIZE;
+                let raw = copy.slice(bytes);
+                self.batch.push(&Data::Pages { first, raw });
+            }
+            sent.pages += count;
+        }
+        Ok(sent)
+    }
+}

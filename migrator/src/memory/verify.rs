@@ -1,0 +1,202 @@
+//! `--verify`: compares every page of the frozen source with the destination's, by hash.
+//!
+//! The source hashes all of its RAM file after the VM has stopped. The destination's guest does not run
+//! yet, so its file changes only where a page is placed: it hashes early, marks what is placed later as
+//! stale, and at the end hashes the stale pages alone. What is hashed is always read back from the file,
+//! never the bytes that came over the wire.
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+
+use vm_runtime::memory::{GuestMemory, is_zero, page_hash};
+use vm_runtime::units::{PAGE_SIZE, PageIndex, PageRange};
+
+use super::shard::PIECE_PAGES;
+
+/// The hash that stands for a page of zeros, and for a hole.
+pub const ZERO_HASH: u64 = 0;
+
+/// One hash a page of guest RAM.
+#[derive(Debug)]
+pub struct PageHashes {
+    hashes: Vec<AtomicU64>,
+    /// One bit a page: placed since it was last hashed.
+    stale: Vec<AtomicU64>,
+}
+
+impl PageHashes {
+    /// A table for `pages` pages that are all zero, as those of a new RAM file are.
+    pub fn new(pages: u64) -> Self {
+        let zeros = |n: u64| (0..n).map(|_| AtomicU64::new(ZERO_HASH)).collect();
+        Self {
+            hashes: zeros(pages),
+            stale: zeros(pages.div_ceil(64)),
+        }
+    }
+
+    /// Marks pages as placed. Call it after the write: a hash that is being computed at the same time
+    /// cleared the mark before it read, so the mark outlives it.
+    pub fn mark(&self, range: PageRange) {
+        for page in range.start.0..range.end.0 {
+            self.stale[(page / 64) as usize].fetch_or(1 << (page % 64), Ordering::SeqCst);
+        }
+    }
+
+    /// Hashes the stale pages of `memory`, and returns how many there were. Safe beside [`Self::mark`].
+    ///
+    /// # Errors
+    /// When the RAM file cannot be read.
+    pub fn refresh(&self, memory: &GuestMemory) -> io::Result<u64> {
+        let mut count = 0;
+        let mut page_bytes = vec![0u8; PAGE_SIZE];
+        for (word, stale) in self.stale.iter().enumerate() {
+            let mut bits = stale.swap(0, Ordering::SeqCst);
+            while bits != 0 {
+                let page = word as u64 * 64 + u64::from(bits.trailing_zeros());
+                bits &= bits - 1;
+                memory.read(PageIndex(page), &mut page_bytes)?;
+                self.hashes[page as usize].store(hash(&page_bytes), Ordering::SeqCst);
+                count += 1;
+            }
+        }
+        Ok(count)
+    }
+
+    /// Like [`Self::refresh`], and also looks at data pages that nobody said were placed: whatever else
+    /// wrote to the file (a VMM that sets up its firmware, say) shows too.
+    ///
+    /// # Errors
+    /// When the RAM file cannot be read.
+    pub fn finish(&self, memory: &GuestMemory) -> io::Result<()> {
+        for range in memory.data_ranges()? {
+            for page in range.start.0..range.end.0 {
+                if self.hashes[page as usize].load(Ordering::SeqCst) == ZERO_HASH {
+                    self.mark(PageRange::new(page, page + 1));
+                }
+            }
+        }
+        self.refresh(memory).map(drop)
+    }
+
+    /// Compares `theirs`, the hashes of the pages from `first` on, and returns the pages that differ.
+    /// Pages beyond the end of this table count as different.
+    pub fn compare(&self, first: PageIndex, theirs: &[u64]) -> Vec<PageIndex> {
+        theirs
+            .iter()
+            .zip(first.0..)
+            .filter(|(hash, page)| {
+                self.hashes
+                    .get(*page as usize)
+                    .is_none_or(|ours| ours.load(Ordering::SeqCst) != **hash)
+            })
+            .map(|(_, page)| PageIndex(page))
+            .collect()
+    }
+}
+
+/// Hashes every page of a frozen guest's RAM, on `threads` threads. Holes are not read.
+///
+/// # Errors
+/// When the RAM file cannot be read.
+pub fn hash_all(memory: &GuestMemory, threads: usize) -> io::Result<Vec<u64>> {
+    let mut hashes = vec![ZERO_HASH; memory.pages() as usize];
+    let data = memory.data_ranges()?;
+    let piece = PIECE_PAGES as usize;
+    let per_thread = hashes
+        .len()
+        .div_ceil(threads.max(1))
+        .next_multiple_of(piece);
+    thread::scope(|scope| {
+        let workers: Vec<_> = hashes
+            .chunks_mut(per_thread)
+            .enumerate()
+            .map(|(index, slice)| {
+                let start = (index * per_thread) as u64;
+                let data = &data;
+                scope.spawn(move || hash_slice(memory, data, start, slice))
+            })
+            .collect();
+        workers.into_iter().try_for_each(|worker| {
+            worker
+                .join()
+                .unwrap_or_else(|_| Err(io::Error::other("a hashing thread panicked")))
+        })
+    })?;
+    Ok(hashes)
+}
+
+/// Hashes the data pages among `start..start + out.len()`.
+fn hash_slice(
+    memory: &GuestMemory,
+    data: &[PageRange],
+    start: u64,
+    out: &mut [u64],
+) -> io::Result<()> {
+    let end = start + out.len() as u64;
+    let mut buffer = vec![0u8; PIECE_PAGES as usize * PAGE_SIZE];
+    for range in data {
+        let mut page = range.start.0.max(start);
+        let stop = range.end.0.min(end);
+        while page < stop {
+            let count = (stop - page).min(PIECE_PAGES) as usize;
+            let bytes = &mut buffer[..count * PAGE_SIZE];
+            memory.read(PageIndex(page), bytes)?;
+            for (offset, content) in bytes.chunks_exact(PAGE_SIZE).enumerate() {
+                out[(page - start) as usize + offset] = hash(content);
+            }
+            page += count as u64;
+        }
+    }
+    Ok(())
+}
+
+fn hash(page: &[u8]) -> u64 {
+    if is_zero(page) {
+        ZERO_HASH
+    } else {
+        page_hash(page)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_runtime::units::Bytes;
+
+    use super::*;
+
+    fn memory() -> GuestMemory {
+        GuestMemory::create("verify-test", Bytes::mib(4)).expect("memfd")
+    }
+
+    #[test]
+    fn equal_memories_compare_equal_and_one_changed_byte_is_found() {
+        let (source, destination) = (memory(), memory());
+        let table = PageHashes::new(destination.pages());
+        for page in [0, 3, 255, 256, 1023] {
+            let content = vec![page as u8 | 1; PAGE_SIZE];
+            source.write(PageIndex(page), &content).expect("write");
+            destination.write(PageIndex(page), &content).expect("write");
+            table.mark(PageRange::new(page, page + 1));
+        }
+        assert_eq!(table.refresh(&destination).expect("refresh"), 5);
+        let theirs = hash_all(&source, 2).expect("hash");
+        assert_eq!(table.compare(PageIndex(0), &theirs), []);
+
+        destination
+            .write(PageIndex(255), &[9; PAGE_SIZE])
+            .expect("write");
+        table.mark(PageRange::new(255, 256));
+        table.refresh(&destination).expect("refresh");
+        assert_eq!(table.compare(PageIndex(0), &theirs), [PageIndex(255)]);
+    }
+
+    #[test]
+    fn a_page_that_only_one_side_has_is_found() {
+        let (source, destination) = (memory(), memory());
+        let table = PageHashes::new(destination.pages());
+        source.write(PageIndex(7), &[1; PAGE_SIZE]).expect("write");
+        let theirs = hash_all(&source, 1).expect("hash");
+        assert_eq!(table.compare(PageIndex(0), &theirs), [PageIndex(7)]);
+    }
+}

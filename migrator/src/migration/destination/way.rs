@@ -1,0 +1,212 @@
+//! The straight way, a step at a time.
+
+use vm_runtime::units::Epoch;
+
+use super::{Destination, Input, Outcome, Output, Receiving, State};
+use crate::migration::journal::{DestinationState, Entry};
+use crate::wire::message::{Accept, Control, Prepared, Ready, RoundAck, Running, Verdict};
+
+impl Destination {
+    /// Messages of the source. Late and doubled ones meet a state that does not wait for them, and are nothing.
+    pub(super) fn peer(&mut self, message: Control, out: &mut Vec<Output>) {
+        let early = self.before_grant();
+        match (message, &mut self.state) {
+            (Control::ImageDone(_), State::Images { all_sent, .. }) => {
+                *all_sent = true;
+                self.prepare_if_complete(out);
+            }
+            (Control::MemoryDone(done), State::Receiving(receiving)) => {
+                receiving.last = Some(done.round);
+                self.load_if_complete(out);
+            }
+            (Control::StateEnd(_), State::Receiving(receiving)) => {
+                receiving.state = true;
+                self.load_if_complete(out);
+            }
+            (Control::HashesEnd(_), State::Receiving(receiving)) => {
+                receiving.hashes = true;
+                self.load_if_complete(out);
+            }
+            (Control::Handover(handover), State::Receiving(_)) => self.handover = Some(handover),
+            (Control::Grant(grant), State::Ready) => self.take_grant(grant.epoch, out),
+            (Control::Abort(abort), _) if early => {
+                let reason = format!("{}: {}", self.record.from, abort.reason);
+                self.discard(&reason, out);
+            }
+            (Control::Query(query), _) if query.migration == self.record.migration => {
+                self.asked(out);
+            }
+            (Control::Released(released), State::Running)
+                if released.migration == self.record.migration =>
+            {
+                self.settled(out);
+            }
+            _ => {}
+        }
+    }
+
+    /// Steps of the way there; a step that nobody waits for belongs to what was discarded.
+    pub(super) fn step(&mut self, step: Input, out: &mut Vec<Output>) {
+        match (step, &mut self.state) {
+            (Input::Checked(Err(refuse)), State::Checking) => self.refuse(refuse, out),
+            (Input::Checked(Ok(wants)), State::Checking) => {
+                out.push(Output::Journal(Entry::Destination(self.record.clone())));
+                let none = wants.is_empty();
+                if !none {
+                    out.push(Output::ReceiveImages(wants.clone()));
+                }
+                out.push(Output::Send(Accept { wants }.into()));
+                self.state = State::Images {
+                    received: none,
+                    all_sent: none,
+                };
+                self.prepare_if_complete(out);
+            }
+            (Input::ImagesReceived, State::Images { received, .. }) => {
+                *received = true;
+                self.prepare_if_complete(out);
+            }
+            (Input::VmPrepared, State::Preparing) => {
+                self.state = State::Receiving(Receiving::default());
+                out.push(Output::Send(Prepared.into()));
+            }
+            (Input::RoundPlaced { round }, State::Receiving(receiving)) => {
+                receiving.placed = receiving.placed.max(round);
+                out.push(Output::Send(RoundAck { round }.into()));
+                self.load_if_complete(out);
+            }
+            (
+                Input::Verified {
+                    pages,
+                    mismatched: 0,
+                },
+                State::Verifying,
+            ) => {
+                self.state = State::Loading {
+                    ready: Ready {
+                        verified: pages,
+                        mismatched: 0,
+                    },
+                };
+                out.push(Output::LoadState);
+            }
+            (Input::Verified { pages, mismatched }, State::Verifying) => {
+                let reason = format!("{mismatched} of {pages} pages differ from the source's");
+                self.failed(&reason, out);
+            }
+            (Input::StateLoaded, State::Loading { ready }) => {
+                let ready = *ready;
+                self.state = State::Ready;
+                out.push(Output::Send(ready.into()));
+            }
+            (Input::Resumed { at_unix_us, steps }, State::Resuming) => {
+                self.resumed(at_unix_us, steps, out);
+            }
+            (Input::Discarded, State::Discarding { reason }) => {
+                let reason = std::mem::take(reason);
+                self.state = State::Done;
+                out.push(Output::Finish(Outcome::Failed { reason }));
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn prepare_if_complete(&mut self, out: &mut Vec<Output>) {
+        if let State::Images {
+            received: true,
+            all_sent: true,
+        } = self.state
+        {
+            self.state = State::Preparing;
+            out.push(Output::PrepareVm);
+        }
+    }
+
+    pub(super) fn load_if_complete(&mut self, out: &mut Vec<Output>) {
+        let State::Receiving(receiving) = self.state else {
+            return;
+        };
+        let memory = receiving.last.is_some_and(|last| last == receiving.placed);
+        if !(memory && receiving.state && self.handover.is_some()) {
+            return;
+        }
+        if !self.verify {
+            let ready = Ready {
+                verified: 0,
+                mismatched: 0,
+            };
+            self.state = State::Loading { ready };
+            out.push(Output::LoadState);
+        } else if receiving.hashes {
+            self.state = State::Verifying;
+            out.push(Output::Verify);
+        }
+    }
+
+    /// The one step that gives this node the right: durable before the gate opens, and before a single instruction.
+    pub(super) fn take_grant(&mut self, epoch: Epoch, out: &mut Vec<Output>) {
+        if epoch != self.record.epoch {
+            let reason = format!(
+                "a grant for epoch {epoch} came, {} was offered",
+                self.record.epoch
+            );
+            return self.failed(&reason, out);
+        }
+        self.record.state = DestinationState::Owner { resumed: false };
+        self.state = State::Resuming;
+        out.extend([
+            Output::Journal(Entry::Destination(self.record.clone())),
+            Output::OpenNetwork,
+            Output::Resume,
+        ]);
+    }
+
+    pub(super) fn resumed(
+        &mut self,
+        resumed_at_unix_us: u64,
+        steps: Vec<(String, u64)>,
+        out: &mut Vec<Output>,
+    ) {
+        self.state = State::Running;
+        self.record.state = DestinationState::Owner { resumed: true };
+        self.tell_running(resumed_at_unix_us, steps, out);
+        let handover = self.handover.take();
+        out.push(Output::Adopt { handover });
+        out.push(Output::Note(Entry::Destination(self.record.clone())));
+    }
+
+    pub(super) fn tell_running(
+        &mut self,
+        resumed_at_unix_us: u64,
+        steps: Vec<(String, u64)>,
+        out: &mut Vec<Output>,
+    ) {
+        if !self.link {
+            return;
+        }
+        out.push(Output::Send(match std::mem::take(&mut self.asked) {
+            true => self.reply(Verdict::Running),
+            false => Control::Running(Running {
+                epoch: self.record.epoch,
+                resumed_at_unix_us,
+                steps,
+                failed: self.pod_failed.clone(),
+            }),
+        }));
+    }
+
+    pub(super) fn settled(&mut self, out: &mut Vec<Output>) {
+        self.record.state = DestinationState::Settled;
+        out.push(Output::Note(Entry::Destination(self.record.clone())));
+        out.push(Output::SendBye);
+        self.finish(true, out);
+    }
+
+    pub(super) fn finish(&mut self, settled: bool, out: &mut Vec<Output>) {
+        self.state = State::Done;
+        out.push(Output::Finish(match self.pod_failed.take() {
+            None => Outcome::Completed { settled },
+            Some(reason) => Outcome::PodFailed { reason },
+        }));
+    }
+}

@@ -1,0 +1,117 @@
+//! What a destination looks at before it takes a pod. Pure: the facts come in as an argument.
+
+use vm_runtime::spec::Accel;
+use vm_runtime::units::Bytes;
+
+use crate::wire::message::{Offer, Refuse, RefuseCode};
+
+/// This node, as far as an offer can disagree with it.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// Its name.
+    pub node: String,
+    /// QEMU's version, such as `7.2.22`.
+    pub qemu_version: String,
+    /// Machine types that its QEMU knows.
+    pub machine_types: Vec<String>,
+    /// CPU models that this build starts.
+    pub cpu: String,
+    /// What runs its guests.
+    pub accel: Accel,
+    /// SHA-256 of its guest kernel, hex.
+    pub kernel_sha256: String,
+    /// SHA-256 of its initramfs, hex.
+    pub initramfs_sha256: String,
+    /// Memory that is available now.
+    pub memory_available: Bytes,
+    /// What QEMU takes beside guest RAM.
+    pub vmm_overhead: Bytes,
+    /// Kernel features that are missing, by name; empty when all are there.
+    pub missing_features: Vec<String>,
+}
+
+/// Refuses an offer that does not fit this node. Names, addresses and images are checked by those who own them.
+///
+/// # Errors
+/// The first thing that does not fit, with what to do.
+pub fn check(offer: &Offer, here: &Facts) -> Result<(), Refuse> {
+    let node = &here.node;
+    let refuse = |code, reason: String| Err(Refuse { code, reason });
+    if offer.ram != offer.vm.memory
+        || offer.vm.memory != offer.pod.memory
+        || offer.vm.name != offer.pod.name
+    {
+        let reason =
+            "the offer contradicts itself: its pod, its VM and its RAM size differ".to_owned();
+        return refuse(RefuseCode::Internal, reason);
+    }
+    if !here.missing_features.is_empty() {
+        let missing = here.missing_features.join(", ");
+        let reason = format!("{node}'s kernel lacks {missing}; run `migrator doctor` there");
+        return refuse(RefuseCode::KernelFeature, reason);
+    }
+    let need = Bytes(offer.ram.0.saturating_add(here.vmm_overhead.0));
+    if here.memory_available < need {
+        let available = here.memory_available;
+        let reason = format!(
+            "the pod needs {need} of memory, and {node} has {available} available; free some, or choose another node"
+        );
+        return refuse(RefuseCode::Memory, reason);
+    }
+    let machine = &offer.vm.machine;
+    if !here.machine_types.contains(machine) {
+        let reason = format!(
+            "{node}'s QEMU {} does not know the machine type {machine}; install a newer QEMU there",
+            here.qemu_version
+        );
+        return refuse(RefuseCode::MachineType, reason);
+    }
+    let (ours, theirs) = (
+        major_minor(&here.qemu_version),
+        major_minor(&offer.qemu_version),
+    );
+    if ours < theirs {
+        let reason = format!(
+            "the pod runs under QEMU {}, and {node} has the older {}: device state moves to the same version or a newer one",
+            offer.qemu_version, here.qemu_version
+        );
+        return refuse(RefuseCode::QemuVersion, reason);
+    }
+    if offer.vm.accel != here.accel {
+        let reason = format!(
+            "the pod runs under {}, and {node} runs guests under {}: state saved under one does not load under the other",
+            accel(offer.vm.accel),
+            accel(here.accel)
+        );
+        return refuse(RefuseCode::Accel, reason);
+    }
+    if offer.vm.cpu != here.cpu {
+        let reason = format!(
+            "the pod's CPU model is {}, and {node} offers {}",
+            offer.vm.cpu, here.cpu
+        );
+        return refuse(RefuseCode::CpuModel, reason);
+    }
+    if offer.vm.kernel_sha256 != here.kernel_sha256
+        || offer.vm.initramfs_sha256 != here.initramfs_sha256
+    {
+        let reason = format!(
+            "{node} has another guest kernel or initramfs; install the same on both nodes (keys guest.kernel and guest.initramfs)"
+        );
+        return refuse(RefuseCode::GuestKernel, reason);
+    }
+    Ok(())
+}
+
+fn accel(accel: Accel) -> &'static str {
+    match accel {
+        Accel::Kvm => "KVM",
+        Accel::Tcg => "TCG, QEMU's emulator",
+    }
+}
+
+/// `7.2.22` is `(7, 2)`. What cannot be read counts as old.
+fn major_minor(version: &str) -> (u32, u32) {
+    let mut parts = version.split('.').map(|part| part.parse().unwrap_or(0));
+    (parts.next().unwrap_or(0), parts.next().unwrap_or(0))
+}

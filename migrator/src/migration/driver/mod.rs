@@ -1,0 +1,91 @@
+//! Runs the two machines: carries out what they ask for, and tells them what happened.
+//!
+//! ```text
+//!   outgoing ──▶ source::Run ── Output ──▶ steps (tasks) ── Input ──▶ source::Run ── ...
+//!   incoming ──▶ destination::Run, the same way
+//!   recover  ──▶ either one, from the journal
+//! ```
+//!
+//! A step is a task that ends by putting one input into the machine's queue. The order of things is the
+//! machine's; here is only how each thing is done.
+
+use std::net::SocketAddr;
+use std::num::NonZeroU64;
+use std::sync::Arc;
+
+use crate::config::NodeName;
+use crate::daemon::migrations::Ticket;
+use crate::daemon::node::Node;
+use crate::pods::recover::OpenMigration;
+use crate::pods::{PodHandle, PodResources};
+use crate::wire::session::Session;
+
+mod checks;
+mod clock;
+mod destination;
+mod device_state;
+mod handoff;
+mod link;
+mod packets;
+mod prepare;
+mod report;
+mod source;
+mod source_steps;
+
+pub use destination::Arrivals;
+
+/// How a migration is to go, nothing left open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Compare every page by hash before the grant.
+    pub verify: bool,
+    /// Freeze only when the predicted downtime is at most this.
+    pub max_downtime_ms: u32,
+    /// Data connections.
+    pub connections: u8,
+    /// Bytes a second that memory may take on the wire while the guest runs; none: as fast as it goes.
+    pub bandwidth: Option<NonZeroU64>,
+}
+
+/// A migration away from here, to be driven. The pod is marked as migrating.
+#[derive(Debug)]
+pub struct Outgoing {
+    /// What watchers see, and the wish to cancel.
+    pub ticket: Ticket,
+    /// The pod.
+    pub pod: PodHandle,
+    /// What it is made of.
+    pub resources: Arc<PodResources>,
+    /// The destination.
+    pub to: NodeName,
+    /// Where it listens.
+    pub addr: SocketAddr,
+    /// How.
+    pub options: Options,
+}
+
+/// Drives a migration away from here to its end: ends with `pod.end_migration` and `ticket.finish`.
+pub async fn outgoing(node: Arc<Node>, job: Outgoing) {
+    source::outgoing(node, job).await;
+}
+
+/// Serves a session that another node dialed.
+pub async fn incoming(node: Arc<Node>, session: Session) {
+    destination::incoming(node, session).await;
+}
+
+/// Ends a migration that an earlier service left open.
+pub async fn recover(node: Arc<Node>, migration: OpenMigration) {
+    match migration {
+        OpenMigration::Source {
+            record,
+            handed_over,
+            pod,
+        } => source::recover(node, record, handed_over, pod).await,
+        OpenMigration::Destination { record, pod } => destination::recover(node, record, pod).await,
+        // The journal answers for it.
+        OpenMigration::Discarded { record } => {
+            tracing::info!(migration = %record.migration, pod = record.pod, "discarded: no grant had come");
+        }
+    }
+}

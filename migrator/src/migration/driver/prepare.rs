@@ -1,0 +1,327 @@
+//! The destination's steps, one function each. What they return is what the machine is told.
+
+use std::sync::{Arc, OnceLock};
+
+use bytes::Bytes;
+use tokio::sync::{Mutex, mpsc};
+use vm_runtime::units::{Epoch, PageIndex, PageRange};
+use vm_runtime::vm::{RunState, Vm};
+
+use super::checks::{self, Facts};
+use super::clock::{Steps, unix_us};
+use super::handoff::Handoff;
+use super::source_steps::blocking;
+use crate::api::error::chain;
+use crate::daemon::node::Node;
+use crate::image::{Digest, ImageRecord, Incoming};
+use crate::memory::receive::Target;
+use crate::memory::verify::PageHashes;
+use crate::migration::destination::Input;
+use crate::network::Port;
+use crate::pods::incoming::IncomingPod;
+use crate::pods::plan::VMM_OVERHEAD;
+use crate::pods::{PodError, PodRecord};
+use crate::wire::message::{Handover, ImageWant, Offer, Refuse, RefuseCode};
+
+/// A pod that is being made ready.
+pub(super) type Prepared = IncomingPod;
+type Shared = Mutex<Option<Prepared>>;
+type Step = Result<Input, String>;
+
+/// A chunk of an image, as it came.
+#[derive(Debug)]
+pub(super) struct Chunk {
+    pub(super) digest: [u8; 32],
+    pub(super) raw: Bytes,
+}
+
+/// The images that are being handed over. Dropping them removes what has come.
+#[derive(Debug, Default)]
+pub(super) struct Images(Vec<Incoming>);
+
+fn refuse(code: RefuseCode, reason: String) -> Refuse {
+    Refuse { code, reason }
+}
+
+/// Looks whether this node can take the pod. If it can, its name and addresses are taken from here on.
+pub(super) async fn check(
+    node: &Arc<Node>,
+    offer: &Offer,
+) -> Result<(Prepared, Images, Vec<ImageWant>), Refuse> {
+    let internal = |reason| refuse(RefuseCode::Internal, reason);
+    checks::check(
+        offer,
+        &Facts {
+            node: node.name().to_owned(),
+            qemu_version: super::source_steps::version(node.qemu.version),
+            machine_types: node.qemu.machine_types.clone(),
+            cpu: vm_runtime::spec::CPU.to_owned(),
+            accel: node.accel,
+            kernel_sha256: node.guest.kernel_sha256.clone(),
+            initramfs_sha256: node.guest.initramfs_sha256.clone(),
+            memory_available: crate::doctor::available_memory(),
+            vmm_overhead: VMM_OVERHEAD,
+            missing_features: Vec::new(),
+        },
+    )?;
+    let record: PodRecord = serde_json::from_str(&offer.record)
+        .map_err(|error| internal(format!("the pod's record cannot be read: {error}")))?;
+    let pod = IncomingPod::prepare(node, offer.pod.clone(), offer.vm.clone(), record)
+        .await
+        .map_err(|error| {
+            refuse(
+                code_of(&error),
+                format!("{}: {}", node.name(), chain(&error)),
+            )
+        })?;
+    match images(node, offer).await {
+        Ok((images, wants)) => Ok((pod, images, wants)),
+        Err(reason) => {
+            if let Err(error) = pod.discard().await {
+                tracing::error!(
+                    error = chain(&error),
+                    "something of a refused pod is left behind"
+                );
+            }
+            Err(refuse(
+                RefuseCode::Image,
+                format!("{}: {reason}", node.name()),
+            ))
+        }
+    }
+}
+
+fn code_of(error: &PodError) -> RefuseCode {
+    match error {
+        PodError::NameTaken(_) => RefuseCode::NameTaken,
+        PodError::AddressTaken { .. } => RefuseCode::AddressTaken,
+        PodError::Memory { .. } => RefuseCode::Memory,
+        _ => RefuseCode::Internal,
+    }
+}
+
+/// Which chunks of which images are missing.
+async fn images(node: &Arc<Node>, offer: &Offer) -> Result<(Images, Vec<ImageWant>), String> {
+    let store = Arc::clone(&node.images);
+    let offered: Vec<String> = offer
+        .images
+        .iter()
+        .map(|image| image.record.clone())
+        .collect();
+    let disks: Vec<String> = offer
+        .vm
+        .disks
+        .iter()
+        .map(|disk| disk.image_digest.clone())
+        .collect();
+    blocking(move || {
+        if offered.len() != disks.len() {
+            return Err("the offer has not one image a disk".to_owned());
+        }
+        let (mut images, mut wants) = (Vec::new(), Vec::new());
+        for ((index, text), disk) in (0u32..).zip(&offered).zip(&disks) {
+            let record: ImageRecord = serde_json::from_str(text)
+                .map_err(|error| format!("the record of image {index} cannot be read: {error}"))?;
+            if record.erofs_digest.to_string() != *disk {
+                return Err(format!("image {index} is not the one that its disk names"));
+            }
+            if store.resolve(disk).is_ok() {
+                continue;
+            }
+            let (incoming, chunks) =
+                Incoming::begin(&store, record).map_err(|error| chain(&error))?;
+            if chunks.is_empty() {
+                incoming.finish().map_err(|error| chain(&error))?;
+                continue;
+            }
+            images.push(incoming);
+            wants.push(ImageWant {
+                image: index,
+                chunks,
+            });
+        }
+        Ok((Images(images), wants))
+    })
+    .await
+}
+
+/// Takes chunks until every image is complete.
+pub(super) async fn receive_images(images: Images, mut chunks: mpsc::Receiver<Chunk>) -> Step {
+    let mut images = images;
+    while images.0.iter().any(|image| !image.missing().is_empty()) {
+        let Some(Chunk { digest, raw }) = chunks.recv().await else {
+            return Err("the data connections ended before the images were complete".to_owned());
+        };
+        images = blocking(move || {
+            let digest = Digest(digest);
+            let wanted = images
+                .0
+                .iter()
+                .filter(|image| image.record().chunks.contains(&digest));
+            let mut placed = false;
+            for image in wanted {
+                image
+                    .place_digest(&digest, &raw)
+                    .map_err(|error| chain(&error))?;
+                placed = true;
+            }
+            if placed {
+                Ok(images)
+            } else {
+                Err(format!(
+                    "the source sent a chunk that nobody asked for: {digest}"
+                ))
+            }
+        })
+        .await?;
+    }
+    blocking(move || {
+        for image in images.0 {
+            image.finish().map_err(|error| chain(&error))?;
+        }
+        Ok(())
+    })
+    .await?;
+    Ok(Input::ImagesReceived)
+}
+
+/// Makes memory, gate and VM. From here on pages are placed.
+pub(super) async fn build(
+    prepared: &Shared,
+    target: &OnceLock<Target>,
+    verify: bool,
+) -> Result<(Arc<Vm>, Port), String> {
+    let mut prepared = prepared.lock().await;
+    let pod = prepared.as_mut().ok_or("the pod is gone")?;
+    let (vm, port) = pod.build().await.map_err(|error| chain(&error))?;
+    let memory = vm.memory();
+    let pages = memory.pages();
+    // The VMM has set up its firmware in there; the source's first pass leaves zero pages out.
+    let clean = Arc::clone(&memory);
+    blocking(move || {
+        let all = PageRange::new(0, pages);
+        clean
+            .punch(all)
+            .map_err(|error| format!("cannot clear the guest's memory: {error}"))
+    })
+    .await?;
+    let hashes = verify.then(|| Arc::new(PageHashes::new(pages)));
+    if target.set(Target { memory, hashes }).is_err() {
+        return Err("the guest's memory was made twice".to_owned());
+    }
+    Ok((vm, port))
+}
+
+/// Hashes what has been placed so far, beside the migration.
+pub(super) fn hash_early(target: &Arc<OnceLock<Target>>) {
+    let target = Arc::clone(target);
+    tokio::task::spawn_blocking(move || {
+        if let Some(Target {
+            memory,
+            hashes: Some(hashes),
+        }) = target.get()
+            && let Err(error) = hashes.refresh(memory)
+        {
+            // The verification reads again, and reports it.
+            tracing::warn!(%error, "the guest's memory cannot be read");
+        }
+    });
+}
+
+pub(super) async fn verify(
+    target: Arc<OnceLock<Target>>,
+    theirs: Vec<(PageIndex, Vec<u64>)>,
+) -> Step {
+    blocking(move || {
+        let Some(Target {
+            memory,
+            hashes: Some(hashes),
+        }) = target.get()
+        else {
+            return Err("there is nothing to verify".to_owned());
+        };
+        hashes
+            .finish(memory)
+            .map_err(|error| format!("the guest's memory cannot be read: {error}"))?;
+        let pages: u64 = theirs.iter().map(|(_, piece)| piece.len() as u64).sum();
+        if pages != memory.pages() {
+            return Err(format!(
+                "the source hashed {pages} pages of {}",
+                memory.pages()
+            ));
+        }
+        let differ: Vec<PageIndex> = theirs
+            .iter()
+            .flat_map(|(first, piece)| hashes.compare(*first, piece))
+            .collect();
+        if let Some(page) = differ.first() {
+            tracing::error!(page = page.0, count = differ.len(), "pages differ");
+        }
+        Ok(Input::Verified {
+            pages,
+            mismatched: differ.len() as u64,
+        })
+    })
+    .await
+}
+
+pub(super) async fn load_state(vm: Option<Arc<Vm>>, state: Vec<u8>) -> Step {
+    let vm = vm.ok_or("the VM is gone")?;
+    vm.load_state(&mut state.as_slice())
+        .await
+        .map_err(|error| chain(&error))?;
+    Ok(Input::StateLoaded)
+}
+
+pub(super) async fn resume(vm: Option<Arc<Vm>>) -> Step {
+    let vm = vm.ok_or("the VM is gone")?;
+    let mut steps = Steps::start();
+    let told = |error| chain(&error);
+    match vm.query_status().await.map_err(told)? {
+        RunState::Running => {}
+        RunState::Paused
+        | RunState::Saved
+        | RunState::Saving
+        | RunState::Incoming
+        | RunState::Other(_) => {
+            vm.cont().await.map_err(told)?;
+        }
+    }
+    let at_unix_us = unix_us();
+    steps.done("resume");
+    Ok(Input::Resumed {
+        at_unix_us,
+        steps: steps.take(),
+    })
+}
+
+/// Makes the resumed pod one of this node's: its logs, its agent, its clock.
+pub(super) async fn adopt(prepared: &Shared, handover: Option<Handover>, epoch: Epoch) {
+    let Some(pod) = prepared.lock().await.take() else {
+        return;
+    };
+    let name = pod.spec().name.clone();
+    let handoff = handover.and_then(|handover| {
+        Handoff::decode(&handover.agent)
+            .inspect_err(|reason| tracing::error!(pod = name, reason, "its output starts anew"))
+            .ok()
+    });
+    let (state, logs) = handoff.map_or((None, Vec::new()), |handoff| (handoff.agent, handoff.logs));
+    let store = pod.logs();
+    let installed = blocking(move || match logs.is_empty() {
+        true => Ok(()),
+        false => store.install(&logs).map_err(|error| chain(&error)),
+    });
+    if let Err(reason) = installed.await {
+        tracing::error!(pod = name, reason, "the output before the move is lost");
+    }
+    if let Err(pod) = pod.adopt(epoch, state) {
+        tracing::error!(pod = pod.spec().name, "resumed before it was built");
+    }
+}
+
+/// Removes what was made for a pod that does not come. Returns what could not be removed.
+pub(super) async fn discard(prepared: &Shared) -> Option<String> {
+    let pod = prepared.lock().await.take()?;
+    pod.discard().await.err().map(|error| chain(&error))
+}

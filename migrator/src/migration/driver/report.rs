@@ -1,0 +1,68 @@
+//! The figures of a migration, gathered at the source while it runs.
+
+use crate::migration::status::{MemoryReport, MigrationReport, Outcome, PacketReport};
+use crate::wire::message::{Ledger, Running};
+
+/// What is known so far.
+#[derive(Debug)]
+pub(super) struct Figures {
+    pub(super) id: String,
+    pub(super) pod: String,
+    pub(super) from: String,
+    pub(super) to: String,
+    pub(super) started: std::time::Instant,
+    pub(super) frozen_at_unix_us: u64,
+    pub(super) memory: MemoryReport,
+    pub(super) phases: Vec<(String, u64)>,
+    pub(super) downtime_us: u64,
+    /// From the request to the end of the source's VM.
+    pub(super) total: Option<std::time::Duration>,
+}
+
+impl Figures {
+    /// Takes in the destination's word that the guest runs there.
+    pub(super) fn running(&mut self, running: &Running) {
+        self.phases.extend(running.steps.iter().cloned());
+        self.downtime_us = running
+            .resumed_at_unix_us
+            .saturating_sub(self.frozen_at_unix_us);
+    }
+
+    /// The final report; the two ledgers are the two nodes' own.
+    pub(super) fn report(
+        self,
+        outcome: Outcome,
+        source: Ledger,
+        destination: Ledger,
+    ) -> MigrationReport {
+        let total = self.total.unwrap_or_else(|| self.started.elapsed());
+        MigrationReport {
+            id: self.id,
+            pod: self.pod,
+            from: self.from,
+            to: self.to,
+            mode: "precopy".to_owned(),
+            outcome,
+            total_ms: total.as_secs_f64() * 1e3,
+            downtime_ms: self.downtime_us as f64 / 1e3,
+            frozen_at_unix_us: self.frozen_at_unix_us,
+            memory: self.memory,
+            packets: packets(source, destination),
+            phases: self.phases,
+        }
+    }
+}
+
+/// Adds the two nodes' books up. What the source forwarded is what the destination got from it, so it
+/// is seen once, at the source.
+fn packets(source: Ledger, destination: Ledger) -> PacketReport {
+    let relayed = source.forwarded;
+    PacketReport {
+        seen: (source.seen + destination.seen).saturating_sub(relayed),
+        delivered: source.delivered + destination.delivered,
+        held: source.held + destination.held,
+        forwarded: relayed,
+        refused: source.refused + destination.refused,
+        lost: source.lost + destination.lost,
+    }
+}

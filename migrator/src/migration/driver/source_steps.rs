@@ -1,0 +1,379 @@
+//! The source's steps, one function each. What they return is what the machine is told.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::{Instant, sleep};
+use vm_runtime::agent_client::{AgentClient, AgentState};
+use vm_runtime::units::{Epoch, PageIndex};
+use vm_runtime::vm::RunState;
+
+use super::Options;
+use super::clock::unix_us;
+use super::device_state;
+use super::handoff::{Handoff, LOG_TAIL};
+use crate::api::error::chain;
+use crate::daemon::node::Node;
+use crate::image::Digest;
+use crate::memory::send::PageSender;
+use crate::memory::track::{TrackError, Tracking};
+use crate::memory::verify::hash_all;
+use crate::migration::source::{Input, Rollback};
+use crate::network;
+use crate::pods::{MigrationEnd, PodHandle, PodResources};
+use crate::wire::bulk::Data;
+use crate::wire::conn::Reader;
+use crate::wire::control::ControlSender;
+use crate::wire::id::MigrationId;
+use crate::wire::message::{
+    HashesEnd, ImageOffer, ImageWant, Ledger, Offer, OfferOptions, PageHashes,
+};
+
+/// How long the guest's agent gets to acknowledge what it was sent. What is left travels with the pod.
+const AGENT_LIMIT: Duration = Duration::from_millis(200);
+/// How long a running guest gets to empty its TAP queue. Its frames wait in the park meanwhile.
+const DRAIN_LIMIT: Duration = Duration::from_millis(100);
+/// Threads that hash the frozen guest.
+const HASH_THREADS: usize = 2;
+/// The announcements end 450 ms after the resume; until then neighbours may still learn.
+const FORWARD_LEAST: Duration = Duration::from_millis(600);
+/// Forwarding ends when nothing has needed it for this long.
+const FORWARD_QUIET: Duration = Duration::from_millis(200);
+/// Forwarding ends at the latest after this long, as the sum of what bridges and neighbours take to learn.
+const FORWARD_MOST: Duration = Duration::from_secs(10);
+
+type Step = Result<Input, String>;
+type Parts = Option<Arc<PodResources>>;
+type Sender = Option<Arc<PageSender>>;
+
+/// The data connections. The destination never writes to them; the halves that read keep them open.
+#[derive(Debug)]
+pub(super) struct Lanes {
+    pub(super) sender: Arc<PageSender>,
+    pub(super) _readers: Vec<Reader<Data>>,
+}
+
+/// What the destination is asked to take.
+pub(super) async fn offer(
+    node: &Arc<Node>,
+    pod: &PodHandle,
+    resources: &PodResources,
+    migration: MigrationId,
+    options: Options,
+) -> Result<Offer, String> {
+    let epoch: Epoch = pod.view().epoch;
+    let images = Arc::clone(&node.images);
+    let disks = resources.vm_spec.disks.clone();
+    let images = blocking(move || {
+        disks
+            .iter()
+            .map(|disk| {
+                let record = images
+                    .resolve(&disk.image_digest)
+                    .map_err(|error| chain(&error))?;
+                let record = json(&record)?;
+                Ok(ImageOffer { record })
+            })
+            .collect::<Result<Vec<_>, String>>()
+    })
+    .await?;
+    Ok(Offer {
+        migration,
+        epoch: epoch.next(),
+        source: node.name().to_owned(),
+        pod: resources.spec.clone(),
+        vm: resources.vm_spec.clone(),
+        ram: resources.vm_spec.memory,
+        qemu_version: version(node.qemu.version),
+        options: OfferOptions {
+            verify: options.verify,
+        },
+        record: json(&pod.record())?,
+        images,
+    })
+}
+
+/// `7.2.22`.
+pub(super) fn version((major, minor, micro): (u32, u32, u32)) -> String {
+    format!("{major}.{minor}.{micro}")
+}
+
+fn json(value: &impl serde::Serialize) -> Result<String, String> {
+    serde_json::to_string(value).map_err(|error| chain(&error))
+}
+
+/// Runs what blocks on a thread of its own.
+pub(super) async fn blocking<T: Send + 'static>(
+    call: impl FnOnce() -> Result<T, String> + Send + 'static,
+) -> Result<T, String> {
+    tokio::task::spawn_blocking(call)
+        .await
+        .unwrap_or_else(|error| Err(chain(&error)))
+}
+
+fn need<T>(part: Option<T>, what: &str) -> Result<T, String> {
+    part.ok_or_else(|| format!("{what} is gone"))
+}
+
+pub(super) async fn send_images(
+    node: Arc<Node>,
+    parts: Parts,
+    sender: Sender,
+    wants: Vec<ImageWant>,
+) -> Step {
+    let (parts, sender) = (need(parts, "the pod")?, need(sender, "the link")?);
+    let mut turn = 0;
+    for want in wants {
+        let disk = parts
+            .vm_spec
+            .disks
+            .get(want.image as usize)
+            .ok_or_else(|| {
+                format!(
+                    "the destination wants image {}, which was not offered",
+                    want.image
+                )
+            })?;
+        let digest: Digest = disk.image_digest.parse().map_err(|error| chain(&error))?;
+        for index in want.chunks {
+            let images = Arc::clone(&node.images);
+            let chunk = blocking(move || {
+                let raw = images
+                    .read_chunk(&digest, index)
+                    .map_err(|error| chain(&error))?;
+                Ok(Bytes::from(raw))
+            })
+            .await?;
+            let content = Digest::of(&chunk);
+            sender
+                .chunk(turn, content.0, chunk)
+                .await
+                .map_err(|error| chain(&error))?;
+            turn += 1;
+        }
+    }
+    Ok(Input::ImagesSent)
+}
+
+pub(super) async fn start_tracking(parts: Parts, tracking: Tracking) -> Step {
+    let parts = need(parts, "the pod")?;
+    blocking(move || tracking.start(&parts.vm).map_err(|error| chain(&error))).await?;
+    Ok(Input::TrackingStarted)
+}
+
+pub(super) async fn send_round(sender: Sender, tracking: Tracking, round: u32) -> Step {
+    let sender = need(sender, "the link")?;
+    let sent = sender
+        .round(round, &tracking.take(), round == 1)
+        .await
+        .map_err(|error| chain(&error))?;
+    Ok(Input::RoundSent {
+        pages: sent.pages,
+        bytes: sent.bytes,
+    })
+}
+
+async fn scan_now(tracking: &Tracking) -> Result<(u64, u64), String> {
+    let tracking = tracking.clone();
+    blocking(move || tracking.scan().map_err(|error: TrackError| chain(&error))).await
+}
+
+pub(super) async fn scan(tracking: Tracking) -> Step {
+    let (dirtied, pending) = scan_now(&tracking).await?;
+    Ok(Input::Scanned { dirtied, pending })
+}
+
+pub(super) async fn detach_agent(parts: Parts) -> Step {
+    let parts = need(parts, "the pod")?;
+    let agent = match parts.agent.get() {
+        Some(agent) => detach(&parts.spec.name, &agent).await,
+        None => None,
+    };
+    let logs = Arc::clone(&parts.logs);
+    let state = blocking(move || {
+        let logs = logs.tail(LOG_TAIL).map_err(|error| chain(&error))?;
+        Handoff { agent, logs }.encode()
+    })
+    .await?;
+    Ok(Input::AgentDetached { state })
+}
+
+/// `None`: the link to the agent begins anew at the destination.
+async fn detach(pod: &str, agent: &AgentClient) -> Option<AgentState> {
+    if !agent.detach(AGENT_LIMIT).await {
+        tracing::info!(
+            pod,
+            "the agent has not acknowledged everything: the rest travels"
+        );
+    }
+    agent
+        .state()
+        .await
+        .inspect_err(|error| {
+            tracing::warn!(
+                pod,
+                error = chain(error),
+                "the agent's link does not travel"
+            )
+        })
+        .ok()
+}
+
+pub(super) async fn drain_tap(parts: Parts) -> Step {
+    let parts = need(parts, "the pod")?;
+    if !parts.port.drain_tap(DRAIN_LIMIT).await {
+        tracing::info!(
+            pod = parts.spec.name,
+            "the guest does not empty its queue: the rest travels"
+        );
+    }
+    Ok(Input::Drained)
+}
+
+pub(super) async fn stop_vm(parts: Parts) -> Step {
+    let parts = need(parts, "the pod")?;
+    let at_unix_us = unix_us();
+    parts.vm.stop().await.map_err(|error| chain(&error))?;
+    Ok(Input::Stopped { at_unix_us })
+}
+
+pub(super) async fn read_residue(parts: Parts) -> Step {
+    let parts = need(parts, "the pod")?;
+    parts.port.residue().await.map_err(|error| chain(&error))?;
+    Ok(Input::ResidueRead)
+}
+
+pub(super) async fn send_last_pages(sender: Sender, tracking: Tracking, round: u32) -> Step {
+    let sender = need(sender, "the link")?;
+    sender.lift_limit();
+    scan_now(&tracking).await?;
+    let sent = sender
+        .round(round, &tracking.take(), false)
+        .await
+        .map_err(|error| chain(&error))?;
+    Ok(Input::LastPagesSent { pages: sent.pages })
+}
+
+pub(super) async fn save_state(parts: Parts, control: Option<ControlSender>) -> Step {
+    let (parts, control) = (need(parts, "the pod")?, need(control, "the link")?);
+    device_state::save(&parts.vm, &control)
+        .await
+        .map_err(|error| chain(&error))?;
+    Ok(Input::StateSent)
+}
+
+pub(super) async fn send_hashes(parts: Parts, control: Option<ControlSender>) -> Step {
+    let (parts, control) = (need(parts, "the pod")?, need(control, "the link")?);
+    let memory = parts.vm.memory();
+    let hashes =
+        blocking(move || hash_all(&memory, HASH_THREADS).map_err(|error: io::Error| chain(&error)))
+            .await?;
+    let lost = |error| chain(&error);
+    for (index, piece) in hashes.chunks(PageHashes::MAX_PAGES).enumerate() {
+        let first = PageIndex((index * PageHashes::MAX_PAGES) as u64);
+        let message = PageHashes::new(first, piece);
+        control.send(message).await.map_err(lost)?;
+    }
+    let pages = hashes.len() as u64;
+    control.send(HashesEnd { pages }).await.map_err(lost)?;
+    Ok(Input::HashesSent)
+}
+
+/// Undoes what is marked, in the order of a switchover read backwards. Returns what could not be undone.
+pub(super) async fn roll_back(
+    parts: Option<&PodResources>,
+    tracking: &Tracking,
+    what: Rollback,
+) -> Vec<String> {
+    let mut problems = Vec::new();
+    let Some(parts) = parts else { return problems };
+    if what.stop_tracking {
+        let tracking = tracking.clone();
+        let stopped = blocking(move || {
+            tracking.stop();
+            Ok(())
+        });
+        problems.extend(stopped.await.err());
+    }
+    if what.resume_vm {
+        problems.extend(resume(parts).await.err());
+    }
+    if what.release_hold
+        && parts.port.stage() == network::Stage::Holding
+        && let Err(error) = parts.port.rollback().await
+    {
+        problems.push(chain(&error));
+    }
+    if what.attach_agent
+        && let Some(agent) = parts.agent.get()
+        && let Err(error) = agent.reattach()
+    {
+        problems.push(chain(&error));
+    }
+    problems
+}
+
+async fn resume(parts: &PodResources) -> Result<(), String> {
+    let told = |error| chain(&error);
+    // Without a save under way this does nothing.
+    parts.vm.abort_save().await.map_err(told)?;
+    match parts.vm.query_status().await.map_err(told)? {
+        RunState::Running => Ok(()),
+        RunState::Paused
+        | RunState::Saved
+        | RunState::Saving
+        | RunState::Incoming
+        | RunState::Other(_) => parts.vm.cont().await.map_err(told),
+    }
+}
+
+/// Waits until everything parked has been acknowledged and nothing needs the old way any more.
+pub(super) async fn forwarded(parts: Arc<PodResources>) -> Step {
+    let began = Instant::now();
+    let mut last = (began, u64::MAX);
+    while began.elapsed() < FORWARD_MOST {
+        let Ok(ledger) = parts.port.ledger().await else {
+            break;
+        };
+        if ledger.held > 0 || ledger.forwarded != last.1 {
+            last = (Instant::now(), ledger.forwarded);
+        }
+        if began.elapsed() >= FORWARD_LEAST && last.0.elapsed() >= FORWARD_QUIET {
+            break;
+        }
+        sleep(Duration::from_millis(20)).await;
+    }
+    Ok(Input::Forwarded)
+}
+
+pub(super) async fn release(parts: Parts, pod: PodHandle, to: String) -> Step {
+    let mut ledger = Ledger::default();
+    if let Some(parts) = parts {
+        parts.vm.kill().await.map_err(|error| chain(&error))?;
+        let booked = parts.port.release().await.map_err(|error| chain(&error))?;
+        ledger = wire_ledger(&booked);
+    }
+    let end = MigrationEnd::MovedAway { to };
+    if let Err(error) = pod.end_migration(end).await {
+        tracing::error!(
+            pod = pod.name(),
+            error = chain(&error),
+            "files of the pod are left behind"
+        );
+    }
+    Ok(Input::Released { ledger })
+}
+
+/// The books as they cross the wire.
+pub(super) fn wire_ledger(booked: &network::Ledger) -> Ledger {
+    Ledger {
+        seen: booked.seen,
+        delivered: booked.delivered,
+        held: booked.held,
+        forwarded: booked.forwarded,
+        refused: booked.refused,
+        lost: booked.lost,
+    }
+}

@@ -1,0 +1,289 @@
+//! What the nodes do for their machines: the movers, the journal, the door.
+
+use super::*;
+
+impl World {
+    pub(super) fn carry_out(&mut self, side: Side) {
+        let Some(out) = self.node(side).outbox.pop_front() else {
+            return;
+        };
+        match out {
+            Out::Source(out) => self.at_source(out),
+            Out::Destination(out) => self.at_destination(out),
+        }
+        let now = self.now;
+        let node = self.node(side);
+        if !node.outbox.is_empty() {
+            let life = node.life;
+            self.at(now, Event::Outbox { life, side });
+        }
+    }
+
+    pub(super) fn write(&mut self, entry: Entry, side: Side) {
+        match entry {
+            Entry::Owner(record) => self.node(side).owner = Some(record),
+            Entry::Source(record) => self.source_record = Some(record),
+            Entry::Destination(record) => {
+                if record.state == (DestinationState::Owner { resumed: false }) {
+                    self.d.owner = Some(record.owner());
+                }
+                self.destination_record = Some(record);
+            }
+        }
+    }
+
+    pub(super) fn at_source(&mut self, out: source::Output) {
+        use source::{Input, Output};
+        let step = match out {
+            Output::Send(message) => return self.send(Side::Source, self.s.link, message),
+            Output::Journal(_) if std::mem::take(&mut self.s.disk_full) => {
+                self.s.outbox.clear();
+                let reason = "disk full".to_owned();
+                return self.feed(In::Source(Input::JournalFailed { reason }));
+            }
+            Output::Journal(entry) | Output::Note(entry) => return self.write(entry, Side::Source),
+            Output::SendImages(_) => Input::ImagesSent,
+            Output::StartTracking => {
+                self.tracking = true;
+                Input::TrackingStarted
+            }
+            Output::SendRound { round } => {
+                self.place(round);
+                Input::RoundSent {
+                    pages: 1000,
+                    bytes: 4_100_000,
+                }
+            }
+            Output::Scan => Input::Scanned {
+                dirtied: 10,
+                pending: 10,
+            },
+            Output::DetachAgent => {
+                self.agent_detached = true;
+                Input::AgentDetached { state: vec![1] }
+            }
+            Output::Hold => {
+                self.held = true;
+                Input::Held
+            }
+            Output::DrainTap => Input::Drained,
+            Output::StopVm => Input::Stopped { at_unix_us: 1 },
+            Output::ReadResidue => Input::ResidueRead,
+            Output::SendLastPages { round } => {
+                self.place(round);
+                Input::LastPagesSent { pages: 10 }
+            }
+            Output::SaveState => {
+                let end = crate::wire::message::StateEnd { bytes: 1 };
+                self.send(Side::Source, self.s.link, end.into());
+                Input::StateSent
+            }
+            Output::SendHashes => {
+                let end = crate::wire::message::HashesEnd { pages: 1 };
+                self.send(Side::Source, self.s.link, end.into());
+                Input::HashesSent
+            }
+            Output::Rollback(rollback) => {
+                self.s.movers += 1;
+                if rollback.resume_vm && self.s.vm == Vm::Paused {
+                    self.s.vm = Vm::Running;
+                }
+                self.held &= !rollback.release_hold;
+                self.tracking &= !rollback.stop_tracking;
+                self.agent_detached &= !rollback.attach_agent;
+                Input::RolledBack
+            }
+            Output::Forward => Input::Forwarded,
+            Output::KillVm => {
+                self.s.vm = Vm::None;
+                return;
+            }
+            Output::Release => {
+                self.held = false;
+                let ledger = Ledger::default();
+                Input::Released { ledger }
+            }
+            Output::Redial => {
+                let (life, time) = (self.s.life, self.now + self.delay(3_000));
+                return self.at(time, Event::Dialed { life });
+            }
+            Output::WakeAt(at) => return self.wake(Side::Source, at),
+            Output::CancelRefused => {
+                self.cancel_refused = true;
+                return;
+            }
+            Output::Finish(_) => {
+                self.s.finished = true;
+                self.source = None;
+                return self.hang_up(Side::Source);
+            }
+        };
+        self.done(In::Source(step));
+    }
+
+    /// The pages of a round arrive beside the control connection.
+    pub(super) fn place(&mut self, round: u32) {
+        self.done(In::Destination(destination::Input::RoundPlaced { round }));
+    }
+
+    pub(super) fn wake(&mut self, side: Side, at: u64) {
+        let time = at.max(self.now);
+        let node = self.node(side);
+        node.timer = Some(at);
+        let life = node.life;
+        self.at(time, Event::Tick { life, at, side });
+    }
+
+    pub(super) fn hang_up(&mut self, side: Side) {
+        if let Some(link) = self.node(side).link.take() {
+            self.cut(link, false);
+        }
+    }
+
+    pub(super) fn at_destination(&mut self, out: destination::Output) {
+        use destination::{Input, Output};
+        let step = match out {
+            Output::Send(message) => return self.send(Side::Destination, self.d.link, message),
+            Output::Journal(_) if std::mem::take(&mut self.d.disk_full) => {
+                self.d.outbox.clear();
+                let reason = "disk full".to_owned();
+                return self.feed(In::Destination(Input::JournalFailed { reason }));
+            }
+            Output::Journal(entry) | Output::Note(entry) => {
+                return self.write(entry, Side::Destination);
+            }
+            Output::Check(_) => Input::Checked(self.verdict_of_check()),
+            Output::ReceiveImages(_) => Input::ImagesReceived,
+            Output::PrepareVm => {
+                self.d.vm = Vm::Incoming;
+                Input::VmPrepared
+            }
+            Output::Verify => Input::Verified {
+                pages: 100,
+                mismatched: 0,
+            },
+            Output::LoadState => Input::StateLoaded,
+            Output::OpenNetwork | Output::Adopt { .. } | Output::PodFailed { .. } => return,
+            Output::Resume if self.d.vm == Vm::Dead => Input::Failed {
+                reason: "no VM".to_owned(),
+            },
+            Output::Resume => {
+                assert!(matches!(self.d.vm, Vm::Loaded | Vm::Running), "{self:?}");
+                self.d.vm = Vm::Running;
+                let steps = Vec::new();
+                Input::Resumed {
+                    at_unix_us: 2,
+                    steps,
+                }
+            }
+            Output::Discard => {
+                self.d.movers += 1;
+                self.d.vm = Vm::None;
+                Input::Discarded
+            }
+            Output::SendBye => return self.bye(self.d.link),
+            Output::WakeAt(at) => return self.wake(Side::Destination, at),
+            Output::CancelRefused => return,
+            Output::Finish(_) => {
+                self.d.finished = true;
+                self.destination = None;
+                return self.hang_up(Side::Destination);
+            }
+        };
+        self.done(In::Destination(step));
+    }
+
+    pub(super) fn bye(&mut self, link: Option<usize>) {
+        let bye = Bye {
+            migration: ID,
+            ledger: Ledger::default(),
+        };
+        self.send(Side::Destination, link, bye.into());
+    }
+
+    pub(super) fn verdict_of_check(&self) -> Result<Vec<ImageWant>, Refuse> {
+        if self.destination_record.is_some() {
+            return Err(Refuse {
+                code: RefuseCode::Busy,
+                reason: "known".to_owned(),
+            });
+        }
+        let want = ImageWant {
+            image: 0,
+            chunks: vec![1],
+        };
+        Ok(Vec::from_iter(self.setting.images.then_some(want)))
+    }
+
+    pub(super) fn deliver(&mut self, link: usize, to: Side, message: Control) {
+        if !self.lives(link, to) {
+            return;
+        }
+        let current = self.node(to).link == Some(link);
+        match to {
+            Side::Source if current || self.setting.late => {
+                self.feed(In::Source(source::Input::Peer(message)));
+            }
+            Side::Source => {}
+            Side::Destination => self.deliver_to_destination(link, current, message),
+        }
+    }
+
+    pub(super) fn deliver_to_destination(&mut self, link: usize, current: bool, message: Control) {
+        match (message, self.destination.is_some()) {
+            (Control::Offer(offer), false) if !self.d.finished => {
+                self.d.link = Some(link);
+                self.destination = Some(Destination::new(offer, "a".to_owned()));
+                self.input(0, In::Destination(destination::Input::Begin));
+                if !self.links[link].up {
+                    // Whoever accepts from a dead link hears of its death after the last byte.
+                    let (side, time) = (Side::Destination, self.now + self.delay(3_000_000));
+                    self.at(time, Event::Lost { link, side });
+                }
+            }
+            (Control::Query(_), true) if !current => {
+                if let Some(old) = self.d.link.replace(link) {
+                    self.cut(old, !self.setting.late);
+                }
+                self.feed(In::Destination(destination::Input::Asked));
+            }
+            (message, true) if current || self.setting.late => {
+                self.feed(In::Destination(destination::Input::Peer(message)));
+            }
+            // What the journal answers once there is no machine.
+            (Control::Query(_), false) => {
+                let verdict = self.answer();
+                let migration = ID;
+                let reply = QueryReply { migration, verdict };
+                self.send(Side::Destination, Some(link), reply.into());
+            }
+            (Control::Released(_), false) => {
+                if let Some(record) = &mut self.destination_record
+                    && record.verdict() == Some(Verdict::Running)
+                {
+                    record.state = DestinationState::Settled;
+                }
+                self.bye(Some(link));
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn answer(&mut self) -> Verdict {
+        let record = self.destination_record.take();
+        let known = record.as_ref().and_then(DestinationRecord::verdict);
+        self.destination_record = Some(match record {
+            Some(record) if known.is_some() => record,
+            _ => DestinationRecord {
+                migration: ID,
+                pod: String::new(),
+                from: "a".to_owned(),
+                epoch: Epoch(0),
+                state: DestinationState::Discarded {
+                    reason: String::new(),
+                },
+            },
+        });
+        known.unwrap_or(Verdict::Discarded)
+    }
+}

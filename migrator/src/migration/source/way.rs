@@ -1,0 +1,326 @@
+//! The straight way, a step at a time.
+
+use super::{
+    ANSWER_LIMIT_US, ASK_EVERY_US, BYE_LIMIT_US, Dialing, Input, Outcome, Output, Sending, Source,
+    SourceState, State,
+};
+use crate::migration::journal::{Entry, OwnerState};
+use crate::migration::rounds::{Decision, RoundSample};
+use crate::wire::message::{
+    Control, Grant, Handover, ImageDone, Ledger, MemoryDone, Ready, RoundEnd,
+};
+
+impl Source {
+    /// Messages of the peer. Late and doubled ones meet a state that does not wait for them, and are nothing.
+    pub(super) fn peer(&mut self, now: u64, message: Control, out: &mut Vec<Output>) {
+        match (message, &mut self.state) {
+            (Control::Accept(accept), State::Offered) => {
+                if accept.wants.is_empty() {
+                    self.state = State::Preparing;
+                    self.deadline = Some(now + ANSWER_LIMIT_US);
+                } else {
+                    self.state = State::Images;
+                    self.deadline = None;
+                    out.push(Output::SendImages(accept.wants));
+                }
+            }
+            (Control::Prepared(_), State::Preparing) => {
+                self.state = State::Tracking;
+                self.deadline = None;
+                self.begun.stop_tracking = true;
+                out.push(Output::StartTracking);
+            }
+            (
+                Control::RoundAck(ack),
+                State::Round {
+                    round, acked_at, ..
+                },
+            ) if ack.round == *round => {
+                acked_at.get_or_insert(now);
+                self.scan_if_round_complete(out);
+            }
+            (Control::Ready(ready), State::Sending(sending)) => match doubts(self.verify, ready) {
+                Some(reason) => self.unwind(&reason, out),
+                None => {
+                    sending.ready = true;
+                    self.grant_if_complete(now, out);
+                }
+            },
+            (Control::Running(running), State::Granted | State::Doubt(_)) => {
+                self.taken_over(running.failed, out);
+            }
+            (Control::QueryReply(reply), _) if reply.migration == self.record.migration => {
+                self.verdict(reply.verdict, out);
+            }
+            (Control::Refuse(refuse), _) => self.turned_down(&refuse.reason, out),
+            (Control::Abort(abort), _) => self.turned_down(&abort.reason, out),
+            (Control::Bye(bye), State::Closing(_)) if bye.migration == self.record.migration => {
+                self.complete(Some(bye.ledger), out);
+            }
+            _ => {}
+        }
+    }
+
+    /// Steps of the way there; a step that nobody waits for belongs to what was rolled back.
+    pub(super) fn step(&mut self, now: u64, step: Input, out: &mut Vec<Output>) {
+        match (step, &mut self.state) {
+            (Input::ImagesSent, State::Images) => {
+                self.state = State::Preparing;
+                out.push(Output::Send(ImageDone.into()));
+                self.deadline = Some(now + ANSWER_LIMIT_US);
+            }
+            (Input::TrackingStarted, State::Tracking) => {
+                self.scanned_at = now;
+                self.start_round(1, now, out);
+            }
+            (Input::RoundSent { pages, bytes }, State::Round { round, sent, .. }) => {
+                *sent = Some((pages, bytes));
+                let round = *round;
+                out.push(Output::Send(RoundEnd { round, pages }.into()));
+                self.scan_if_round_complete(out);
+            }
+            (Input::Scanned { dirtied, pending }, State::Scanning { round }) => {
+                let round = *round;
+                self.rounds
+                    .scanned(dirtied, now.saturating_sub(self.scanned_at));
+                self.scanned_at = now;
+                self.decide(round, pending, now, out);
+            }
+            (Input::AgentDetached { state }, State::Holding { agent, .. }) => {
+                *agent = Some(state);
+                self.drain_if_held(out);
+            }
+            (Input::Held, State::Holding { held, .. }) => {
+                *held = true;
+                self.drain_if_held(out);
+            }
+            (Input::Drained, State::Draining { round, agent }) => {
+                let (round, agent) = (*round, std::mem::take(agent));
+                self.state = State::Stopping { round, agent };
+                self.begun.resume_vm = true;
+                out.push(Output::StopVm);
+            }
+            (Input::Stopped { at_unix_us }, State::Stopping { round, agent }) => {
+                let handover = Handover {
+                    stopped_at_unix_us: at_unix_us,
+                    agent: std::mem::take(agent),
+                };
+                let round = *round;
+                self.stopped(round, handover, now, out);
+            }
+            (Input::ResidueRead, State::Sending(sending)) => {
+                sending.residue = true;
+                self.grant_if_complete(now, out);
+            }
+            (Input::LastPagesSent { pages }, State::Sending(sending)) => {
+                sending.pages = true;
+                let round = sending.round;
+                out.push(Output::Send(MemoryDone { round, pages }.into()));
+                self.grant_if_complete(now, out);
+            }
+            (Input::StateSent, State::Sending(sending)) => {
+                sending.state = true;
+                self.grant_if_complete(now, out);
+            }
+            (Input::HashesSent, State::Sending(sending)) => {
+                sending.hashes = true;
+                self.grant_if_complete(now, out);
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn start_round(&mut self, round: u32, now: u64, out: &mut Vec<Output>) {
+        self.state = State::Round {
+            round,
+            started: now,
+            sent: None,
+            acked_at: None,
+        };
+        out.push(Output::SendRound { round });
+    }
+
+    pub(super) fn scan_if_round_complete(&mut self, out: &mut Vec<Output>) {
+        if let State::Round {
+            round,
+            started,
+            sent: Some((pages, bytes)),
+            acked_at: Some(acked_at),
+        } = self.state
+        {
+            self.rounds.round_done(RoundSample {
+                pages,
+                bytes,
+                duration_us: acked_at.saturating_sub(started),
+            });
+            self.state = State::Scanning { round };
+            out.push(Output::Scan);
+        }
+    }
+
+    pub(super) fn decide(&mut self, round: u32, pending: u64, now: u64, out: &mut Vec<Output>) {
+        match self.rounds.decide(pending) {
+            Decision::Round => self.start_round(round + 1, now, out),
+            Decision::Freeze => self.freeze(round + 1, out),
+            Decision::Stalled(stall) => {
+                self.stall = Some(stall);
+                match (stall.exhausted, self.force) {
+                    (false, _) => self.start_round(round + 1, now, out),
+                    (true, true) => self.freeze(round + 1, out),
+                    (true, false) => self.unwind(&stall.to_string(), out),
+                }
+            }
+        }
+    }
+
+    pub(super) fn freeze(&mut self, round: u32, out: &mut Vec<Output>) {
+        self.state = State::Holding {
+            round,
+            agent: None,
+            held: false,
+        };
+        self.begun.attach_agent = true;
+        self.begun.release_hold = true;
+        out.extend([Output::DetachAgent, Output::Hold]);
+    }
+
+    pub(super) fn drain_if_held(&mut self, out: &mut Vec<Output>) {
+        if let State::Holding {
+            round,
+            agent,
+            held: true,
+        } = &mut self.state
+            && let Some(agent) = agent.take()
+        {
+            self.state = State::Draining {
+                round: *round,
+                agent,
+            };
+            out.push(Output::DrainTap);
+        }
+    }
+
+    pub(super) fn stopped(
+        &mut self,
+        round: u32,
+        handover: Handover,
+        now: u64,
+        out: &mut Vec<Output>,
+    ) {
+        self.state = State::Sending(Sending {
+            round,
+            pages: false,
+            state: false,
+            residue: false,
+            hashes: !self.verify,
+            ready: false,
+        });
+        out.extend([
+            Output::SendLastPages { round },
+            Output::SaveState,
+            Output::ReadResidue,
+            Output::Send(handover.into()),
+        ]);
+        if self.verify {
+            out.push(Output::SendHashes);
+        }
+        self.deadline = Some(now + self.freeze_limit_us);
+    }
+
+    /// Everything sent: journal, while the destination loads. Everything loaded too: grant.
+    pub(super) fn grant_if_complete(&mut self, now: u64, out: &mut Vec<Output>) {
+        let State::Sending(sending) = &self.state else {
+            return;
+        };
+        if !(sending.pages && sending.state && sending.residue && sending.hashes) {
+            return;
+        }
+        let ready = sending.ready;
+        if !self.handed_over {
+            self.handed_over = true;
+            out.push(Output::Journal(Entry::Owner(self.owner(
+                OwnerState::HandedOver {
+                    to: self.record.to.clone(),
+                    migration: self.record.migration,
+                    offered: self.record.offered,
+                },
+            ))));
+        }
+        if ready {
+            self.state = State::Granted;
+            let epoch = self.record.offered;
+            out.push(Output::Send(Grant { epoch }.into()));
+            self.deadline = Some(now + ASK_EVERY_US);
+        }
+    }
+
+    /// The destination runs the guest: this copy must never run again.
+    pub(super) fn taken_over(&mut self, failed: Option<String>, out: &mut Vec<Output>) {
+        self.deadline = None;
+        let released = OwnerState::Released {
+            to: self.record.to.clone(),
+            migration: self.record.migration,
+        };
+        // Packets first: the guest waits for them, and for nothing else here.
+        if failed.is_none() {
+            out.push(Output::Forward);
+        }
+        out.push(Output::Note(Entry::Owner(self.owner(released))));
+        out.push(Output::KillVm);
+        let mut dialing = Dialing::default();
+        if !self.link {
+            self.dial(&mut dialing, out);
+        }
+        self.state = match failed {
+            None => State::Forwarding(dialing),
+            // The guest that the parked packets were for is gone at both ends.
+            Some(_) => {
+                out.push(Output::Release);
+                State::Releasing(dialing)
+            }
+        };
+    }
+
+    pub(super) fn forwarded(&mut self, out: &mut Vec<Output>) {
+        if let State::Forwarding(dialing) = self.state {
+            self.state = State::Releasing(dialing);
+            out.push(Output::Release);
+        }
+    }
+
+    pub(super) fn released(&mut self, now: u64, ledger: Ledger, out: &mut Vec<Output>) {
+        let State::Releasing(mut dialing) = self.state else {
+            return;
+        };
+        self.ledger = ledger;
+        dialing.give_up_at = Some(now + BYE_LIMIT_US);
+        if self.link {
+            out.push(Output::Send(self.released_message()));
+        }
+        self.state = State::Closing(dialing);
+    }
+
+    pub(super) fn complete(&mut self, destination: Option<Ledger>, out: &mut Vec<Output>) {
+        self.state = State::Done;
+        out.push(Output::Note(self.ended(SourceState::Completed)));
+        out.push(Output::Finish(Outcome::Completed {
+            source: self.ledger,
+            destination,
+        }));
+    }
+}
+
+/// What speaks against a grant although the destination is ready.
+fn doubts(verify: bool, ready: Ready) -> Option<String> {
+    if ready.mismatched > 0 {
+        let Ready {
+            verified,
+            mismatched,
+        } = ready;
+        return Some(format!(
+            "{mismatched} of {verified} pages differ at the destination"
+        ));
+    }
+    (verify && ready.verified == 0)
+        .then(|| "the destination compared no page, although verify was asked for".to_owned())
+}

@@ -1,0 +1,379 @@
+//! The thread that owns a pod's dataplane: it alone reads the park, writes into the TAP, and moves the
+//! `done` counters. Everybody else sends it commands.
+//!
+//! ```text
+//!             hold            residue, forward         drain
+//!   Local ----------> Holding ----------> Forwarding ----------> Released
+//!     ^ ^                |
+//!     | +- RollingBack <-+ rollback                                 the source
+//!     |
+//!     +--- Settling <--------- Opened <--------- Incoming           the destination
+//!                     settle            open
+//! ```
+
+mod command;
+mod destination;
+mod queues;
+mod source;
+
+pub use command::Stage;
+pub(crate) use command::{Command, Reply};
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use migrator_ebpf::{Gate, Mode};
+use nix::poll::{PollFd, PollFlags};
+use nix::sys::eventfd::EventFd;
+use nix::sys::time::TimeSpec;
+use tokio::sync::{mpsc::UnboundedSender, watch};
+use vm_runtime::units::MacAddress;
+
+use super::copies::Copies;
+use super::error::PortError;
+use super::gate::SlotGate;
+use super::ledger::Tally;
+use super::log::{InboundLog, LogItem, SourceLog};
+use super::marker::marker;
+use super::sys::{FRAME_MAX, PacketSocket, VNET_HEADER};
+
+/// From the echo of the announcement to the end marker: frames that came before it may still be in
+/// the backlog of another CPU.
+const END_DELAY: Duration = Duration::from_millis(2);
+/// Pause before the next attempt at a full TAP.
+const FULL_PAUSE: Duration = Duration::from_micros(250);
+/// Longest sleep: a safety net, since every event wakes the thread.
+const IDLE: Duration = Duration::from_millis(500);
+/// Frames taken from the park before commands are looked at again.
+const BATCH: usize = 256;
+/// Frames that wait for a full TAP before the park is left to fill as well.
+const PENDING_MAX: usize = 65536;
+/// Bytes of unacknowledged log before the park is left to fill as well.
+const LOG_BYTES_MAX: usize = 512 << 20;
+/// Shortest Ethernet frame: its header.
+const ETHERNET_MIN: usize = 14;
+
+/// Why a frame is to be injected.
+#[derive(Clone, Copy, Debug)]
+enum Origin {
+    /// An item of the log; an empty frame only moves the acknowledgement.
+    Log(u64),
+    /// Parked here, or rolled back.
+    Own(Option<u8>),
+}
+
+#[derive(Debug)]
+struct Pending {
+    frame: Bytes,
+    origin: Origin,
+}
+
+#[derive(Debug)]
+struct OwnFrame {
+    frame: Bytes,
+    bucket: u8,
+    arrived: Instant,
+}
+
+/// What the thread is made of.
+pub(crate) struct Setup {
+    pub(crate) pod: String,
+    pub(crate) tap_name: String,
+    pub(crate) mac: MacAddress,
+    pub(crate) gate: SlotGate,
+    pub(crate) tap: OwnedFd,
+    pub(crate) park: OwnedFd,
+    pub(crate) injector: PacketSocket,
+    pub(crate) stage: Stage,
+    pub(crate) commands: Receiver<Command>,
+    pub(crate) wake: Arc<EventFd>,
+    pub(crate) acked: watch::Sender<u64>,
+    pub(crate) stages: watch::Sender<Stage>,
+}
+
+pub(crate) struct Dataplane {
+    setup: Setup,
+    stage: Stage,
+    buffer: Box<[u8]>,
+    park_empty: bool,
+    pending: VecDeque<Pending>,
+    /// Items ever taken off `pending`.
+    injected: u64,
+    /// The gate turns LOCAL when `injected` gets here.
+    barrier: Option<u64>,
+    full: bool,
+    tally: Tally,
+    // source
+    log: SourceLog,
+    sink: Option<UnboundedSender<LogItem>>,
+    end_due: Option<Instant>,
+    early_ack: u64,
+    drain_tap: Option<(Instant, Reply<bool>)>,
+    // destination
+    inbound: InboundLog,
+    copies: Copies,
+    own: Vec<OwnFrame>,
+    opened_at: Option<Instant>,
+    end_seen: bool,
+    injected_seq: u64,
+    settle: Option<Reply<Result<(), PortError>>>,
+    /// Counters of `parked` that everything before must have reached, after a loss.
+    resync: Option<(Box<[u64; 256]>, bool)>,
+}
+
+impl Dataplane {
+    pub(crate) fn new(setup: Setup) -> Self {
+        Self {
+            stage: setup.stage,
+            setup,
+            buffer: vec![0; FRAME_MAX + 64].into_boxed_slice(),
+            park_empty: false,
+            pending: VecDeque::new(),
+            injected: 0,
+            barrier: None,
+            full: false,
+            tally: Tally::default(),
+            log: SourceLog::new(),
+            sink: None,
+            end_due: None,
+            early_ack: 0,
+            drain_tap: None,
+            inbound: InboundLog::new(),
+            copies: Copies::default(),
+            own: Vec::new(),
+            opened_at: None,
+            end_seen: false,
+            injected_seq: 0,
+            settle: None,
+            resync: None,
+        }
+    }
+
+    /// Runs until it is told to detach, or nobody can tell it anything any more.
+    pub(crate) fn run(mut self) {
+        loop {
+            if !self.take_commands() {
+                self.flush();
+                return;
+            }
+            let now = Instant::now();
+            self.read_park(now);
+            self.take_log(now);
+            self.inject();
+            self.advance(now);
+            self.wait();
+        }
+    }
+
+    fn set_stage(&mut self, stage: Stage) {
+        self.stage = stage;
+        self.setup.stages.send_replace(stage);
+    }
+
+    fn set_gate(&self, mode: Mode, may_send: bool) {
+        let gate = self.setup.gate.get();
+        self.setup.gate.set(Gate {
+            mode,
+            may_send,
+            slot: self.setup.gate.slot(),
+            epoch: gate.epoch.wrapping_add(1),
+        });
+    }
+
+    fn take_commands(&mut self) -> bool {
+        loop {
+            match self.setup.commands.try_recv() {
+                Ok(Command::Detach) | Err(TryRecvError::Disconnected) => return false,
+                Ok(command) => self.command(command),
+                Err(TryRecvError::Empty) => return true,
+            }
+        }
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Hold(sink, reply) => {
+                let result = self.hold(sink);
+                answer(reply, result);
+            }
+            Command::Resend(sink, reply) => {
+                let result =
+                    self.expect("send the log again", &[Stage::Holding, Stage::Forwarding]);
+                if result.is_ok() {
+                    self.attach_sink(sink);
+                }
+                answer(reply, result);
+            }
+            Command::DrainTap(until, reply) => {
+                // A queue that is too full for the marker is not empty either.
+                self.setup.injector.send(&marker(self.setup.mac));
+                self.drain_tap = Some((until, reply));
+            }
+            Command::Residue(reply) => {
+                let result = self.residue();
+                answer(reply, result);
+            }
+            Command::Ack(seq) => self.ack(seq),
+            Command::Rollback(reply) => {
+                let result = self.rollback();
+                answer(reply, result);
+            }
+            Command::Forward(reply) => {
+                let result = self.forward();
+                answer(reply, result);
+            }
+            Command::Input(item) => self.input(item),
+            Command::Open(reply) => {
+                let result = self.open();
+                answer(reply, result);
+            }
+            Command::Settle(reply) => match self.expect("settle", &[Stage::Opened]) {
+                Ok(()) => {
+                    self.set_stage(Stage::Settling);
+                    self.settle = Some(reply);
+                }
+                Err(error) => answer(reply, Err(error)),
+            },
+            Command::Resync(crashed) => self.start_resync(crashed),
+            Command::Tally(reply) => {
+                let tally = self.tally();
+                answer(reply, tally);
+            }
+            Command::Shut(reply) => {
+                self.set_gate(Mode::Shut, false);
+                answer(reply, ());
+            }
+            Command::Drain(reply) => {
+                self.drain();
+                let tally = self.tally();
+                answer(reply, tally);
+            }
+            Command::Detach => {}
+        }
+    }
+
+    fn expect(&self, operation: &'static str, stages: &[Stage]) -> Result<(), PortError> {
+        if stages.contains(&self.stage) {
+            return Ok(());
+        }
+        Err(PortError::WrongStage {
+            operation,
+            stage: self.stage,
+        })
+    }
+
+    fn tally(&self) -> Tally {
+        let pending = self.pending.iter().filter(|p| !p.frame.is_empty()).count();
+        let held = self.log.len() + self.own.len() + pending + self.inbound.waiting();
+        Tally {
+            held: held as u64,
+            ..self.tally
+        }
+    }
+
+    /// Everything that happens by itself.
+    fn advance(&mut self, now: Instant) {
+        if self.end_due.is_some_and(|due| now >= due) && self.park_empty {
+            self.end_due = None;
+            if let Some(item) = self.log.end() {
+                self.emit(item);
+            }
+        }
+        if self.stage == Stage::Settling && self.barrier.is_none() && self.log_is_over(now) {
+            self.release_own_frames();
+        }
+        if self.barrier.is_some_and(|barrier| self.injected >= barrier) {
+            self.barrier = None;
+            self.set_gate(Mode::Local, true);
+            self.set_stage(Stage::Local);
+            if let Some(reply) = self.settle.take() {
+                answer(reply, Ok(()));
+            }
+        }
+        if let Some((until, reply)) = self.drain_tap.take() {
+            let empty = !readable(&self.setup.tap);
+            if empty || now >= until {
+                answer(reply, empty);
+            } else {
+                self.drain_tap = Some((until, reply));
+            }
+        }
+        self.finish_resync();
+    }
+
+    /// Before the thread ends: what it has taken must not die with it, if the guest still reads.
+    fn flush(&mut self) {
+        let until = Instant::now() + Duration::from_millis(200);
+        if self.stage != Stage::Local {
+            return;
+        }
+        while !self.pending.is_empty() && Instant::now() < until {
+            self.inject();
+            if self.full {
+                self.pause(FULL_PAUSE, false);
+            }
+        }
+    }
+
+    fn wait(&mut self) {
+        let now = Instant::now();
+        let mut timeout = if self.park_empty || !self.may_read_park() {
+            IDLE
+        } else {
+            Duration::ZERO
+        };
+        if self.full || self.drain_tap.is_some() {
+            timeout = timeout.min(FULL_PAUSE);
+        }
+        if let Some(due) = self.end_due {
+            timeout = timeout.min(due.saturating_duration_since(now));
+        }
+        if self.stage == Stage::Settling {
+            timeout = timeout.min(Duration::from_millis(1));
+        }
+        self.pause(timeout, self.may_read_park());
+    }
+
+    fn pause(&self, timeout: Duration, park: bool) {
+        let wake = PollFd::new(self.setup.wake.as_fd(), PollFlags::POLLIN);
+        let park = park.then(|| PollFd::new(self.setup.park.as_fd(), PollFlags::POLLIN));
+        let mut fds: Vec<PollFd<'_>> = [Some(wake), park].into_iter().flatten().collect();
+        // An interrupted wait only means to look again.
+        let _ = nix::poll::ppoll(&mut fds, Some(TimeSpec::from_duration(timeout)), None);
+        // Empty when nobody woke the thread.
+        let _ = self.setup.wake.read();
+    }
+}
+
+fn answer<T>(reply: Reply<T>, value: T) {
+    // The asker may have given up; the deed is done all the same.
+    let _ = reply.send(value);
+}
+
+fn readable(fd: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+    matches!(nix::poll::poll(&mut fds, nix::poll::PollTimeout::ZERO), Ok(n) if n > 0)
+}
+
+/// Cuts the header to the 10 bytes that all of its versions begin with. `None`: not even a header.
+fn normalise(bytes: &[u8], header: usize) -> Option<Bytes> {
+    if header < VNET_HEADER || bytes.len() < header + ETHERNET_MIN {
+        return None;
+    }
+    if header == VNET_HEADER {
+        return Some(Bytes::copy_from_slice(bytes));
+    }
+    Some([&bytes[..VNET_HEADER], &bytes[header..]].concat().into())
+}
+
+/// Starts the thread of a port.
+pub(crate) fn start(setup: Setup) -> io::Result<std::thread::JoinHandle<()>> {
+    std::thread::Builder::new()
+        .name(format!("port-{}", setup.gate.slot()))
+        .spawn(move || Dataplane::new(setup).run())
+}

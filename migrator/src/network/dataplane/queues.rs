@@ -1,0 +1,175 @@
+//! Out of the park, into the TAP, and the counters that keep the two in order.
+
+use std::os::fd::AsFd;
+use std::time::Instant;
+
+use bytes::Bytes;
+use migrator_ebpf::{FrameBytes, bucket, is_group, is_own_echo};
+use nix::errno::Errno;
+
+use super::super::sys::{self, Sent, VNET_HEADER};
+use super::{
+    BATCH, Dataplane, END_DELAY, LOG_BYTES_MAX, Origin, OwnFrame, PENDING_MAX, Pending, Stage,
+    normalise,
+};
+
+impl Dataplane {
+    /// The park takes whole what the TAP takes whole. The guest decides that, so it is asked late.
+    pub(super) fn mirror_offloads(&self) {
+        let whole = sys::takes_tcp_segments(&self.setup.tap_name).unwrap_or(false);
+        if let Err(error) = sys::set_park_offloads(self.setup.park.as_fd(), whole) {
+            tracing::warn!(pod = %self.setup.pod, %error, "could not set the offloads of the park");
+        }
+    }
+
+    pub(super) fn may_read_park(&self) -> bool {
+        self.pending.len() < PENDING_MAX
+            && self.log.kept_bytes() < LOG_BYTES_MAX
+            && self.own.len() < PENDING_MAX
+            && self.stage != Stage::Released
+    }
+
+    /// Takes a batch from the park. True: there may be more.
+    pub(super) fn read_park(&mut self, now: Instant) -> bool {
+        self.park_empty = false;
+        for _ in 0..BATCH {
+            if !self.may_read_park() {
+                return false;
+            }
+            match nix::unistd::read(self.setup.park.as_fd(), &mut self.buffer) {
+                Ok(read) => {
+                    if let Some(frame) = normalise(&self.buffer[..read], VNET_HEADER) {
+                        self.parked(frame, now);
+                    }
+                }
+                Err(Errno::EINTR) => {}
+                Err(errno) => {
+                    if errno != Errno::EAGAIN {
+                        tracing::error!(pod = %self.setup.pod, %errno, "could not read the park");
+                    }
+                    self.park_empty = true;
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    pub(super) fn parked(&mut self, frame: Bytes, now: Instant) {
+        let bytes = FrameBytes(&frame[VNET_HEADER..]);
+        let bucket = bucket(&bytes);
+        let echo = is_own_echo(&bytes, self.setup.mac.0);
+        let group = is_group(&bytes);
+        if echo && self.stage != Stage::Local {
+            // Shown by the gate, and booked there. At the source it is the end marker.
+            if matches!(self.stage, Stage::Holding | Stage::Forwarding) {
+                self.end_due.get_or_insert(now + END_DELAY);
+            }
+            return;
+        }
+        self.tally.park_read += 1;
+        match self.stage {
+            Stage::Local | Stage::RollingBack => self.pending.push_back(Pending {
+                frame,
+                origin: Origin::Own(Some(bucket)),
+            }),
+            Stage::Forwarding if group && self.log.ended() => {
+                self.tally.group += 1;
+                self.setup.gate.add_done(bucket);
+            }
+            Stage::Holding | Stage::Forwarding => {
+                let item = self.log.frame(frame, bucket);
+                self.emit(item);
+            }
+            Stage::Incoming | Stage::Opened | Stage::Settling => self.own.push(OwnFrame {
+                frame,
+                bucket,
+                arrived: now,
+            }),
+            Stage::Released => self.tally.removed += 1,
+        }
+    }
+
+    /// Fills the TAP's queue.
+    pub(super) fn inject(&mut self) {
+        self.full = false;
+        if self.stage == Stage::Incoming {
+            // The VMM takes frames off the TAP before its device is loaded, and forgets them when it is.
+            return;
+        }
+        while let Some(next) = self.pending.front() {
+            let sent = if next.frame.is_empty() {
+                Sent::Queued
+            } else {
+                self.setup.injector.send(&next.frame)
+            };
+            match sent {
+                Sent::Queued => {}
+                Sent::Full => {
+                    self.tally.full += 1;
+                    self.full = true;
+                    break;
+                }
+                Sent::Refused(errno) => {
+                    self.tally.invalid += 1;
+                    tracing::warn!(pod = %self.setup.pod, %errno, len = next.frame.len(), "a frame was refused");
+                }
+            }
+            let taken = sent == Sent::Queued && !next.frame.is_empty();
+            let origin = next.origin;
+            self.pending.pop_front();
+            self.injected += 1;
+            match origin {
+                Origin::Log(seq) => {
+                    self.tally.log_injected += u64::from(taken);
+                    self.injected_seq = seq;
+                }
+                Origin::Own(bucket) => {
+                    self.tally.own_injected += u64::from(taken);
+                    if let Some(bucket) = bucket {
+                        self.setup.gate.add_done(bucket);
+                    }
+                }
+            }
+        }
+        if self.opened_at.is_some() && *self.setup.acked.borrow() < self.injected_seq {
+            self.setup.acked.send_replace(self.injected_seq);
+        }
+    }
+
+    pub(super) fn start_resync(&mut self, crashed: bool) {
+        if self.stage != Stage::Local {
+            return;
+        }
+        let gate = &self.setup.gate;
+        let mut counters = Box::new([0; 256]);
+        for (bucket, counter) in (0..=u8::MAX).zip(counters.iter_mut()) {
+            *counter = gate.parked(bucket);
+        }
+        // After it, every frame that those counters stand for is in the park's queue, or lost.
+        if let Err(error) = sys::grace_period() {
+            tracing::warn!(%error, "no grace period: flows behind a lost frame keep taking the slow way");
+            return;
+        }
+        self.park_empty = false;
+        self.resync = Some((counters, crashed));
+    }
+
+    pub(super) fn finish_resync(&mut self) {
+        if !self.park_empty || !self.pending.is_empty() || self.stage != Stage::Local {
+            return;
+        }
+        let Some((counters, crashed)) = self.resync.take() else {
+            return;
+        };
+        for (bucket, counter) in (0..=u8::MAX).zip(counters.iter()) {
+            let missing = counter.wrapping_sub(self.setup.gate.done(bucket)) as i64;
+            if missing > 0 {
+                self.setup.gate.set_done(bucket, *counter);
+                if crashed {
+                    self.tally.crash += missing as u64;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! The source's part: hold, log, roll back or forward.
+
+use std::os::fd::AsFd;
+use std::time::Instant;
+
+use migrator_ebpf::Mode;
+use nix::errno::Errno;
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::super::error::PortError;
+use super::super::log::{InboundLog, LogItem, SourceLog};
+use super::super::marker::is_marker;
+use super::super::sys;
+use super::{Dataplane, Origin, Pending, Stage, normalise};
+
+impl Dataplane {
+    pub(super) fn hold(&mut self, sink: UnboundedSender<LogItem>) -> Result<(), PortError> {
+        // A service that restarted finds its port holding, without a sink.
+        self.expect("hold", &[Stage::Local, Stage::Holding])?;
+        if self.stage == Stage::Local {
+            self.mirror_offloads();
+            self.log = SourceLog::new();
+            self.end_due = None;
+            self.early_ack = 0;
+            self.set_gate(Mode::Hold, true);
+            self.set_stage(Stage::Holding);
+        }
+        self.attach_sink(sink);
+        Ok(())
+    }
+
+    pub(super) fn attach_sink(&mut self, sink: UnboundedSender<LogItem>) {
+        for item in self.log.unacknowledged() {
+            // A closed sink means a lost connection; what is kept goes to the next one.
+            let _ = sink.send(item);
+        }
+        self.sink = Some(sink);
+    }
+
+    pub(super) fn emit(&self, item: LogItem) {
+        if let Some(sink) = &self.sink {
+            // As above: kept until it is acknowledged.
+            let _ = sink.send(item);
+        }
+    }
+
+    pub(super) fn residue(&mut self) -> Result<u64, PortError> {
+        self.expect("take the residue", &[Stage::Holding])?;
+        let tap_error = |source| PortError::Tap {
+            pod: self.setup.pod.clone(),
+            source,
+        };
+        // The guest has stopped: from here on only the node that gets the grant may send.
+        self.set_gate(Mode::Hold, false);
+        let header = sys::vnet_header_len(self.setup.tap.as_fd()).map_err(tap_error)?;
+        let mut count = 0;
+        loop {
+            let read = match nix::unistd::read(self.setup.tap.as_fd(), &mut self.buffer) {
+                Ok(read) => read,
+                Err(Errno::EAGAIN) => break,
+                Err(Errno::EINTR) => continue,
+                Err(errno) => {
+                    return Err(PortError::Tap {
+                        pod: self.setup.pod.clone(),
+                        source: errno.into(),
+                    });
+                }
+            };
+            let Some(frame) = normalise(&self.buffer[..read], header) else {
+                continue;
+            };
+            if is_marker(&frame) {
+                continue;
+            }
+            self.tally.residue += 1;
+            count += 1;
+            let item = self.log.residue(frame, None);
+            self.emit(item);
+        }
+        // What was still on its way into a full TAP belongs behind it.
+        for pending in std::mem::take(&mut self.pending) {
+            self.injected += 1;
+            if let Origin::Own(bucket) = pending.origin {
+                count += 1;
+                let item = self.log.residue(pending.frame, bucket);
+                self.emit(item);
+            }
+        }
+        if let Some(item) = self.log.residue_end() {
+            self.emit(item);
+        }
+        Ok(count)
+    }
+
+    pub(super) fn ack(&mut self, seq: u64) {
+        // Before the grant everything must stay, for a rollback.
+        if self.stage != Stage::Forwarding {
+            self.early_ack = self.early_ack.max(seq);
+            return;
+        }
+        for kept in self.log.ack(seq) {
+            self.tally.forwarded += 1;
+            if let Some(bucket) = kept.bucket {
+                self.setup.gate.add_done(bucket);
+            }
+        }
+    }
+
+    pub(super) fn rollback(&mut self) -> Result<(), PortError> {
+        self.expect("roll back", &[Stage::Holding])?;
+        self.set_gate(Mode::Hold, true);
+        self.sink = None;
+        self.end_due = None;
+        for kept in self.log.take_all() {
+            self.pending.push_back(Pending {
+                frame: kept.frame,
+                origin: Origin::Own(kept.bucket),
+            });
+        }
+        self.barrier = Some(self.injected + self.pending.len() as u64);
+        self.set_stage(Stage::RollingBack);
+        Ok(())
+    }
+
+    pub(super) fn forward(&mut self) -> Result<(), PortError> {
+        self.expect("forward", &[Stage::Holding])?;
+        self.set_gate(Mode::Forward, false);
+        self.set_stage(Stage::Forwarding);
+        self.ack(self.early_ack);
+        Ok(())
+    }
+
+    pub(super) fn drain(&mut self) {
+        while self.read_park(Instant::now()) {}
+        if matches!(self.stage, Stage::Holding | Stage::Forwarding) {
+            if self.stage == Stage::Forwarding
+                && let Some(item) = self.log.end()
+            {
+                self.emit(item);
+            }
+            // Handed to the wire: from here on they are in its hands.
+            self.tally.forwarded += self.log.take_all().len() as u64;
+        }
+        let given_up = self.tally().held;
+        self.tally.removed += given_up;
+        self.pending.clear();
+        self.own.clear();
+        self.inbound = InboundLog::new();
+        self.sink = None;
+        self.set_stage(Stage::Released);
+    }
+}

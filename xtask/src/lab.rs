@@ -1,0 +1,269 @@
+//! `cargo xtask lab`: two nodes, a client and a switch, each in a network namespace of its own.
+//!
+//! ```text
+//!   mig-client                mig-switch                 mig-a
+//!   eth0 ------------------- p-client  p-a ------------- eth0 - br0 - TAPs of pods
+//!   10.77.0.1, fd77::1             sw0                          10.78.0.1
+//!                                      p-b ------------- eth0 - br0 - TAPs of pods    (mig-b)
+//!                                                               10.78.0.2
+//! ```
+//!
+//! One flat layer 2: pods live in 10.77.0.0/24 and fd77::/64, the nodes speak with each other in 10.78.0.0/24.
+//! Everything that the lab makes is named in its folder (`target/lab`), so `down` finds it after any crash.
+
+mod certs;
+mod cleanup;
+mod network;
+mod node;
+mod state;
+mod verbs;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+
+use crate::project::Project;
+use crate::{cmd, process, qemu10, run, setup};
+
+pub use node::http_get;
+pub use state::{Owner, State};
+pub use verbs::{Args, main};
+
+/// A node of the lab.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Node {
+    /// The first one.
+    A,
+    /// The second one.
+    B,
+}
+
+impl Node {
+    /// Both.
+    pub const ALL: [Node; 2] = [Node::A, Node::B];
+
+    /// Its name, as in its configuration and its certificate.
+    pub fn name(self) -> &'static str {
+        match self {
+            Node::A => "a",
+            Node::B => "b",
+        }
+    }
+
+    /// The other one.
+    pub fn other(self) -> Node {
+        match self {
+            Node::A => Node::B,
+            Node::B => Node::A,
+        }
+    }
+
+    /// Its address in the nodes' own network.
+    pub fn address(self) -> &'static str {
+        match self {
+            Node::A => "10.78.0.1",
+            Node::B => "10.78.0.2",
+        }
+    }
+
+    /// Where it listens for other nodes.
+    pub fn wire(self) -> String {
+        format!("{}:7077", self.address())
+    }
+}
+
+/// The lab of one source tree. Making this value touches nothing.
+#[derive(Clone, Debug)]
+pub struct Lab {
+    project: Project,
+    dir: PathBuf,
+    prefix: String,
+}
+
+impl Lab {
+    /// The lab in `target/lab`, or in `MIGRATOR_LAB_DIR`; namespaces start with `mig-`, or with `MIGRATOR_LAB_PREFIX`.
+    ///
+    /// # Errors
+    /// The folder's path is too long for the Unix sockets in it.
+    pub fn new(project: &Project) -> Result<Lab> {
+        let dir = match std::env::var_os("MIGRATOR_LAB_DIR") {
+            Some(dir) => std::path::absolute(dir)?,
+            None => project.target.join("lab"),
+        };
+        // 108 bytes is sun_path (linux/un.h); a node keeps up to 50 of them for `a/pods/NAME/migration.sock`.
+        if dir.as_os_str().len() > 57 {
+            bail!(
+                "the path {} is too long for Unix sockets below it: set MIGRATOR_LAB_DIR to a folder with a short path",
+                dir.display()
+            );
+        }
+        let prefix = std::env::var("MIGRATOR_LAB_PREFIX").unwrap_or_else(|_| "mig-".to_owned());
+        Ok(Lab {
+            project: project.clone(),
+            dir,
+            prefix,
+        })
+    }
+
+    /// Its folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// A node's folder: configuration, certificate, state, log.
+    pub fn node_dir(&self, node: Node) -> PathBuf {
+        self.dir.join(node.name())
+    }
+
+    /// A node's API socket.
+    pub fn api_socket(&self, node: Node) -> PathBuf {
+        self.node_dir(node).join("api.sock")
+    }
+
+    /// A node's log.
+    pub fn log(&self, node: Node) -> PathBuf {
+        self.node_dir(node).join("node.out")
+    }
+
+    /// Name of the namespace of `a`, `b`, `client` or `switch`.
+    pub fn netns(&self, place: &str) -> String {
+        format!("{}{place}", self.prefix)
+    }
+
+    /// Name of the client's namespace.
+    pub fn client(&self) -> String {
+        self.netns("client")
+    }
+
+    /// The demo's pod, ready for `migrator run`.
+    pub fn demo_pod(&self) -> PathBuf {
+        self.dir.join("demo-pod.yaml")
+    }
+
+    /// The lab's own copy of the program, so that a later build does not change what runs.
+    pub fn migrator(&self) -> PathBuf {
+        self.dir.join("bin/migrator")
+    }
+
+    /// `migrator --api-socket SOCKET`, ready for a verb.
+    pub fn on(&self, node: Node) -> Command {
+        let mut command = Command::new(self.migrator());
+        command.arg("--api-socket").arg(self.api_socket(node));
+        command
+    }
+
+    /// What `up` recorded; empty if there is no lab.
+    ///
+    /// # Errors
+    /// The record cannot be read.
+    pub fn state(&self) -> Result<State> {
+        State::load(&self.dir)
+    }
+
+    /// Whether the service of `node` runs.
+    pub fn is_running(&self, node: Node) -> bool {
+        self.state()
+            .is_ok_and(|state| state.service(node).is_some_and(process::ProcessId::alive))
+    }
+
+    /// Makes the lab: anything left of an earlier one is removed first.
+    ///
+    /// # Errors
+    /// This is not root, something is missing, or a node does not come up.
+    pub fn up(&self, owner: Owner) -> Result<()> {
+        setup::require_root("to make network namespaces")?;
+        setup::ensure(&self.project, &setup::Args::default())?;
+        if std::env::var("MIGRATOR_QEMU").is_ok_and(|version| version == "10") {
+            qemu10::ensure(&self.project)?;
+        }
+        build(&self.project)?;
+        self.down()?;
+        std::fs::create_dir_all(self.dir.join("bin"))
+            .with_context(|| format!("cannot create {}", self.dir.display()))?;
+        let mut state = State::new(owner);
+        state.save(&self.dir)?;
+        std::fs::copy(self.project.migrator(), self.migrator())
+            .with_context(|| format!("cannot copy {}", self.project.migrator().display()))?;
+        network::up(self, &mut state)?;
+        certs::write(self)?;
+        for node in Node::ALL {
+            node::write_config(self, &self.project, node)?;
+        }
+        std::fs::write(self.demo_pod(), run::pod_yaml())
+            .with_context(|| format!("cannot write {}", self.demo_pod().display()))?;
+        for node in Node::ALL {
+            self.spawn_node(node)?;
+        }
+        for node in Node::ALL {
+            self.wait_healthy(node)?;
+        }
+        Ok(())
+    }
+
+    /// Starts the service of `node` and waits until its API answers.
+    ///
+    /// # Errors
+    /// It runs already, or it does not come up.
+    pub fn start_node(&self, node: Node) -> Result<()> {
+        if self.is_running(node) {
+            bail!("node {} runs already", node.name());
+        }
+        self.spawn_node(node)?;
+        self.wait_healthy(node)
+    }
+
+    /// Kills the service of `node`; its VMs run on.
+    ///
+    /// # Errors
+    /// It cannot be killed.
+    pub fn kill_node(&self, node: Node) -> Result<()> {
+        match self.state()?.service(node) {
+            Some(service) => service.end(Duration::ZERO),
+            None => bail!(
+                "there is no node {}: `cargo xtask lab up` makes the lab",
+                node.name()
+            ),
+        }
+    }
+
+    fn spawn_node(&self, node: Node) -> Result<()> {
+        let started = node::spawn(self, node)?;
+        let mut state = self.state()?;
+        state.set_service(node, started);
+        state.save(&self.dir)
+    }
+
+    fn wait_healthy(&self, node: Node) -> Result<()> {
+        let state = self.state()?;
+        let service = state.service(node).context("the node was never started")?;
+        node::wait_healthy(self, node, service)
+    }
+
+    /// Removes every trace of the lab; harmless when there is none.
+    ///
+    /// # Errors
+    /// Something could not be removed; everything else was.
+    pub fn down(&self) -> Result<()> {
+        cleanup::down(self)
+    }
+}
+
+/// Builds the `migrator` program, unless `MIGRATOR_BIN` names one.
+///
+/// # Errors
+/// It does not build.
+pub fn build(project: &Project) -> Result<()> {
+    if project.has_given_migrator() {
+        return Ok(());
+    }
+    let mut build = cmd::cargo(project, ["build", "-p", "migrator", "--bin", "migrator"]);
+    if project.migrator().exists() {
+        build.arg("--quiet");
+    } else {
+        println!("building migrator; the first time takes minutes");
+    }
+    cmd::run(&mut build)
+}

@@ -1,0 +1,167 @@
+//! `cargo xtask test`: everything that a change must pass. The last line of its output sums the tests up.
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Command, ExitCode, Stdio};
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+
+use crate::lab::{self, Lab};
+use crate::project::Project;
+use crate::{check, cmd, demo_image, qemu10, setup};
+
+/// Arguments of the verb.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    /// Only this part
+    #[arg(value_enum)]
+    part: Option<Part>,
+    /// Only tests whose name contains this
+    #[arg(last = true)]
+    filter: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// Formatting, lints, licences, documentation
+    Check,
+    /// Tests that need nothing
+    Unit,
+    /// Tests that need root: kernel features, and the lab
+    Root,
+}
+
+/// Sums of test runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Tally {
+    passed: u64,
+    failed: u64,
+    ignored: u64,
+}
+
+/// The verb.
+///
+/// # Errors
+/// Something that the tests need is missing and cannot be installed.
+pub fn main(project: &Project, args: &Args) -> Result<ExitCode> {
+    let wants = |part| args.part.is_none_or(|only| only == part);
+    setup::ensure(
+        project,
+        &setup::Args {
+            no_install: false,
+            tests: wants(Part::Root),
+        },
+    )?;
+    let clean = !wants(Part::Check) || check::all(project);
+    let mut tally = Tally::default();
+    if wants(Part::Unit) {
+        let mut test = cmd::cargo(project, ["test", "--quiet", "--no-fail-fast"]);
+        tally.add(tests(test.arg("--").args(&args.filter))?);
+    }
+    if wants(Part::Root) {
+        tally.add(root(project, &args.filter)?);
+    }
+    if !clean {
+        println!("check: FAILED, see above");
+    }
+    if tally.ignored > 0 {
+        println!("{} ignored", tally.ignored);
+    }
+    println!("{} passed, {} failed", tally.passed, tally.failed);
+    Ok(if clean && tally.failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// The `tests` crate: one test at a time, because they share the machine's two CPUs and the lab's names.
+fn root(project: &Project, filter: &[String]) -> Result<Tally> {
+    setup::require_root("for the tests of the `tests` crate; `cargo xtask test unit` needs none")?;
+    let image = demo_image::ensure(project)?;
+    lab::build(project)?;
+    let lab = Lab::new(project)?;
+    let mut test = cmd::cargo(
+        project,
+        ["test", "--quiet", "-p", "migrator-tests", "--no-fail-fast"],
+    );
+    test.env("MIGRATOR_GUEST_DIR", project.guest_dir())
+        .env("MIGRATOR_BIN", project.migrator())
+        .env("MIGRATOR_DEMO_IMAGE", image)
+        .env("MIGRATOR_QEMU10_DIR", qemu10::root(project))
+        .env("MIGRATOR_LAB_DIR", lab.dir());
+    tests(test.arg("--").arg("--test-threads=1").args(filter))
+}
+
+/// Runs cargo's tests with their output shown as it comes, and counted.
+fn tests(command: &mut Command) -> Result<Tally> {
+    println!("test: {}", cmd::show(command));
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start cargo")?;
+    let output = child.stdout.take().context("no output to read")?;
+    let mut tally = Tally::default();
+    for line in BufReader::new(output).split(b'\n') {
+        let line = line.context("cannot read cargo's output")?;
+        let text = String::from_utf8_lossy(&line);
+        tally.add(Tally::of_line(&text));
+        println!("{text}");
+        let _ = std::io::stdout().flush();
+    }
+    let status = child.wait()?;
+    if !status.success() && tally.failed == 0 {
+        println!(
+            "test: `{}` failed before its tests could ({status})",
+            cmd::show(command)
+        );
+        tally.failed = 1;
+    }
+    Ok(tally)
+}
+
+impl Tally {
+    fn add(&mut self, other: Tally) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.ignored += other.ignored;
+    }
+
+    /// The counts of one `test result:` line; zeros of any other.
+    fn of_line(line: &str) -> Tally {
+        let mut tally = Tally::default();
+        // With --quiet the dots of the tests may stand before it on the same line.
+        let Some((_, counts)) = line.split_once("test result: ") else {
+            return tally;
+        };
+        for part in counts.split(['.', ';']) {
+            match part.trim().split_once(' ') {
+                Some((count, "passed")) => tally.passed = count.parse().unwrap_or(0),
+                Some((count, "failed")) => tally.failed = count.parse().unwrap_or(0),
+                Some((count, "ignored")) => tally.ignored = count.parse().unwrap_or(0),
+                Some(_) | None => {}
+            }
+        }
+        tally
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_result_line_is_counted_and_others_are_not() {
+        let line = "test result: FAILED. 12 passed; 3 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.10s";
+        assert_eq!(
+            Tally::of_line(line),
+            Tally {
+                passed: 12,
+                failed: 3,
+                ignored: 1
+            }
+        );
+        assert_eq!(Tally::of_line("running 12 tests"), Tally::default());
+    }
+}
