@@ -7,7 +7,7 @@ pub mod node;
 mod start;
 
 use std::error::Error;
-use std::io;
+use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -76,6 +76,7 @@ pub fn init_logging() {
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
         .try_init();
 }
 
@@ -91,7 +92,9 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
     let mut interrupt = signals(SignalKind::interrupt())?;
     let (node, journal) = start::open(config).await?;
     // Before anybody can ask for anything.
-    let open = recover::recover(&node, journal).await;
+    let open = recover::recover(&node, journal)
+        .await
+        .map_err(|e| DaemonError::open("the pods' folders", e))?;
     let api = api::server::bind(&node.config.api_socket())
         .map_err(|e| DaemonError::open("the API's socket", e))?;
     let listener = listen(&node).await?;

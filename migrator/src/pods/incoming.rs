@@ -65,6 +65,7 @@ impl IncomingPod {
             spec,
             vm,
             slot: reservation.slot(),
+            booting: false,
             record: record.clone(),
         };
         let facts = make_folder(node, file).await?;

@@ -5,6 +5,7 @@
 //! | journal | what happens |
 //! |---|---|
 //! | owner, no migration open | attached; a VM that stands still goes on |
+//! | owner, containers never started | removed: whoever asked was told of a failure |
 //! | a migration from here is open | attached as migrating; the driver ends the migration |
 //! | granted to this node, resume not seen | attached as migrating; the driver resumes it |
 //! | anything else | the VM is killed and everything removed |
@@ -56,17 +57,22 @@ pub enum OpenMigration {
 
 /// Finds every pod again; tells which migrations are open. A pod that cannot be found again does not
 /// keep the others from it.
-pub async fn recover(node: &Arc<Node>, journal: Recovery) -> Vec<OpenMigration> {
+///
+/// # Errors
+/// The pods' folders cannot be listed. Nothing has been touched then.
+pub async fn recover(node: &Arc<Node>, journal: Recovery) -> io::Result<Vec<OpenMigration>> {
     let mut open = Vec::new();
     let mut seen = Vec::new();
-    let folders = match std::fs::read_dir(node.pods_dir()) {
-        Ok(entries) => entries.flatten().map(|e| e.path()).collect(),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-        Err(error) => {
-            tracing::error!(%error, "cannot list the pods");
-            Vec::new()
+    let mut folders = Vec::new();
+    match std::fs::read_dir(node.pods_dir()) {
+        Ok(entries) => {
+            for entry in entries {
+                folders.push(entry?.path());
+            }
         }
-    };
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
     for damaged in &journal.damaged {
         tracing::error!(error = chain(damaged), "the journal is damaged");
     }
@@ -118,7 +124,7 @@ pub async fn recover(node: &Arc<Node>, journal: Recovery) -> Vec<OpenMigration> 
             });
         }
     }
-    open
+    Ok(open)
 }
 
 async fn find(
@@ -170,6 +176,12 @@ async fn find(
         });
         return Ok(discarded);
     };
+    if file.booting {
+        let epoch_noted = node.journal.stop_owner(name);
+        remove(node, dir, Some(&file)).await?;
+        epoch_noted.map_err(|e| PodError::step(name, "note that it was stopped", e))?;
+        return Ok(None);
+    }
     let migration = source
         .map(|(r, _)| r.migration)
         .or(granted.map(|(r, _)| r.migration));

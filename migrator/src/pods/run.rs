@@ -52,6 +52,7 @@ pub async fn run(
     let file = PodFile {
         vm: plan.vm,
         slot: reservation.slot(),
+        booting: true,
         record: PodRecord {
             created_unix_ms: unix_ms(),
             containers: waiting(&spec),

@@ -26,6 +26,9 @@ pub struct PodFile {
     pub vm: VmSpec,
     /// Its slot on this node.
     pub slot: u16,
+    /// Its containers have not been started yet: a service that finds it so removes it.
+    #[serde(default)]
+    pub booting: bool,
     /// What travels with it.
     pub record: PodRecord,
 }

@@ -1,0 +1,235 @@
+//! Serving a pod that has a VM.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::broadcast;
+use vm_runtime::agent_client::{AgentClient, Event};
+use vm_runtime::vm::VmExit;
+
+use super::{Actor, End};
+use crate::api::error::chain;
+use crate::api::types::{ContainerState, PodState};
+use crate::pods::boot;
+use crate::pods::error::PodError;
+use crate::pods::handle::{Command, MigrationEnd, PodResources};
+use crate::pods::sink;
+
+/// What the agent may take beyond the containers' grace period.
+const STOP_MARGIN: Duration = Duration::from_secs(10);
+
+impl Actor {
+    /// Serves a pod that has a VM.
+    pub(super) async fn live(&mut self, resources: Arc<PodResources>) -> End {
+        let mut agent = resources.agent.subscribe();
+        agent.mark_changed();
+        let mut events: Option<broadcast::Receiver<Event>> = None;
+        loop {
+            let migrating = self.view.borrow().migration.is_some();
+            let vm = Arc::clone(&resources.vm);
+            tokio::select! {
+                // Commands first: what a client was promised comes before news.
+                biased;
+                // A migration is ended by its driver first.
+                () = self.node.shutdown.cancelled(), if !migrating => return End::Left,
+                command = self.commands.recv() => {
+                    let Some(command) = command else { return End::Left };
+                    if let Some(end) = self.command(command, &resources).await {
+                        return end;
+                    }
+                }
+                // During a migration the VM's end is the driver's to judge.
+                exit = vm.wait_exit(), if !migrating => {
+                    return self.died(exit.ok(), &resources).await;
+                }
+                changed = agent.changed() => {
+                    let client = agent.borrow_and_update().clone();
+                    if let (Ok(()), Some(client)) = (changed, client) {
+                        events = Some(client.events());
+                        self.refresh(&client).await;
+                    }
+                }
+                event = next(&mut events), if events.is_some() => match event {
+                    Ok(event) => self.event(event),
+                    // Some were missed: ask for the whole.
+                    Err(broadcast::error::RecvError::Lagged(_)) => {
+                        if let Some(client) = resources.agent.get() {
+                            self.refresh(&client).await;
+                        }
+                    }
+                    Err(broadcast::error::RecvError::Closed) => events = None,
+                },
+            }
+        }
+    }
+
+    async fn command(&mut self, command: Command, resources: &Arc<PodResources>) -> Option<End> {
+        match command {
+            Command::Stop { grace, reply } => {
+                if self.view.borrow().migration.is_some() {
+                    let _ = reply.send(Err(self.busy("stop")));
+                    return None;
+                }
+                let result = self.stop(grace, resources).await;
+                self.registry.remove(self.name());
+                let _ = reply.send(result);
+                Some(End::Removed)
+            }
+            Command::BeginMigration { id, reply } => {
+                if self.view.borrow().state != PodState::Running {
+                    let _ = reply.send(Err(self.busy("migrate")));
+                    return None;
+                }
+                self.view.send_modify(|view| {
+                    view.state = PodState::Migrating;
+                    view.migration = Some(id);
+                });
+                let _ = reply.send(Ok(Arc::clone(resources)));
+                None
+            }
+            Command::MarkInDoubt => {
+                self.view.send_modify(|view| {
+                    if view.migration.is_some() {
+                        view.state = PodState::InDoubt;
+                    }
+                });
+                None
+            }
+            Command::EndMigration { end, reply } => {
+                if self.view.borrow().migration.is_none() {
+                    let _ = reply.send(Err(self.busy("end a migration of")));
+                    return None;
+                }
+                match end {
+                    MigrationEnd::Kept { epoch } => {
+                        self.view.send_modify(|view| {
+                            view.state = PodState::Running;
+                            view.migration = None;
+                            view.epoch = epoch;
+                        });
+                        let _ = reply.send(Ok(()));
+                        if let Some(client) = resources.agent.get() {
+                            self.refresh(&client).await;
+                        }
+                        None
+                    }
+                    MigrationEnd::MovedAway { to } => {
+                        tracing::info!(pod = self.name(), to, "moved away");
+                        self.view.send_modify(|view| view.resources = None);
+                        let result = self.remove_files().await;
+                        self.registry.remove(self.name());
+                        let _ = reply.send(result);
+                        Some(End::Removed)
+                    }
+                    MigrationEnd::Died { reason } => {
+                        self.release(resources).await;
+                        let _ = reply.send(Ok(()));
+                        Some(End::Dead(reason))
+                    }
+                }
+            }
+        }
+    }
+
+    /// Stops the containers, ends the VM, and removes everything; goes on where a step fails.
+    async fn stop(&mut self, grace: Duration, resources: &PodResources) -> Result<(), PodError> {
+        self.view
+            .send_modify(|view| view.state = PodState::Stopping);
+        let asked = tokio::time::timeout(grace + STOP_MARGIN, async {
+            tokio::select! {
+                asked = stop_containers(resources, grace) => asked,
+                _ = resources.vm.wait_exit() => Ok(()),
+            }
+        });
+        match asked.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(pod = self.name(), error, "the agent does not stop it")
+            }
+            Err(_) => tracing::warn!(pod = self.name(), "the agent does not answer"),
+        }
+        self.view.send_modify(|view| view.resources = None);
+        self.release(resources).await;
+        self.disown().await;
+        self.remove_files().await
+    }
+
+    /// Ends VM and port, as far as they are there.
+    async fn release(&self, resources: &PodResources) {
+        if let Err(error) = resources.vm.quit().await {
+            tracing::error!(pod = self.name(), %error, "cannot end the VM");
+        }
+        if let Err(error) = resources.port.release().await {
+            tracing::error!(pod = self.name(), %error, "cannot remove the network port");
+        }
+    }
+
+    async fn died(&mut self, exit: Option<VmExit>, resources: &PodResources) -> End {
+        let reason = boot::death(exit.as_ref(), &self.facts.dir);
+        tracing::error!(pod = self.name(), reason, "the VM ended");
+        self.release(resources).await;
+        End::Dead(reason)
+    }
+
+    /// Asks the agent which containers run.
+    async fn refresh(&self, agent: &AgentClient) {
+        if self.view.borrow().state != PodState::Running {
+            return;
+        }
+        match agent.status().await {
+            Ok(status) => self.view.send_modify(|view| {
+                for known in &mut view.containers {
+                    if let Some(now) = status.containers.iter().find(|c| c.name == known.name) {
+                        known.state = sink::container_state(now.state);
+                    }
+                }
+            }),
+            Err(error) => {
+                tracing::warn!(pod = self.name(), %error, "the agent does not tell its state")
+            }
+        }
+    }
+
+    fn event(&self, event: Event) {
+        match event {
+            Event::Started { container, .. } => self.show(&container, ContainerState::Running),
+            Event::ContainerExited { container, code } => {
+                tracing::info!(pod = self.name(), container, code, "container ended");
+                self.show(&container, ContainerState::Exited { code });
+            }
+            Event::Error { context, message } => {
+                tracing::warn!(pod = self.name(), context, message, "the agent reports");
+            }
+            Event::Ready { .. }
+            | Event::Stopped
+            | Event::Output { .. }
+            | Event::ExecOutput { .. }
+            | Event::StdinCredit { .. }
+            | Event::ExecExited { .. } => {}
+        }
+    }
+
+    fn show(&self, container: &str, state: ContainerState) {
+        self.view.send_modify(|view| {
+            if let Some(known) = view.containers.iter_mut().find(|c| c.name == container) {
+                known.state = state;
+            }
+        });
+    }
+}
+
+async fn next(
+    events: &mut Option<broadcast::Receiver<Event>>,
+) -> Result<Event, broadcast::error::RecvError> {
+    match events {
+        Some(events) => events.recv().await,
+        None => Err(broadcast::error::RecvError::Closed),
+    }
+}
+
+async fn stop_containers(resources: &PodResources, grace: Duration) -> Result<(), String> {
+    match resources.agent.wait(STOP_MARGIN).await {
+        Some(agent) => agent.stop_pod(grace).await.map_err(|e| chain(&e)),
+        None => Err("it has never answered".to_owned()),
+    }
+}

@@ -1,0 +1,198 @@
+//! The actor of one pod: it alone changes the pod's state, VM and files, and so nothing races.
+//!
+//! [`birth`] is its part until the guest runs, [`life`] its part as long as there is a VM.
+
+mod birth;
+mod life;
+
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, oneshot, watch};
+use vm_runtime::units::Epoch;
+
+use super::boot::BootOrder;
+use super::error::PodError;
+use super::handle::{Command, Facts, PodHandle, PodResources, View, waiting};
+use super::{PodRegistry, Reservation};
+use crate::api::error::chain;
+use crate::api::types::{ContainerStatus, PodState};
+use crate::daemon::node::Node;
+
+/// How the pod comes to this node.
+pub(super) enum Birth {
+    /// It is booted. The result goes to whoever asked; a failure that nobody waits for is kept and shown.
+    Boot {
+        order: BootOrder,
+        started: Option<oneshot::Sender<Result<(), PodError>>>,
+    },
+    /// It runs already.
+    Running(Arc<PodResources>),
+    /// A migration that an earlier service began is not over: the driver ends it.
+    Migrating {
+        resources: Arc<PodResources>,
+        migration: String,
+        in_doubt: bool,
+    },
+    /// Its VM ended while no service ran.
+    Dead(String),
+}
+
+/// Starts the actor of a pod and enters it into the register.
+pub(super) fn spawn(
+    node: &Arc<Node>,
+    reservation: Reservation,
+    facts: Facts,
+    epoch: Epoch,
+    containers: Option<Vec<ContainerStatus>>,
+    birth: Birth,
+) -> PodHandle {
+    let facts = Arc::new(facts);
+    let (commands, receiver) = mpsc::channel(8);
+    let state = match &birth {
+        Birth::Boot { .. } => PodState::Starting,
+        Birth::Running(_) => PodState::Running,
+        Birth::Migrating { in_doubt: true, .. } => PodState::InDoubt,
+        Birth::Migrating { .. } => PodState::Migrating,
+        Birth::Dead(_) => PodState::Failed,
+    };
+    let (resources, migration) = match &birth {
+        Birth::Running(resources) => (Some(Arc::clone(resources)), None),
+        Birth::Migrating {
+            resources,
+            migration,
+            ..
+        } => (Some(Arc::clone(resources)), Some(migration.clone())),
+        Birth::Boot { .. } | Birth::Dead(_) => (None, None),
+    };
+    let (view, watcher) = watch::channel(View {
+        state,
+        reason: match &birth {
+            Birth::Dead(reason) => Some(reason.clone()),
+            Birth::Boot { .. } | Birth::Running(_) | Birth::Migrating { .. } => None,
+        },
+        containers: containers.unwrap_or_else(|| waiting(&facts.spec)),
+        epoch,
+        migration,
+        resources,
+    });
+    let handle = PodHandle {
+        facts: Arc::clone(&facts),
+        view: watcher,
+        commands,
+    };
+    reservation.become_pod(handle.clone());
+    let actor = Actor {
+        node: Arc::clone(node),
+        registry: node.pods.clone(),
+        facts,
+        view,
+        commands: receiver,
+    };
+    node.tasks.spawn(actor.run(birth));
+    handle
+}
+
+struct Actor {
+    node: Arc<Node>,
+    registry: PodRegistry,
+    facts: Arc<Facts>,
+    view: watch::Sender<View>,
+    commands: mpsc::Receiver<Command>,
+}
+
+/// How a running pod's part of the actor ended.
+enum End {
+    /// The VM is gone; the pod stays, to be looked at.
+    Dead(String),
+    /// Nothing of it is left here.
+    Removed,
+    /// The service ends, the pod goes on.
+    Left,
+}
+
+impl Actor {
+    async fn run(mut self, birth: Birth) {
+        let end = match birth {
+            Birth::Boot { order, started } => match self.boot(order, started).await {
+                Ok(resources) => self.live(resources).await,
+                Err(end) => end,
+            },
+            Birth::Running(resources) | Birth::Migrating { resources, .. } => {
+                self.live(resources).await
+            }
+            Birth::Dead(reason) => End::Dead(reason),
+        };
+        let end = match end {
+            End::Dead(reason) => self.dead(reason).await,
+            End::Removed | End::Left => end,
+        };
+        match end {
+            End::Removed => self.registry.remove(self.name()),
+            End::Left | End::Dead(_) => {}
+        }
+    }
+
+    fn name(&self) -> &str {
+        &self.facts.spec.name
+    }
+
+    fn busy(&self, verb: &'static str) -> PodError {
+        PodError::Busy {
+            pod: self.name().to_owned(),
+            state: self.view.borrow().state,
+            verb,
+        }
+    }
+
+    /// Shows a pod without VM until it is removed.
+    async fn dead(&mut self, reason: String) -> End {
+        self.view.send_modify(|view| {
+            view.state = PodState::Failed;
+            view.reason = Some(reason);
+            view.resources = None;
+            view.migration = None;
+        });
+        loop {
+            let command = tokio::select! {
+                command = self.commands.recv() => command,
+                () = self.node.shutdown.cancelled() => return End::Left,
+            };
+            match command {
+                None => return End::Left,
+                Some(Command::Stop { reply, .. }) => {
+                    self.disown().await;
+                    let result = self.remove_files().await;
+                    self.registry.remove(self.name());
+                    let _ = reply.send(result);
+                    return End::Removed;
+                }
+                Some(Command::BeginMigration { reply, .. }) => {
+                    let _ = reply.send(Err(self.busy("migrate")));
+                }
+                Some(Command::EndMigration { reply, .. }) => {
+                    let _ = reply.send(Err(self.busy("end a migration of")));
+                }
+                Some(Command::MarkInDoubt) => {}
+            }
+        }
+    }
+
+    /// Gives the right to run up, once no VM is left.
+    async fn disown(&self) {
+        let journal = Arc::clone(&self.node.journal);
+        let name = self.name().to_owned();
+        let done = tokio::task::spawn_blocking(move || journal.stop_owner(&name)).await;
+        if let Ok(Err(error)) = done {
+            // The next pod of this name gets a higher epoch all the same.
+            tracing::warn!(
+                pod = self.name(),
+                error = chain(&error),
+                "cannot note that it was stopped"
+            );
+        }
+    }
+
+    async fn remove_files(&self) -> Result<(), PodError> {
+        super::run::remove_folder(&self.facts.dir).await
+    }
+}
