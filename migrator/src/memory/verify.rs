@@ -7,6 +7,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use vm_runtime::memory::{GuestMemory, is_zero, page_hash};
@@ -23,6 +24,8 @@ pub struct PageHashes {
     hashes: Vec<AtomicU64>,
     /// One bit a page: placed since it was last hashed.
     stale: Vec<AtomicU64>,
+    /// Held while marks are turned into hashes: whoever sees no marks must see the hashes.
+    refreshing: Mutex<()>,
 }
 
 impl PageHashes {
@@ -32,6 +35,7 @@ impl PageHashes {
         Self {
             hashes: zeros(pages),
             stale: zeros(pages.div_ceil(64)),
+            refreshing: Mutex::new(()),
         }
     }
 
@@ -48,6 +52,10 @@ impl PageHashes {
     /// # Errors
     /// When the RAM file cannot be read.
     pub fn refresh(&self, memory: &GuestMemory) -> io::Result<u64> {
+        let _one = self
+            .refreshing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let mut count = 0;
         let mut page_bytes = vec![0u8; PAGE_SIZE];
         for (word, stale) in self.stale.iter().enumerate() {

@@ -26,7 +26,7 @@ use crate::pods::{MigrationEnd, PodHandle, PodResources};
 use crate::wire::bulk::Urgent;
 use crate::wire::conn::Connection;
 use crate::wire::id::MigrationId;
-use crate::wire::message::{self, StateChunk, Bye, Control, Ledger, Offer, QueryReply};
+use crate::wire::message::{self, Bye, Control, Ledger, Offer, QueryReply, StateChunk};
 use crate::wire::session::Session;
 
 /// For the first message of a session.
