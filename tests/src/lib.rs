@@ -1,3 +1,4 @@
 //! Tests that need root.
 
+pub mod lab;
 pub mod netns;
