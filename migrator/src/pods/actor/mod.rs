@@ -15,8 +15,11 @@ use super::error::PodError;
 use super::handle::{Command, Facts, PodHandle, PodResources, View, waiting};
 use super::{PodRegistry, Reservation};
 use crate::api::error::chain;
-use crate::api::types::{ContainerStatus, PodState};
+use crate::api::types::{ContainerState, ContainerStatus, PodState};
 use crate::daemon::node::Node;
+
+/// The exit code of a container whose VM ended under it: as by SIGKILL.
+const KILLED: i32 = 128 + 9;
 
 /// How the pod comes to this node.
 pub(super) enum Birth {
@@ -151,6 +154,11 @@ impl Actor {
             view.reason = Some(reason);
             view.resources = None;
             view.migration = None;
+            for container in &mut view.containers {
+                if container.state == ContainerState::Running {
+                    container.state = ContainerState::Exited { code: KILLED };
+                }
+            }
         });
         loop {
             let command = tokio::select! {
