@@ -13,7 +13,7 @@
 //! guest: { kernel: vmlinuz, initramfs: guest.img }
 //! qemu: { binary: /usr/bin/qemu-system-x86_64, accel: auto }   # optional
 //! limits: { pods: 64, log_bytes: 16777216 }                    # optional
-//! migration: { connections: 2, max_downtime_ms: 30 }           # optional
+//! migration: { connections: 2, max_downtime_ms: 50 }           # optional
 //! ```
 //!
 //! Relative paths are taken from the file's own folder. An unknown key is an error that names it.
@@ -147,7 +147,7 @@ impl Default for MigrationDefaults {
     fn default() -> Self {
         Self {
             connections: 2,
-            max_downtime_ms: 30,
+            max_downtime_ms: 50,
         }
     }
 }

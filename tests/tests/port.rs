@@ -154,6 +154,14 @@ fn a_pod_gets_its_frames_while_no_service_runs_and_the_next_one_takes_over() -> 
     say_hello(&at_a)?;
     let sender = lab.sender(30_000)?;
 
+    sender.wait_for(3_000)?;
+    // Something was parked before, and something is when the service ends.
+    let port = at_a.clone();
+    lab.a.call(async move {
+        port.hold(mpsc::unbounded_channel().0).await?;
+        port.rollback().await?;
+        port.reached(Stage::Local).await
+    })??;
     sender.wait_for(5_000)?;
     drop(at_a);
     sender.wait_for(10_000)?;
@@ -165,6 +173,7 @@ fn a_pod_gets_its_frames_while_no_service_runs_and_the_next_one_takes_over() -> 
         .attach(&pod("pod", POD_MAC, 10), 1, Role::Local, Some(existing))?;
     ensure!(at_a.stage() == Stage::Local);
     sender.wait_for(15_000)?;
+    ensure!(lab.a.ledger(&at_a)?.reasons.parked > 0);
     let (at_b, guest) = migrate((&lab.a, &at_a, guest), (&lab.b, 1), &inbox)?;
     let sent = sender.finish();
     inbox.check(&sent)?;
@@ -224,10 +233,9 @@ fn a_segment_crosses_park_residue_and_log_whole() -> anyhow::Result<()> {
         .b
         .attach(&pod("pod", POD_MAC, 10), 1, Role::Incoming, None)?;
     for port in [&at_a, &at_b] {
-        let tap = port.tap_fd()?;
-        take_segments_whole(tap.as_fd())?;
-        set_vnet_header(tap.as_fd(), 12)?;
+        set_vnet_header(port.tap_fd()?.as_fd(), 12)?;
     }
+    take_segments_whole(at_a.tap_fd()?.as_fd())?;
     say_hello_12(&at_a)?;
     let frames: Vec<_> = (1..=3).map(segment).collect();
 
@@ -259,6 +267,8 @@ fn a_segment_crosses_park_residue_and_log_whole() -> anyhow::Result<()> {
     let port = at_b.clone();
     lab.b.call(async move { port.open().await })??;
     let tap = at_b.tap_fd()?;
+    // Only now has the VMM loaded a guest that takes segments whole; until then they wait.
+    take_segments_whole(tap.as_fd())?;
     for sent in &frames[..2] {
         let frame = read_frame(&tap, 12)?;
         ensure!(essence(&frame) == essence(sent));
@@ -273,7 +283,7 @@ fn a_segment_crosses_park_residue_and_log_whole() -> anyhow::Result<()> {
         frame.len(),
         &frame[..80.min(frame.len())]
     );
-    Ok(())
+    check_ledger(&lab.b.ledger(&at_b)?)
 }
 
 /// As [`say_hello`], from a TAP with a header of 12 bytes.

@@ -2,6 +2,8 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use std::time::Instant;
+
 use vm_runtime::memory::{DirtyError, DirtyTracker};
 use vm_runtime::units::PageRange;
 use vm_runtime::vm::Vm;
@@ -32,6 +34,7 @@ pub struct Tracking {
 struct Inner {
     tracker: Option<DirtyTracker>,
     pending: PageSet,
+    scanned_at: Option<Instant>,
 }
 
 impl Tracking {
@@ -41,6 +44,7 @@ impl Tracking {
             inner: Arc::new(Mutex::new(Inner {
                 tracker: None,
                 pending: PageSet::new(pages),
+                scanned_at: None,
             })),
         }
     }
@@ -71,12 +75,18 @@ impl Tracking {
     /// See [`TrackError`].
     pub fn scan(&self) -> Result<(u64, u64), TrackError> {
         let mut inner = self.lock();
+        inner.scanned_at = Some(Instant::now());
         let tracker = inner.tracker.as_mut().ok_or(TrackError::NotTracked)?;
         let found = tracker.scan()?;
         for range in &found {
             inner.pending.insert(*range);
         }
         Ok((super::shard::count(&found), inner.pending.len()))
+    }
+
+    /// When the last scan began.
+    pub fn scanned_at(&self) -> Option<Instant> {
+        self.lock().scanned_at
     }
 
     /// Takes the pending pages.

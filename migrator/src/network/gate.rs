@@ -313,6 +313,12 @@ impl SlotGate {
         done.map_or(0, |value| value.load(Ordering::Acquire))
     }
 
+    /// Parked frames, over all buckets, that have not left the service: in the park, or lost with it.
+    pub(crate) fn waiting(&self) -> u64 {
+        let of = |bucket| self.parked(bucket).wrapping_sub(self.done(bucket)) as i64;
+        (0..=u8::MAX).map(|bucket| of(bucket).max(0) as u64).sum()
+    }
+
     /// A parked frame of the bucket has left the service. `done` never passes `parked`: if the kernel
     /// cut one parked frame into several on its way here, they count as one.
     pub(crate) fn add_done(&self, bucket: u8) {

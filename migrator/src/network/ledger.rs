@@ -30,23 +30,18 @@ impl Ledger {
         self.seen == self.delivered + self.held + self.forwarded + self.refused + self.lost
     }
 
-    /// What was booked after `base`. Frames held at `base` are seen again.
+    /// What was booked after `base`. Frames held at `base` are seen again; so are frames delivered before
+    /// it that were read back from the TAP after it.
     pub(crate) fn since(&self, base: &Self) -> Self {
-        let reasons = self.reasons.since(&base.reasons);
-        let held = self.held;
-        let forwarded = self.forwarded.saturating_sub(base.forwarded);
-        let refused = self.refused.saturating_sub(base.refused);
-        let lost = self.lost.saturating_sub(base.lost);
-        // Residue takes back what was delivered: if that was before `base`, it is seen again now.
-        let delivered = self.delivered.saturating_sub(base.delivered);
+        let taken_back = base.delivered.saturating_sub(self.delivered);
         Self {
-            seen: delivered + held + forwarded + refused + lost,
-            delivered,
-            held,
-            forwarded,
-            refused,
-            lost,
-            reasons,
+            seen: self.seen.saturating_sub(base.seen) + base.held + taken_back,
+            delivered: self.delivered.saturating_sub(base.delivered),
+            held: self.held,
+            forwarded: self.forwarded.saturating_sub(base.forwarded),
+            refused: self.refused.saturating_sub(base.refused),
+            lost: self.lost.saturating_sub(base.lost),
+            reasons: self.reasons.since(&base.reasons),
         }
     }
 }
@@ -122,7 +117,7 @@ impl Reasons {
 }
 
 /// What the dataplane thread has counted, from the attachment on.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Tally {
     /// Parked frames read, without echoes.
     pub(crate) park_read: u64,
@@ -143,11 +138,26 @@ pub(crate) struct Tally {
     pub(crate) full: u64,
 }
 
+impl Tally {
+    /// For a thread that takes a port over: the programs have counted all along. What they parked and
+    /// nothing waits for any more, a former service has dealt with.
+    pub(crate) fn after_restart(row: &CounterRow, waiting: u64) -> Self {
+        let dealt_with = parked(row).saturating_sub(waiting);
+        Self {
+            park_read: dealt_with,
+            own_injected: dealt_with,
+            ..Self::default()
+        }
+    }
+}
+
+fn parked(row: &CounterRow) -> u64 {
+    row.get(Counter::ParkedLocal) + row.get(Counter::ParkedHold) + row.get(Counter::ParkedForward)
+}
+
 /// Adds everything up. `park_dropped` and `tap_dropped` are the devices' own counters.
 pub(crate) fn book(row: &CounterRow, tally: &Tally, park_dropped: u64, tap_dropped: u64) -> Ledger {
-    let parked = row.get(Counter::ParkedLocal)
-        + row.get(Counter::ParkedHold)
-        + row.get(Counter::ParkedForward);
+    let parked = parked(row);
     let lost_tap = tap_dropped.saturating_sub(tally.full);
     let reasons = Reasons {
         passed: row.get(Counter::Passed),
@@ -258,5 +268,25 @@ mod tests {
         let ledger = book(&row(102, 0, 0), &tally, 0, 0).since(&base);
         assert_eq!((ledger.seen, ledger.held), (5, 5));
         assert!(ledger.balances());
+    }
+
+    #[test]
+    fn a_restarted_service_balances_from_where_it_is() {
+        let tally = Tally::after_restart(&row(100, 30, 0), 4);
+        let ledger = book(&row(100, 30, 0), &tally, 0, 0);
+        assert_eq!((ledger.held, ledger.delivered), (4, 126));
+        assert!(ledger.balances());
+    }
+
+    #[test]
+    fn a_frame_that_is_booked_nowhere_shows() {
+        let tally = Tally {
+            park_read: 10,
+            own_injected: 9,
+            ..Tally::default()
+        };
+        let ledger = book(&row(0, 10, 0), &tally, 0, 0);
+        assert!(!ledger.balances());
+        assert!(!ledger.since(&Ledger::default()).balances());
     }
 }

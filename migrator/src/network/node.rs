@@ -13,6 +13,7 @@ use vm_runtime::units::MacAddress;
 use super::dataplane::{self, Setup, Stage};
 use super::error::{AttachError, OpenError};
 use super::gate::{Gates, SlotGate};
+use super::ledger::Tally;
 use super::netlink::Netlink;
 use super::port::Port;
 use super::sys::{self, PacketSocket};
@@ -200,7 +201,12 @@ impl NodeNetwork {
         if matches!(stage, Stage::Local | Stage::Holding | Stage::Forwarding) {
             netlink.own_address(&names.0, tap.index, pod.mac).await?;
         }
-        let port = self.start(pod, gate, names, tap.index, devices, stage)?;
+        let tally = if adopted {
+            Tally::after_restart(&gate.counters()?, gate.waiting())
+        } else {
+            Tally::default()
+        };
+        let port = self.start(pod, gate, names, tap.index, devices, (stage, tally))?;
         if adopted {
             port.resync(true);
         }
@@ -238,7 +244,7 @@ impl NodeNetwork {
         names: (String, String),
         tap_index: u32,
         devices: ExistingDevices,
-        stage: Stage,
+        (stage, tally): (Stage, Tally),
     ) -> Result<Port, AttachError> {
         let device_error = |action| {
             let device = names.0.clone();
@@ -270,6 +276,7 @@ impl NodeNetwork {
             park: duplicate(&devices.park)?,
             injector,
             stage,
+            tally,
             commands: receiver,
             wake: Arc::clone(&wake),
             acked,

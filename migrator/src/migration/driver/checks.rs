@@ -7,34 +7,34 @@ use crate::wire::message::{Offer, Refuse, RefuseCode};
 
 /// This node, as far as an offer can disagree with it.
 #[derive(Clone, Debug)]
-pub struct Facts {
+pub(super) struct Facts {
     /// Its name.
-    pub node: String,
+    pub(super) node: String,
     /// QEMU's version, such as `7.2.22`.
-    pub qemu_version: String,
+    pub(super) qemu_version: String,
     /// Machine types that its QEMU knows.
-    pub machine_types: Vec<String>,
+    pub(super) machine_types: Vec<String>,
     /// CPU models that this build starts.
-    pub cpu: String,
+    pub(super) cpu: String,
     /// What runs its guests.
-    pub accel: Accel,
+    pub(super) accel: Accel,
     /// SHA-256 of its guest kernel, hex.
     pub kernel_sha256: String,
     /// SHA-256 of its initramfs, hex.
     pub initramfs_sha256: String,
     /// Memory that is available now.
-    pub memory_available: Bytes,
+    pub(super) memory_available: Bytes,
     /// What QEMU takes beside guest RAM.
-    pub vmm_overhead: Bytes,
+    pub(super) vmm_overhead: Bytes,
     /// Kernel features that are missing, by name; empty when all are there.
-    pub missing_features: Vec<String>,
+    pub(super) missing_features: Vec<String>,
 }
 
 /// Refuses an offer that does not fit this node. Names, addresses and images are checked by those who own them.
 ///
 /// # Errors
 /// The first thing that does not fit, with what to do.
-pub fn check(offer: &Offer, here: &Facts) -> Result<(), Refuse> {
+pub(super) fn check(offer: &Offer, here: &Facts) -> Result<(), Refuse> {
     let node = &here.node;
     let refuse = |code, reason: String| Err(Refuse { code, reason });
     if offer.ram != offer.vm.memory

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use tokio::io::DuplexStream;
 use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::JoinSet;
 use tokio::time::{Instant as TokioInstant, sleep_until, timeout};
@@ -25,7 +26,7 @@ use crate::pods::{MigrationEnd, PodHandle, PodResources};
 use crate::wire::bulk::Urgent;
 use crate::wire::conn::Connection;
 use crate::wire::id::MigrationId;
-use crate::wire::message::{self, Bye, Control, Ledger, Offer, QueryReply};
+use crate::wire::message::{self, StateChunk, Bye, Control, Ledger, Offer, QueryReply};
 use crate::wire::session::Session;
 
 /// For the first message of a session.
@@ -236,6 +237,8 @@ struct Run {
     hashes: Option<Arc<PageHashes>>,
     theirs: Vec<(vm_runtime::units::PageIndex, Vec<u64>)>,
     state: Vec<u8>,
+    /// Where the device state goes in: the VMM listens already.
+    loader: Option<DuplexStream>,
     chunks: Option<mpsc::Receiver<Chunk>>,
     images: Images,
     prepared: Arc<tokio::sync::Mutex<Option<Prepared>>>,
@@ -273,6 +276,7 @@ impl Run {
             hashes: None,
             theirs: Vec::new(),
             state: Vec::new(),
+            loader: None,
             chunks: None,
             images: Images::default(),
             prepared: Arc::new(tokio::sync::Mutex::new(None)),
@@ -514,8 +518,9 @@ impl Run {
             }
             Output::LoadState => {
                 let state = std::mem::take(&mut self.state);
-                let vm = self.vm();
-                self.step(prepare::load_state(vm, state));
+                if let Some(sink) = self.loader.take() {
+                    self.helpers.spawn(prepare::feed(sink, state));
+                }
             }
             Output::OpenNetwork => self.open_network().await,
             Output::Resume => self.step(prepare::resume(self.vm())),
@@ -595,6 +600,9 @@ impl Run {
         match built {
             Ok((vm, port)) => {
                 self.hashes = self.target.get().and_then(|target| target.hashes.clone());
+                let (sink, source) = tokio::io::duplex(StateChunk::MAX);
+                self.loader = Some(sink);
+                self.step(prepare::load_state(Arc::clone(&vm), source));
                 self.parts = Some((vm, port));
                 self.watch_vm();
                 self.pump();

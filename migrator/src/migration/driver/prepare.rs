@@ -3,6 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
+use tokio::io::{AsyncWriteExt, DuplexStream};
 use tokio::sync::{Mutex, mpsc};
 use vm_runtime::units::{Epoch, PageIndex, PageRange};
 use vm_runtime::vm::{RunState, Vm};
@@ -265,12 +266,20 @@ pub(super) async fn verify(
     .await
 }
 
-pub(super) async fn load_state(vm: Option<Arc<Vm>>, state: Vec<u8>) -> Step {
-    let vm = vm.ok_or("the VM is gone")?;
-    vm.load_state(&mut state.as_slice())
+/// Begun before the freeze, so that the VMM listens when the state comes: see [`feed`].
+pub(super) async fn load_state(vm: Arc<Vm>, mut source: DuplexStream) -> Step {
+    vm.load_state(&mut source)
         .await
         .map_err(|error| chain(&error))?;
     Ok(Input::StateLoaded)
+}
+
+/// Gives the complete state to [`load_state`].
+pub(super) async fn feed(mut sink: DuplexStream, state: Vec<u8>) {
+    // A loader that fails closes its end, and reports why.
+    if sink.write_all(&state).await.is_ok() {
+        let _ = sink.shutdown().await;
+    }
 }
 
 pub(super) async fn resume(vm: Option<Arc<Vm>>) -> Step {

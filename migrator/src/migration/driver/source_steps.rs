@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until};
 use vm_runtime::agent_client::{AgentClient, AgentState};
 use vm_runtime::units::{Epoch, PageIndex};
 use vm_runtime::vm::RunState;
@@ -35,6 +35,8 @@ use crate::wire::message::{
 const AGENT_LIMIT: Duration = Duration::from_millis(200);
 /// How long a running guest gets to empty its TAP queue. Its frames wait in the park meanwhile.
 const DRAIN_LIMIT: Duration = Duration::from_millis(100);
+/// Least time between two scans: what passes between the decision to freeze and the stop.
+const SCAN_LEAST: Duration = Duration::from_millis(10);
 /// Threads that hash the frozen guest.
 const HASH_THREADS: usize = 2;
 /// The announcements end 450 ms after the resume; until then neighbours may still learn.
@@ -180,7 +182,12 @@ async fn scan_now(tracking: &Tracking) -> Result<(u64, u64), String> {
     blocking(move || tracking.scan().map_err(|error: TrackError| chain(&error))).await
 }
 
+/// Not before [`SCAN_LEAST`] has passed since the scan before: a guest that writes the same few pages over and
+/// over looks, in a shorter time, as if it wrote new ones at that rate.
 pub(super) async fn scan(tracking: Tracking) -> Step {
+    if let Some(last) = tracking.scanned_at() {
+        sleep_until((last + SCAN_LEAST).into()).await;
+    }
     let (dirtied, pending) = scan_now(&tracking).await?;
     Ok(Input::Scanned { dirtied, pending })
 }
@@ -281,7 +288,7 @@ pub(super) async fn send_hashes(parts: Parts, control: Option<ControlSender>) ->
     Ok(Input::HashesSent)
 }
 
-/// Undoes what is marked, in the order of a switchover read backwards. Returns what could not be undone.
+/// Undoes what is marked. Returns what could not be undone.
 pub(super) async fn roll_back(
     parts: Option<&PodResources>,
     tracking: &Tracking,
@@ -297,14 +304,15 @@ pub(super) async fn roll_back(
         });
         problems.extend(stopped.await.err());
     }
-    if what.resume_vm {
-        problems.extend(resume(parts).await.err());
-    }
     if what.release_hold
         && parts.port.stage() == network::Stage::Holding
         && let Err(error) = parts.port.rollback().await
     {
         problems.push(chain(&error));
+    }
+    // After the gate: what the guest sends on its first instruction must go out.
+    if what.resume_vm {
+        problems.extend(resume(parts).await.err());
     }
     if what.attach_agent
         && let Some(agent) = parts.agent.get()

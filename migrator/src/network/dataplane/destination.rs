@@ -26,9 +26,14 @@ impl Dataplane {
 
     /// Moves items whose turn it is from the log to the TAP's queue.
     pub(super) fn take_log(&mut self, now: Instant) {
-        while self.pending.len() < PENDING_MAX {
+        self.log_left = false;
+        loop {
+            if self.pending.len() >= PENDING_MAX {
+                self.log_left = true;
+                return;
+            }
             let Some(item) = self.inbound.pop() else {
-                break;
+                return;
             };
             let mut frame = item.frame;
             match item.kind {

@@ -90,6 +90,7 @@ pub(crate) struct Setup {
     pub(crate) park: OwnedFd,
     pub(crate) injector: PacketSocket,
     pub(crate) stage: Stage,
+    pub(crate) tally: Tally,
     pub(crate) commands: Receiver<Command>,
     pub(crate) wake: Arc<EventFd>,
     pub(crate) acked: watch::Sender<u64>,
@@ -116,6 +117,8 @@ pub(crate) struct Dataplane {
     drain_tap: Option<(Instant, Reply<bool>)>,
     // destination
     inbound: InboundLog,
+    /// Not everything whose turn it is was taken from the log.
+    log_left: bool,
     copies: Copies,
     own: Vec<OwnFrame>,
     opened_at: Option<Instant>,
@@ -130,6 +133,7 @@ impl Dataplane {
     pub(crate) fn new(setup: Setup) -> Self {
         Self {
             stage: setup.stage,
+            tally: setup.tally,
             setup,
             buffer: vec![0; FRAME_MAX + 64].into_boxed_slice(),
             park_empty: false,
@@ -137,13 +141,13 @@ impl Dataplane {
             injected: 0,
             barrier: None,
             full: false,
-            tally: Tally::default(),
             log: SourceLog::new(),
             sink: None,
             end_due: None,
             early_ack: 0,
             drain_tap: None,
             inbound: InboundLog::new(),
+            log_left: false,
             copies: Copies::default(),
             own: Vec::new(),
             opened_at: None,
@@ -322,11 +326,9 @@ impl Dataplane {
 
     fn wait(&mut self) {
         let now = Instant::now();
-        let mut timeout = if self.park_empty || !self.may_read_park() {
-            IDLE
-        } else {
-            Duration::ZERO
-        };
+        let more = !self.full && (!self.pending.is_empty() || self.log_left)
+            || !self.park_empty && self.may_read_park();
+        let mut timeout = if more { Duration::ZERO } else { IDLE };
         if self.full || self.drain_tap.is_some() {
             timeout = timeout.min(FULL_PAUSE);
         }
