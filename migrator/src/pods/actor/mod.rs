@@ -90,6 +90,7 @@ pub(super) fn spawn(
         facts,
         view,
         commands: receiver,
+        owned: true,
     };
     node.tasks.spawn(actor.run(birth));
     handle
@@ -101,6 +102,8 @@ struct Actor {
     facts: Arc<Facts>,
     view: watch::Sender<View>,
     commands: mpsc::Receiver<Command>,
+    /// Whether the journal still says that this node may run it.
+    owned: bool,
 }
 
 /// How a running pod's part of the actor ended.
@@ -186,7 +189,10 @@ impl Actor {
     }
 
     /// Gives the right to run up, once no VM is left.
-    async fn disown(&self) {
+    async fn disown(&mut self) {
+        if !std::mem::take(&mut self.owned) {
+            return;
+        }
         let journal = Arc::clone(&self.node.journal);
         let name = self.name().to_owned();
         let done = tokio::task::spawn_blocking(move || journal.stop_owner(&name)).await;
