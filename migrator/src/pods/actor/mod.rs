@@ -15,8 +15,11 @@ use super::error::PodError;
 use super::handle::{Command, Facts, PodHandle, PodResources, View, waiting};
 use super::{PodRegistry, Reservation};
 use crate::api::error::chain;
-use crate::api::types::{ContainerStatus, PodState};
+use crate::api::types::{ContainerState, ContainerStatus, PodState};
 use crate::daemon::node::Node;
+
+/// The exit code of a container whose VM ended under it: as by SIGKILL.
+const KILLED: i32 = 128 + 9;
 
 /// How the pod comes to this node.
 pub(super) enum Birth {
@@ -87,6 +90,7 @@ pub(super) fn spawn(
         facts,
         view,
         commands: receiver,
+        owned: true,
     };
     node.tasks.spawn(actor.run(birth));
     handle
@@ -98,6 +102,8 @@ struct Actor {
     facts: Arc<Facts>,
     view: watch::Sender<View>,
     commands: mpsc::Receiver<Command>,
+    /// Whether the journal still says that this node may run it.
+    owned: bool,
 }
 
 /// How a running pod's part of the actor ended.
@@ -151,6 +157,11 @@ impl Actor {
             view.reason = Some(reason);
             view.resources = None;
             view.migration = None;
+            for container in &mut view.containers {
+                if container.state == ContainerState::Running {
+                    container.state = ContainerState::Exited { code: KILLED };
+                }
+            }
         });
         loop {
             let command = tokio::select! {
@@ -178,7 +189,10 @@ impl Actor {
     }
 
     /// Gives the right to run up, once no VM is left.
-    async fn disown(&self) {
+    async fn disown(&mut self) {
+        if !std::mem::take(&mut self.owned) {
+            return;
+        }
         let journal = Arc::clone(&self.node.journal);
         let name = self.name().to_owned();
         let done = tokio::task::spawn_blocking(move || journal.stop_owner(&name)).await;
