@@ -9,6 +9,7 @@ mod lab;
 
 use std::collections::HashSet;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -115,7 +116,7 @@ async fn dirty_tracking_sees_what_the_guest_writes() -> anyhow::Result<()> {
     let memory = vm.memory();
 
     // A service that was killed while tracking leaves its registration: starting works again.
-    std::mem::forget(DirtyTracker::start(vm.uffd(), vm.pid(), &memory)?);
+    let _killed = ManuallyDrop::new(DirtyTracker::start(vm.uffd(), vm.pid(), &memory)?);
     let began = Instant::now();
     let mut tracker = DirtyTracker::start(vm.uffd(), vm.pid(), &memory)?;
     let started = began.elapsed();

@@ -80,7 +80,7 @@ pub(super) async fn incoming(node: Arc<Node>, session: Session) {
     };
     match first {
         Control::Offer(offer) => {
-            if offer.source != peer || !matches!(urgent, Some(_) if !data.is_empty()) {
+            if offer.source != peer || urgent.is_none() || data.is_empty() {
                 tracing::warn!(
                     peer,
                     source = offer.source,
