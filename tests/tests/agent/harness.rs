@@ -255,7 +255,7 @@ pub(crate) fn container(name: &str, script: &str) -> Container {
         disk: "img0".into(),
         argv: vec!["sh".into(), "-c".into(), script.into()],
         env: vec![("GREETING".into(), "hello".into())],
-        working_dir: "/work/dir".into(),
+        working_dir: "/srv/dir".into(),
         user: String::new(),
         memory_limit: Some(64 << 20),
         cpu_limit_milli: Some(1500),

@@ -56,7 +56,7 @@ async fn a_guest_runs_a_pod_from_boot_to_stop() {
     store.wait_for("web", "extra").await;
     assert_eq!(
         store.text("web", Stream::Stdout),
-        "hello from 1\n/work/dir\nuid=101(web) gid=102(web) groups=7(extra),102(web)\n"
+        "hello from 1\n/srv/dir\nuid=101(web) gid=102(web) groups=7(extra),102(web)\n"
     );
     store.wait_for("stubborn", "up").await;
 
