@@ -2,22 +2,22 @@
 
 mod leftovers;
 mod migration;
+mod verbs;
 
-use std::fs::File;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use migrator::api::types::{PodList, PodState};
-use serde::de::DeserializeOwned;
 use xtask::demo_image;
-use xtask::lab::{Lab, Node, Owner, http_get};
+use xtask::lab::{Lab, Node, Owner};
 use xtask::probe::{self, Probe};
 use xtask::process::poll_until;
 use xtask::project::Project;
+
+pub use verbs::Said;
 
 /// The pod that tests move.
 pub const POD: &str = "demo";
@@ -32,8 +32,6 @@ const RATE: u32 = 1_000;
 
 /// A guest boots in 5 s under emulation, on an idle machine.
 const BOOTS_WITHIN: Duration = Duration::from_secs(120);
-/// What a verb takes that only asks, or a migration of the pod on a busy machine.
-const VERB_WITHIN: Duration = Duration::from_secs(90);
 /// What the service takes to notice and to clean up: a silent link counts as lost after 3 s.
 pub const SOON: Duration = Duration::from_secs(30);
 
@@ -47,17 +45,6 @@ pub struct TestLab {
     probe: Option<Probe>,
     passed: bool,
     _one: MutexGuard<'static, ()>,
-}
-
-/// What a verb printed, and its exit code.
-#[derive(Debug)]
-pub struct Said {
-    /// Exit code; none if a signal ended it.
-    pub code: Option<i32>,
-    /// Standard output.
-    pub out: String,
-    /// Standard error.
-    pub err: String,
 }
 
 impl TestLab {
@@ -86,6 +73,32 @@ impl TestLab {
         Ok(test)
     }
 
+    /// As [`TestLab::up`], with lines added to the end of each node's configuration, which is its `qemu` section.
+    ///
+    /// # Errors
+    /// As [`TestLab::up`].
+    pub fn up_with_qemu(lines: &str) -> Result<Self> {
+        let test = Self::up()?;
+        for node in Node::ALL {
+            test.restart(node, || {
+                let path = test.lab.node_dir(node).join("config.yaml");
+                let config = std::fs::read_to_string(&path)?;
+                Ok(std::fs::write(&path, config + lines)?)
+            })?;
+        }
+        Ok(test)
+    }
+
+    /// Kills a node's service, and starts it again after `meanwhile`.
+    ///
+    /// # Errors
+    /// It does not come up again, or `meanwhile` fails.
+    pub fn restart(&self, node: Node, meanwhile: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.lab.kill_node(node)?;
+        meanwhile()?;
+        self.lab.start_node(node)
+    }
+
     /// The pod runs on node a, with the probe on it.
     ///
     /// # Errors
@@ -101,7 +114,7 @@ impl TestLab {
     /// # Errors
     /// It does not answer.
     pub fn run_pod(&mut self) -> Result<()> {
-        self.import(Node::A)?;
+        self.import_demo(Node::A)?;
         self.run(Node::A, &pod_yaml(POD, POD_IPV4, POD_IPV6), &[])?;
         let echo: SocketAddr = ECHO.parse()?;
         ensure!(
@@ -116,13 +129,22 @@ impl TestLab {
     ///
     /// # Errors
     /// The node does not take it.
-    pub fn import(&self, node: Node) -> Result<()> {
+    pub fn import_demo(&self, node: Node) -> Result<()> {
         let image = match std::env::var_os("MIGRATOR_DEMO_IMAGE") {
             Some(layout) => PathBuf::from(layout),
             None => demo_image::ensure(&self.project)?,
         };
+        self.import(node, &image, &[])
+    }
+
+    /// Imports an image.
+    ///
+    /// # Errors
+    /// The node does not take it.
+    pub fn import(&self, node: Node, image: &Path, options: &[&str]) -> Result<()> {
         let image = image.to_str().context("a path that is not UTF-8")?;
-        self.succeeds(node, &["image", "import", image]).map(drop)
+        self.succeeds(node, &[&["image", "import", image], options].concat())
+            .map(drop)
     }
 
     /// Runs a pod from its YAML.
@@ -150,41 +172,6 @@ impl TestLab {
     /// A node's state folder.
     pub fn state(&self, node: Node) -> PathBuf {
         self.lab.node_dir(node).join("state")
-    }
-
-    /// Runs a verb on a node, whatever comes of it.
-    ///
-    /// # Errors
-    /// It does not start, or does not end.
-    pub fn says(&self, node: Node, words: &[&str]) -> Result<Said> {
-        bounded(self.lab.on(node).args(words), VERB_WITHIN)
-            .with_context(|| format!("`migrator {}` on node {}", words.join(" "), node.name()))
-    }
-
-    /// Runs a verb on a node; what it prints.
-    ///
-    /// # Errors
-    /// It fails.
-    pub fn succeeds(&self, node: Node, words: &[&str]) -> Result<String> {
-        let said = self.says(node, words)?;
-        ensure!(
-            said.code == Some(0),
-            "`migrator {}` on node {} ends with {:?}: {}",
-            words.join(" "),
-            node.name(),
-            said.code,
-            said.err.trim()
-        );
-        Ok(said.out)
-    }
-
-    /// One GET of a node's API.
-    ///
-    /// # Errors
-    /// It does not answer, or with something else.
-    pub fn get<T: DeserializeOwned>(&self, node: Node, path: &str) -> Result<T> {
-        let text = http_get(&self.lab.api_socket(node), path, Duration::from_secs(10))?;
-        serde_json::from_str(&text).with_context(|| format!("{path} answers {text}"))
     }
 
     /// The state of a pod of this name on this node, if it is there.
@@ -337,40 +324,6 @@ fn tail(log: &Path) {
     for line in lines.get(from..).unwrap_or_default() {
         eprintln!("    {line}");
     }
-}
-
-/// Runs a command to its end, which must come in time.
-fn bounded(command: &mut Command, limit: Duration) -> Result<Said> {
-    // Files, because a pipe that nobody empties would hold it up.
-    let (out, err) = (tempfile::tempfile()?, tempfile::tempfile()?);
-    let mut child = command
-        .stdin(Stdio::null())
-        .stdout(out.try_clone()?)
-        .stderr(err.try_clone()?)
-        .spawn()?;
-    let mut status = None;
-    poll_until(limit, || {
-        status = child.try_wait().ok().flatten();
-        status.is_some()
-    });
-    let Some(status) = status else {
-        child.kill()?;
-        child.wait()?;
-        bail!("has not ended after {limit:?}: {}", text(&err)?.trim());
-    };
-    Ok(Said {
-        code: status.code(),
-        out: text(&out)?,
-        err: text(&err)?,
-    })
-}
-
-fn text(mut file: &File) -> Result<String> {
-    use std::io::{Read, Seek};
-    let mut bytes = Vec::new();
-    file.rewind()?;
-    file.read_to_end(&mut bytes)?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 /// A pod of 256 MiB with an echo, and a container that counts aloud.

@@ -1,4 +1,5 @@
 //! Tests that need root.
 
+pub mod images;
 pub mod lab;
 pub mod netns;

@@ -2,14 +2,17 @@
 //! source, no packet is lost, and nothing is left behind at the destination.
 #![allow(missing_docs, unreachable_pub)]
 
+mod certificate;
+
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Result, ensure};
-use migrator_tests::lab::{POD, TestLab};
+use anyhow::{Context, Result, ensure};
+use migrator_tests::lab::{POD, POD_IPV6, SOON, TestLab, pod_yaml};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use vm_runtime::vm::VmRecord;
 use xtask::cmd;
 use xtask::lab::Node;
-use xtask::process::ProcessId;
+use xtask::process::{ProcessId, poll_until};
 
 /// After a migration that failed: the guest runs at the source as before, and the destination has nothing of it.
 fn stayed(test: &TestLab) -> Result<()> {
@@ -59,7 +62,7 @@ fn a_killed_destination_service_leaves_the_source_running() -> Result<()> {
     let id = test.is_in_precopy()?;
     test.lab().kill_node(Node::B)?;
     let (reason, _) = test.fails(&id)?;
-    eprintln!("reason: {reason}");
+    ensure!(reason.contains("link to b"), "the reason is `{reason}`");
     test.answers_on()?;
     test.lab().start_node(Node::B)?;
     stayed(&test)?;
@@ -81,7 +84,6 @@ fn a_killed_destination_vmm_leaves_the_source_running() -> Result<()> {
     ensure!(vmm.alive(), "there is no VMM on node b");
     vmm.end(Duration::ZERO)?;
     let (reason, _) = test.fails(&id)?;
-    eprintln!("reason: {reason}");
     ensure!(reason.contains("QEMU"), "the reason is `{reason}`");
     stayed(&test)?;
     test.end()
@@ -99,7 +101,7 @@ fn a_cut_link_leaves_the_source_running() -> Result<()> {
     };
     address("del")?;
     let (reason, _) = test.fails(&id)?;
-    eprintln!("reason: {reason}");
+    ensure!(reason.contains("link to b"), "the reason is `{reason}`");
     test.nothing_is_left_on(Node::B)?;
     address("add")?;
     stayed(&test)?;
@@ -131,10 +133,111 @@ fn a_killed_source_service_leaves_the_guest_running_and_finds_it_again() -> Resu
     test.answers_on()?;
     test.lab().start_node(Node::A)?;
     let (reason, _) = test.fails(&id)?;
-    eprintln!("reason: {reason}");
+    ensure!(reason.contains("restarted"), "the reason is `{reason}`");
     stayed(&test)?;
     let counted = test.log_goes_on(Node::A, 0)?;
     test.moves(Node::A)?;
     test.log_goes_on(Node::B, counted)?;
+    test.end()
+}
+
+#[test]
+fn a_full_disk_at_the_destination_refuses_and_leaves_the_source_running() -> Result<()> {
+    let test = TestLab::with_pod()?;
+    let images = test.state(Node::B).join("images");
+    test.restart(Node::B, || {
+        let (fs, size) = (Some("tmpfs"), Some("size=1m"));
+        mount(fs, &images, fs, MsFlags::empty(), size).context("cannot mount a small disk")
+    })?;
+    let (reason, report) = test.fails(&test.begins(&[])?)?;
+    ensure!(
+        reason.contains("b: ") && reason.contains("the disk of") && reason.contains("images"),
+        "the reason is `{reason}`"
+    );
+    ensure!(report.memory.bytes_sent == 0, "{report:?}");
+    stayed(&test)?;
+    test.restart(Node::B, || {
+        // A killed process is dead before its last thread has let go of its files.
+        let gone = poll_until(SOON, || umount2(&images, MntFlags::empty()).is_ok());
+        ensure!(gone, "the small disk stays in use");
+        Ok(())
+    })?;
+    test.moves(Node::A)?;
+    test.end()
+}
+
+#[test]
+fn a_bad_certificate_is_refused_with_what_to_do() -> Result<()> {
+    let test = TestLab::with_pod()?;
+    let dir = test.lab().node_dir(Node::B);
+    let good = certificate::read(&dir)?;
+    let bad = certificate::of_another_authority("b.migrator")?;
+    test.restart(Node::B, || certificate::write(&dir, &bad))?;
+    let said = test.says(Node::A, &["migrate", POD, "--to", "b", "--watch"])?;
+    ensure!(said.code == Some(1), "{said:?}");
+    for word in ["certificate", "ca"] {
+        ensure!(said.err.contains(word), "`{word}` is missing: {}", said.err);
+    }
+    for phase in ["image", "precopy", "switchover"] {
+        let shown = said
+            .err
+            .lines()
+            .any(|line| line.starts_with(&format!("{POD} a -> b: {phase}")));
+        ensure!(!shown, "it came to {phase}: {}", said.err);
+    }
+    stayed(&test)?;
+    test.restart(Node::B, || certificate::write(&dir, &good))?;
+    test.moves(Node::A)?;
+    test.end()
+}
+
+#[test]
+fn a_refused_offer_says_why() -> Result<()> {
+    let test = TestLab::with_pod()?;
+    test.import_demo(Node::B)?;
+    // Only the address that the probe does not use: both pods are on one network.
+    test.run(Node::B, &pod_yaml("other", "10.77.0.11", POD_IPV6), &[])?;
+    refused(&test, &[POD_IPV6, "other"])?;
+    test.succeeds(Node::B, &["stop", "other", "--grace", "0"])?;
+    test.run(
+        Node::B,
+        &pod_yaml(POD, "10.77.0.11", "fd77::11"),
+        &["--no-wait"],
+    )?;
+    refused(&test, &["b", POD])?;
+    test.succeeds(Node::B, &["stop", POD, "--grace", "0"])?;
+    stayed(&test)?;
+    test.end()
+}
+
+/// The destination refuses the pod, with these words.
+fn refused(test: &TestLab, words: &[&str]) -> Result<()> {
+    let said = test.says(Node::A, &["migrate", POD, "--to", "b"])?;
+    ensure!(said.code == Some(1), "{said:?}");
+    for word in words {
+        ensure!(said.err.contains(word), "`{word}` is missing: {}", said.err);
+    }
+    test.runs_on(Node::A)?;
+    test.answers_on()
+}
+
+#[test]
+fn a_pod_moves_under_qemu_10() -> Result<()> {
+    let root = std::env::var("MIGRATOR_QEMU10_DIR").context(
+        "MIGRATOR_QEMU10_DIR is not set: `cargo xtask test` sets it to the folder where it unpacks QEMU 10",
+    )?;
+    let usr = format!("{root}/usr");
+    let mut test = TestLab::up_with_qemu(&format!(
+        "  binary: {usr}/bin/qemu-system-x86_64\n  lib_dir: {usr}/lib/x86_64-linux-gnu\n  \
+         data_dirs: [{usr}/share/qemu, {usr}/share/seabios]\n"
+    ))?;
+    let node: serde_json::Value = test.get(Node::B, "/v1/node")?;
+    let version = node["qemu"]["version"].as_str().unwrap_or_default();
+    ensure!(version.starts_with("10."), "QEMU is {version}");
+    test.run_pod()?;
+    test.moves(Node::A)?;
+    test.moves(Node::B)?;
+    test.log_goes_on(Node::A, 0)?;
+    test.exec_works(Node::A)?;
     test.end()
 }
