@@ -26,7 +26,9 @@ use super::logs::LogStore;
 use super::state::{self, PodFile};
 use crate::api::error::chain;
 use crate::daemon::node::Node;
-use crate::migration::journal::{DestinationRecord, OwnerState, Recovery, SourceRecord};
+use crate::migration::journal::{
+    DestinationRecord, OwnerRecord, OwnerState, Recovery, SourceRecord,
+};
 use crate::network::{Port, Role, Stage};
 
 /// A migration that an earlier service left open, for the driver to end.
@@ -160,8 +162,8 @@ async fn find(
         }
     };
     let source = journal.sources.iter().find(|(r, _)| r.pod == name);
-    let destination = journal.destinations.iter().find(|(r, _)| r.pod == name);
-    let granted = destination.filter(|(r, _)| r.verdict().is_some());
+    let destination = decisive(&journal.destinations, name);
+    let granted = destination.filter(|r| r.verdict().is_some());
     let handed_over = owner
         .as_ref()
         .is_some_and(|o| matches!(o.state, OwnerState::HandedOver { .. }));
@@ -171,7 +173,7 @@ async fn find(
     let Some(owner) = mine else {
         remove(node, dir, Some(&file)).await?;
         drop(reservation);
-        let discarded = destination.map(|(record, _)| OpenMigration::Discarded {
+        let discarded = destination.map(|record| OpenMigration::Discarded {
             record: record.clone(),
         });
         return Ok(discarded);
@@ -184,7 +186,7 @@ async fn find(
     }
     let migration = source
         .map(|(r, _)| r.migration)
-        .or(granted.map(|(r, _)| r.migration));
+        .or(granted.map(|r| r.migration));
     let containers = file.record.containers.clone();
     let facts = facts(node, dir, file)?;
     let found = attach(node, &facts, migration.is_some(), granted.is_some()).await;
@@ -206,12 +208,25 @@ async fn find(
             handed_over,
             pod,
         }),
-        (None, Some((record, _))) => Some(OpenMigration::Destination {
+        (None, Some(record)) => Some(OpenMigration::Destination {
             record: record.clone(),
             pod,
         }),
         (None, None) => None,
     })
+}
+
+/// Of the migrations that were to bring a pod here, the one that counts: services that were killed one after the
+/// other leave several that never came to a grant beside the one that did.
+fn decisive<'a>(
+    destinations: &'a [(DestinationRecord, Option<OwnerRecord>)],
+    pod: &str,
+) -> Option<&'a DestinationRecord> {
+    destinations
+        .iter()
+        .map(|(record, _)| record)
+        .filter(|record| record.pod == pod)
+        .max_by_key(|record| (record.verdict().is_some(), record.epoch))
 }
 
 fn facts(node: &Node, dir: &Path, file: PodFile) -> Result<Facts, PodError> {
@@ -326,5 +341,37 @@ async fn clean_network(node: &Node, slot: u16, pod: &str) {
             error = chain(&error),
             "cannot remove what is left of its port"
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::migration::journal::DestinationState;
+    use crate::wire::id::MigrationId;
+    use vm_runtime::units::Epoch;
+
+    #[test]
+    fn a_granted_migration_counts_more_than_those_that_never_were() {
+        let record = |id, pod: &str, epoch, state| {
+            let record = DestinationRecord {
+                migration: MigrationId([id; 16]),
+                pod: pod.to_owned(),
+                from: "a".to_owned(),
+                epoch: Epoch(epoch),
+                state,
+            };
+            (record, None)
+        };
+        let granted = DestinationState::Owner { resumed: false };
+        let records = [
+            record(1, "web", 2, DestinationState::Prepared),
+            record(2, "web", 2, granted.clone()),
+            record(3, "web", 2, DestinationState::Prepared),
+            record(4, "db", 9, granted),
+        ];
+        let found = decisive(&records, "web").map(|record| record.migration);
+        assert_eq!(found, Some(MigrationId([2; 16])));
+        assert!(decisive(&records, "other").is_none());
     }
 }
