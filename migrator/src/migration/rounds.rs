@@ -16,6 +16,10 @@ const BANDWIDTH_SAMPLE: u64 = 1 << 20;
 const GAIN: f64 = 0.4;
 /// Deviations between the mean and the bound that is used.
 const MARGIN: f64 = 2.0;
+/// A last round of this many pages is lost in the cost of a round.
+const FEW_PAGES: u64 = 64;
+/// Rounds that are made, at most, although the limit is met.
+const POLISH_ROUNDS: u32 = 4;
 /// Rounds without progress after which the migration counts as stalled.
 const STALL_ROUNDS: u32 = 3;
 /// Progress is a round that leaves less than this part of the best so far.
@@ -156,6 +160,10 @@ pub struct Convergence {
     rounds: u32,
     best_left: Option<u64>,
     without_progress: u32,
+    /// Pages left at the decision before this one.
+    last_left: Option<u64>,
+    /// Rounds that were made although the limit was met.
+    polished: u32,
 }
 
 impl Convergence {
@@ -169,6 +177,8 @@ impl Convergence {
             rounds: 0,
             best_left: None,
             without_progress: 0,
+            last_left: None,
+            polished: 0,
         }
     }
 
@@ -229,7 +239,14 @@ impl Convergence {
     /// What to do with `pages_left` to send; to be asked once after each round and its scan.
     pub fn decide(&mut self, pages_left: u64) -> Decision {
         let predicted_us = self.predict_memory_us(pages_left);
+        let shrinks = self.last_left.is_none_or(|last| pages_left < last / 2);
+        self.last_left = Some(pages_left);
         if predicted_us <= self.policy.memory_limit_us {
+            // The limit is met. A round more, while each leaves less than half, makes the downtime shorter still.
+            if shrinks && pages_left > FEW_PAGES && self.polished < POLISH_ROUNDS {
+                self.polished += 1;
+                return Decision::Round;
+            }
             return Decision::Freeze;
         }
         match self.best_left {
@@ -294,7 +311,7 @@ mod tests {
     fn a_calm_guest_freezes_within_a_few_rounds() {
         let (rounds, decision, _) = run(Policy::default(), 2_000.0, 5_000.0, 1e9);
         assert_eq!(decision, Decision::Freeze);
-        assert!(rounds.rounds() <= 4, "{} rounds", rounds.rounds());
+        assert!(rounds.rounds() <= 8, "{} rounds", rounds.rounds());
     }
 
     #[test]
@@ -355,7 +372,8 @@ mod tests {
                 rounds.scanned(left, duration_us);
                 let predicted = rounds.predict_memory_us(left);
                 let decision = rounds.decide(left);
-                prop_assert_eq!(decision == Decision::Freeze, predicted <= limit);
+                prop_assert!(decision != Decision::Freeze || predicted <= limit);
+                prop_assert!(predicted > limit || !matches!(decision, Decision::Stalled(_)));
             }
         }
 

@@ -314,8 +314,9 @@ impl Run {
                         let all = reached.iter().copied().min().unwrap_or(0);
                         if all > placed {
                             placed = all;
+                            // While the guest runs at the source: the freeze is short of time.
+                            prepare::hash_placed(&target).await;
                             let _ = inputs.send(Input::RoundPlaced { round: all });
-                            prepare::hash_early(&target);
                         }
                     }
                     Arrival::Ended(error) => {

@@ -8,6 +8,8 @@ use tokio::sync::{Mutex, mpsc};
 use vm_runtime::units::{Epoch, PageIndex, PageRange};
 use vm_runtime::vm::{RunState, Vm};
 
+use std::time::Duration;
+
 use super::checks::{self, Facts};
 use super::clock::{Steps, unix_us};
 use super::handoff::Handoff;
@@ -23,6 +25,9 @@ use crate::pods::incoming::IncomingPod;
 use crate::pods::plan::VMM_OVERHEAD;
 use crate::pods::{PodError, PodRecord};
 use crate::wire::message::{Handover, ImageWant, Offer, Refuse, RefuseCode};
+
+/// How long a resumed guest is left alone before its agent is spoken to.
+const AFTER_RESUME: Duration = Duration::from_millis(250);
 
 /// A pod that is being made ready.
 pub(super) type Prepared = IncomingPod;
@@ -213,20 +218,20 @@ pub(super) async fn build(
     Ok((vm, port))
 }
 
-/// Hashes what has been placed so far, beside the migration.
-pub(super) fn hash_early(target: &Arc<OnceLock<Target>>) {
+/// Hashes what has been placed so far, if the migration verifies.
+pub(super) async fn hash_placed(target: &Arc<OnceLock<Target>>) {
     let target = Arc::clone(target);
-    tokio::task::spawn_blocking(move || {
-        if let Some(Target {
+    let hashed = blocking(move || match target.get() {
+        Some(Target {
             memory,
             hashes: Some(hashes),
-        }) = target.get()
-            && let Err(error) = hashes.refresh(memory)
-        {
-            // The verification reads again, and reports it.
-            tracing::warn!(%error, "the guest's memory cannot be read");
-        }
+        }) => hashes.refresh(memory).map_err(|error| error.to_string()),
+        Some(Target { hashes: None, .. }) | None => Ok(0),
     });
+    if let Err(error) = hashed.await {
+        // The verification reads again, and reports it.
+        tracing::warn!(error, "the guest's memory cannot be read");
+    }
 }
 
 pub(super) async fn verify(
@@ -324,6 +329,8 @@ pub(super) async fn adopt(prepared: &Shared, handover: Option<Handover>, epoch: 
     if let Err(reason) = installed.await {
         tracing::error!(pod = name, reason, "the output before the move is lost");
     }
+    // The guest's first moments, when an emulator has everything to translate anew, belong to its own work.
+    tokio::time::sleep(AFTER_RESUME).await;
     if let Err(pod) = pod.adopt(epoch, state) {
         tracing::error!(pod = pod.spec().name, "resumed before it was built");
     }

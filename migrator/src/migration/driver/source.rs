@@ -34,6 +34,8 @@ use crate::wire::session::{self, Session};
 
 /// For TCP, TLS and the preambles of all connections.
 const DIAL_DEADLINE: Duration = Duration::from_secs(10);
+/// How long the resumed guest has the machine to itself.
+const AFTER_RESUME: Duration = Duration::from_millis(250);
 /// What the rest of the downtime (stop, device state, grant, resume) is expected to take; measured, see
 /// `phases` in the report.
 const FIXED_US: u64 = 15_000;
@@ -231,6 +233,7 @@ pub(super) struct Run {
     pub(super) lanes: Option<Lanes>,
     pub(super) urgent: Option<Connection<Urgent>>,
     pub(super) tracking: Tracking,
+    held_at_unix_us: u64,
     done: bool,
 }
 
@@ -267,6 +270,7 @@ impl Run {
             lanes: None,
             urgent: None,
             tracking: Tracking::new(pages),
+            held_at_unix_us: 0,
             done: false,
         };
         run.watch_vm();
@@ -365,7 +369,11 @@ impl Run {
         let memory = &mut self.figures.memory;
         match input {
             Input::RoundSent { .. } | Input::LastPagesSent { .. } => memory.rounds += 1,
-            Input::Stopped { at_unix_us } => self.figures.frozen_at_unix_us = *at_unix_us,
+            Input::Stopped { at_unix_us } => {
+                self.figures.frozen_at_unix_us = *at_unix_us;
+                let held = at_unix_us.saturating_sub(self.held_at_unix_us);
+                self.figures.phases.push(("held_before".to_owned(), held));
+            }
             Input::Peer(Control::Ready(ready)) => {
                 memory.pages_verified = ready.verified;
                 memory.mismatched = ready.mismatched;
@@ -452,7 +460,10 @@ impl Run {
             }
             Output::Redial => self.redial(),
             Output::KillVm => self.kill_vm(),
-            Output::Hold => self.hold(),
+            Output::Hold => {
+                self.held_at_unix_us = unix_us();
+                self.hold();
+            }
             Output::Forward => self.forward().await,
             Output::Release => self.release(),
             Output::SaveState => self.step(steps::save_state(self.parts(), self.control())),
@@ -592,9 +603,12 @@ impl Run {
             return;
         };
         self.figures.total = Some(self.figures.started.elapsed());
-        // No answer is needed: the release kills again, and waits.
-        self.helpers
-            .spawn(async move { drop(resources.vm.kill().await) });
+        self.helpers.spawn(async move {
+            // On a small machine the end of a large process is felt by the guest that has just begun elsewhere.
+            tokio::time::sleep(AFTER_RESUME).await;
+            // No answer is needed: the release kills again, and waits.
+            drop(resources.vm.kill().await);
+        });
     }
 
     fn release(&mut self) {

@@ -86,9 +86,17 @@ impl Source {
                 self.scanned_at = now;
                 self.decide(round, pending, now, out);
             }
-            (Input::AgentDetached { state }, State::Holding { agent, .. }) => {
+            (
+                Input::AgentDetached { state },
+                State::Holding {
+                    agent: agent @ None,
+                    ..
+                },
+            ) => {
                 *agent = Some(state);
-                self.drain_if_held(out);
+                // Only now: while the gate holds, nothing reaches the guest.
+                self.begun.release_hold = true;
+                out.push(Output::Hold);
             }
             (Input::Held, State::Holding { held, .. }) => {
                 *held = true;
@@ -180,8 +188,7 @@ impl Source {
             held: false,
         };
         self.begun.attach_agent = true;
-        self.begun.release_hold = true;
-        out.extend([Output::DetachAgent, Output::Hold]);
+        out.push(Output::DetachAgent);
     }
 
     pub(super) fn drain_if_held(&mut self, out: &mut Vec<Output>) {
