@@ -21,9 +21,6 @@ pub(super) fn numbered(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     Ok(unsafe { std::os::fd::FromRawFd::from_raw_fd(number) })
 }
 
-/// Niceness of a VMM, -20 (first) to 19 (last).
-const NICENESS: libc::c_int = -10;
-
 /// Prepares `command`: its own session, traced by the spawning thread from exec on, and of our
 /// descriptors only `kept` (under the same numbers) and its standard streams.
 ///
@@ -50,9 +47,6 @@ pub(super) fn prepare(command: &mut Command, kept: &[OwnedFd]) {
             let fd = unsafe { BorrowedFd::borrow_raw(*fd) };
             fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
         }
-        // Ahead of the host's batch work: after a move an emulated guest has everything to translate anew, and its
-        // clients wait for it. SAFETY: setpriority(2) takes numbers only. A refusal leaves the default.
-        unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICENESS) };
         // Until it is recorded and let go, it must not outlive us; see inject::survive_parent.
         set_pdeathsig(Signal::SIGKILL)?;
         ptrace::traceme()?;

@@ -16,13 +16,17 @@ use std::sync::Arc;
 use crate::config::NodeName;
 use crate::daemon::migrations::Ticket;
 use crate::daemon::node::Node;
+use crate::migration::journal::Journal;
 use crate::pods::recover::OpenMigration;
 use crate::pods::{PodHandle, PodResources};
 use crate::wire::session::Session;
 
+mod arrive;
 mod checks;
 mod clock;
+mod depart;
 mod destination;
+mod destination_pod;
 mod device_state;
 mod handoff;
 mod link;
@@ -30,9 +34,11 @@ mod packets;
 mod prepare;
 mod report;
 mod source;
+mod source_link;
 mod source_steps;
+mod steps;
 
-pub use destination::Arrivals;
+pub use arrive::Arrivals;
 
 /// How a migration is to go, nothing left open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,12 +72,12 @@ pub struct Outgoing {
 
 /// Drives a migration away from here to its end: ends with `pod.end_migration` and `ticket.finish`.
 pub async fn outgoing(node: Arc<Node>, job: Outgoing) {
-    source::outgoing(node, job).await;
+    depart::outgoing(node, job).await;
 }
 
 /// Serves a session that another node dialed.
 pub async fn incoming(node: Arc<Node>, session: Session) {
-    destination::incoming(node, session).await;
+    arrive::incoming(node, session).await;
 }
 
 /// Ends a migration that an earlier service left open.
@@ -81,11 +87,15 @@ pub async fn recover(node: Arc<Node>, migration: OpenMigration) {
             record,
             handed_over,
             pod,
-        } => source::recover(node, record, handed_over, pod).await,
-        OpenMigration::Destination { record, pod } => destination::recover(node, record, pod).await,
-        // The journal answers for it.
+        } => depart::recover(node, record, handed_over, pod).await,
+        OpenMigration::Destination { record, pod } => arrive::recover(node, record, pod).await,
         OpenMigration::Discarded { record } => {
             tracing::info!(migration = %record.migration, pod = record.pod, "discarded: no grant had come");
+            // From here on the journal answers for it, and may forget it.
+            let asked = move |journal: &Journal| journal.answer(record.migration, &record.from);
+            if let Err(reason) = steps::blocking_journal(&node, asked).await {
+                tracing::error!(reason, "the journal stays behind");
+            }
         }
     }
 }

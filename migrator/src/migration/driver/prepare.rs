@@ -6,14 +6,14 @@ use bytes::Bytes;
 use tokio::io::{AsyncWriteExt, DuplexStream};
 use tokio::sync::{Mutex, mpsc};
 use vm_runtime::units::{Epoch, PageIndex, PageRange};
-use vm_runtime::vm::{RunState, Vm};
+use vm_runtime::vm::{RunState, Vm, VmExit};
 
 use std::time::Duration;
 
 use super::checks::{self, Facts};
 use super::clock::{Steps, unix_us};
 use super::handoff::Handoff;
-use super::source_steps::blocking;
+use super::steps::blocking;
 use crate::api::error::chain;
 use crate::daemon::node::Node;
 use crate::image::{Digest, ImageRecord, Incoming};
@@ -26,6 +26,8 @@ use crate::pods::plan::VMM_OVERHEAD;
 use crate::pods::{PodError, PodRecord};
 use crate::wire::message::{Handover, ImageWant, Offer, Refuse, RefuseCode};
 
+/// How long the end of a VMM may take to show, after its monitor has gone silent.
+const EXIT_SHOWS_WITHIN: Duration = Duration::from_millis(500);
 /// How long a resumed guest is left alone before its agent is spoken to.
 const AFTER_RESUME: Duration = Duration::from_millis(250);
 
@@ -273,10 +275,20 @@ pub(super) async fn verify(
 
 /// Begun before the freeze, so that the VMM listens when the state comes: see [`feed`].
 pub(super) async fn load_state(vm: Arc<Vm>, mut source: DuplexStream) -> Step {
-    vm.load_state(&mut source)
-        .await
-        .map_err(|error| chain(&error))?;
-    Ok(Input::StateLoaded)
+    let Err(error) = vm.load_state(&mut source).await else {
+        return Ok(Input::StateLoaded);
+    };
+    // A VMM that has ended says more by how it ended than by what it left undone.
+    match tokio::time::timeout(EXIT_SHOWS_WITHIN, vm.wait_exit()).await {
+        Ok(Ok(exit)) => Err(died(&exit)),
+        Ok(Err(_)) | Err(_) => Err(chain(&error)),
+    }
+}
+
+/// How a VMM ended, for people.
+pub(super) fn died(exit: &VmExit) -> String {
+    let reason = exit.reason.as_deref().or(exit.status.as_deref());
+    format!("QEMU ended ({})", reason.unwrap_or("no reason is known"))
 }
 
 /// Gives the complete state to [`load_state`].

@@ -9,205 +9,26 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant as TokioInstant, sleep_until};
 
 use super::clock::unix_us;
+use super::depart::{end_pod, figures};
 use super::link::{Link, LinkEvent};
-use super::packets;
+use super::prepare;
 use super::report::Figures;
 use super::source_steps::{self as steps, Lanes};
-use super::{Options, Outgoing};
+use super::steps::blocking_journal;
 use crate::api::error::chain;
 use crate::daemon::migrations::Ticket;
 use crate::daemon::node::Node;
 use crate::memory::send::PageSender;
 use crate::memory::track::Tracking;
-use crate::migration::journal::{Entry, SourceRecord};
-use crate::migration::rounds::Policy;
-use crate::migration::source::{Input, Outcome, Output, Plan, Rollback, Source};
+use crate::migration::journal::Entry;
+use crate::migration::source::{Input, Outcome, Output, Rollback, Source};
 use crate::migration::status::{self, Phase};
-use crate::network::{LogItem, Stage};
 use crate::pods::{MigrationEnd, PodHandle, PodResources};
 use crate::wire::bulk::Urgent;
 use crate::wire::conn::Connection;
 use crate::wire::control::ControlSender;
 use crate::wire::message::{Control, Ledger};
-use crate::wire::preamble::Shape;
-use crate::wire::session::{self, Session};
-
-/// For TCP, TLS and the preambles of all connections.
-const DIAL_DEADLINE: Duration = Duration::from_secs(10);
-/// How long the resumed guest has the machine to itself.
-const AFTER_RESUME: Duration = Duration::from_millis(250);
-/// What the rest of the downtime (stop, device state, grant, resume) is expected to take; measured, see
-/// `phases` in the report.
-const FIXED_US: u64 = 15_000;
-/// The least that a limit leaves for memory: below it no guest that writes at all would ever freeze.
-const LEAST_MEMORY_US: u64 = 1_000;
-
-/// Drives a migration away from here to its end.
-pub(super) async fn outgoing(node: Arc<Node>, job: Outgoing) {
-    let Outgoing {
-        ticket,
-        pod,
-        resources,
-        to,
-        addr,
-        options,
-    } = job;
-    let figures = figures(&node, &ticket, &pod, to.as_str());
-    let begun = async {
-        let offer = steps::offer(&node, &pod, &resources, ticket.id, options).await?;
-        let count = usize::from(options.connections);
-        let session = session::dial(addr, &node.tls, to.as_str(), count, DIAL_DEADLINE)
-            .await
-            .map_err(|error| chain(&error))?;
-        Ok::<_, String>((offer, session))
-    };
-    let begun = tokio::select! {
-        begun = begun => begun,
-        () = ticket.cancel.cancelled() => Err("cancelled before it began".to_owned()),
-        () = node.shutdown.cancelled() => Err("the service is ending".to_owned()),
-    };
-    let (offer, session) = match begun {
-        Ok(begun) => begun,
-        Err(reason) => {
-            let epoch = pod.view().epoch;
-            end_pod(&pod, MigrationEnd::Kept { epoch }).await;
-            let outcome = status::Outcome::Failed(reason);
-            let (source, destination) = (Ledger::default(), Ledger::default());
-            ticket
-                .finish(figures.report(outcome, source, destination))
-                .await;
-            return;
-        }
-    };
-    if let Err(error) = resources.port.reset_ledger().await {
-        tracing::warn!(
-            error = chain(&error),
-            "the packet books begin with older entries"
-        );
-    }
-    let mut plan = Plan::new(offer, to.to_string(), pod.view().epoch);
-    plan.policy = policy(options);
-    let mut run = Run::new(
-        node,
-        pod,
-        Some(resources),
-        ticket,
-        figures,
-        Source::new(plan),
-        addr,
-    );
-    run.attach(session, options.bandwidth);
-    run.run(Input::Begin).await;
-}
-
-/// Ends a migration away from here that an earlier service left open.
-pub(super) async fn recover(
-    node: Arc<Node>,
-    record: SourceRecord,
-    handed_over: bool,
-    pod: Option<(PodHandle, Arc<PodResources>)>,
-) {
-    let Some(addr) = node
-        .config
-        .peers
-        .iter()
-        .find_map(|(name, addr)| (name.as_str() == record.to).then_some(*addr))
-    else {
-        tracing::error!(
-            migration = %record.migration, pod = record.pod, to = record.to,
-            "cannot ask who runs the pod: add that node to `peers` and start the service again"
-        );
-        return;
-    };
-    let Some((pod, resources)) = pod else {
-        tracing::warn!(migration = %record.migration, pod = record.pod, "its VM is gone");
-        return;
-    };
-    let ticket = node
-        .migrations
-        .begin(record.migration, &record.pod, node.name(), &record.to);
-    let figures = figures(&node, &ticket, &pod, &record.to);
-    let owner = blocking(&node, {
-        let name = record.pod.clone();
-        move |journal| journal.owner(&name)
-    })
-    .await;
-    let owner = match owner {
-        Ok(owner) => owner,
-        Err(reason) => {
-            tracing::error!(
-                pod = record.pod,
-                reason,
-                "its journal cannot be read: left alone"
-            );
-            return;
-        }
-    };
-    let to = record.to.clone();
-    let (machine, first) = Source::recover(0, record, owner, true);
-    tracing::info!(
-        pod = pod.name(),
-        to,
-        handed_over,
-        "going on with an open migration"
-    );
-    let mut run = Run::new(node, pod, Some(resources), ticket, figures, machine, addr);
-    run.carry_out(first).await;
-    run.events().await;
-}
-
-fn figures(node: &Node, ticket: &Ticket, pod: &PodHandle, to: &str) -> Figures {
-    Figures {
-        id: ticket.id.to_string(),
-        pod: pod.name().to_owned(),
-        from: node.name().to_owned(),
-        to: to.to_owned(),
-        started: Instant::now(),
-        frozen_at_unix_us: 0,
-        memory: status::MemoryReport {
-            bytes_ram: pod.spec().memory.0,
-            ..status::MemoryReport::default()
-        },
-        phases: Vec::new(),
-        downtime_us: 0,
-        total: None,
-    }
-}
-
-fn policy(options: Options) -> Policy {
-    let limit = u64::from(options.max_downtime_ms) * 1_000;
-    Policy {
-        memory_limit_us: limit.saturating_sub(FIXED_US).max(LEAST_MEMORY_US),
-        fixed_us: FIXED_US,
-        ..Policy::default()
-    }
-}
-
-async fn end_pod(pod: &PodHandle, end: MigrationEnd) {
-    if let Err(error) = pod.end_migration(end).await {
-        tracing::error!(
-            pod = pod.name(),
-            error = chain(&error),
-            "cannot end the migration"
-        );
-    }
-}
-
-/// Calls the journal, which blocks for an fsync.
-pub(super) async fn blocking<T: Send + 'static>(
-    node: &Node,
-    call: impl FnOnce(
-        &crate::migration::journal::Journal,
-    ) -> Result<T, crate::migration::journal::JournalError>
-    + Send
-    + 'static,
-) -> Result<T, String> {
-    let journal = Arc::clone(&node.journal);
-    match tokio::task::spawn_blocking(move || call(&journal)).await {
-        Ok(result) => result.map_err(|error| chain(&error)),
-        Err(error) => Err(chain(&error)),
-    }
-}
+use crate::wire::session::Session;
 
 /// One machine and what it works with.
 pub(super) struct Run {
@@ -218,10 +39,10 @@ pub(super) struct Run {
     ticket: Option<Ticket>,
     pub(super) figures: Figures,
     machine: Source,
-    addr: std::net::SocketAddr,
+    pub(super) addr: std::net::SocketAddr,
     pub(super) inputs: UnboundedSender<Input>,
     queue: UnboundedReceiver<Input>,
-    dialed: UnboundedSender<Session>,
+    pub(super) dialed: UnboundedSender<Session>,
     sessions: UnboundedReceiver<Session>,
     began: Instant,
     wake: Option<TokioInstant>,
@@ -229,7 +50,7 @@ pub(super) struct Run {
     steps: JoinSet<()>,
     /// Tasks that outlive a rollback: the pump of the packet log, the watch on the VM.
     pub(super) helpers: JoinSet<()>,
-    link: Option<Link>,
+    pub(super) link: Option<Link>,
     pub(super) lanes: Option<Lanes>,
     pub(super) urgent: Option<Connection<Urgent>>,
     pub(super) tracking: Tracking,
@@ -238,7 +59,7 @@ pub(super) struct Run {
 }
 
 impl Run {
-    fn new(
+    pub(super) fn new(
         node: Arc<Node>,
         pod: PodHandle,
         resources: Option<Arc<PodResources>>,
@@ -283,7 +104,7 @@ impl Run {
             let inputs = self.inputs.clone();
             self.helpers.spawn(async move {
                 let reason = match vm.wait_exit().await {
-                    Ok(exit) => format!("the VM ended: {exit:?}"),
+                    Ok(exit) => prepare::died(&exit),
                     Err(error) => chain(&error),
                 };
                 // The machine may be done.
@@ -292,7 +113,7 @@ impl Run {
         }
     }
 
-    fn attach(&mut self, session: Session, limit: Option<NonZeroU64>) {
+    pub(super) fn attach(&mut self, session: Session, limit: Option<NonZeroU64>) {
         let Session {
             control,
             data,
@@ -318,13 +139,13 @@ impl Run {
         self.began.elapsed().as_micros() as u64
     }
 
-    async fn run(mut self, first: Input) {
+    pub(super) async fn run(mut self, first: Input) {
         self.input(first).await;
         self.events().await;
     }
 
     /// Until the machine is done.
-    async fn events(mut self) {
+    pub(super) async fn events(mut self) {
         let mut cancelled = false;
         let mut refresh = tokio::time::interval(Duration::from_millis(100));
         while !self.done {
@@ -404,7 +225,7 @@ impl Run {
     }
 
     /// A journal that fails is the machine's very next input, and what followed it is dropped.
-    async fn carry_out(&mut self, outputs: Vec<Output>) {
+    pub(super) async fn carry_out(&mut self, outputs: Vec<Output>) {
         let mut outputs = outputs;
         while let Some(reason) = self.carry_out_once(outputs).await {
             let now = self.now();
@@ -436,7 +257,7 @@ impl Run {
     }
 
     async fn write(&self, entry: Entry) -> Result<(), String> {
-        blocking(&self.node, move |journal| journal.apply(&entry)).await
+        blocking_journal(&self.node, move |journal| journal.apply(&entry)).await
     }
 
     async fn send(&mut self, message: Control) {
@@ -502,7 +323,7 @@ impl Run {
         }
     }
 
-    fn parts(&self) -> Option<Arc<PodResources>> {
+    pub(super) fn parts(&self) -> Option<Arc<PodResources>> {
         self.resources.clone()
     }
 
@@ -526,95 +347,6 @@ impl Run {
             // The machine may be done.
             let _ = inputs.send(input);
         });
-    }
-
-    fn redial(&mut self) {
-        self.link = None;
-        self.urgent = None;
-        let (node, to, addr) = (Arc::clone(&self.node), self.figures.to.clone(), self.addr);
-        let (inputs, sessions) = (self.inputs.clone(), self.dialed.clone());
-        self.helpers.spawn(async move {
-            // The machine may be done.
-            match session::dial_shape(addr, &node.tls, &to, Shape::Resume, DIAL_DEADLINE).await {
-                Ok(session) => drop(sessions.send(session)),
-                Err(error) => {
-                    let reason = chain(&error);
-                    drop(inputs.send(Input::LinkLost { reason }));
-                }
-            }
-        });
-    }
-
-    /// The link is up again: what is parked goes over the new connection from where it is not acknowledged.
-    async fn relinked(&mut self, session: Session) {
-        self.attach(session, None);
-        let Some(resources) = self.parts() else {
-            return;
-        };
-        if matches!(resources.port.stage(), Stage::Holding | Stage::Forwarding) {
-            let log = self.pump(&resources);
-            if let Err(error) = resources.port.resend(log).await {
-                tracing::warn!(error = chain(&error), "the packet log is not sent again");
-            }
-        }
-    }
-
-    /// Starts to carry the packet log over the urgent connection; returns where the log goes in.
-    fn pump(&mut self, resources: &PodResources) -> UnboundedSender<LogItem> {
-        let (log, items) = unbounded_channel();
-        if let Some(urgent) = self.urgent.take() {
-            let (port, inputs) = (resources.port.clone(), self.inputs.clone());
-            self.helpers.spawn(async move {
-                if let Err(error) = packets::pump_out(urgent, port, items).await {
-                    let reason = chain(&error);
-                    drop(inputs.send(Input::LinkLost { reason }));
-                }
-            });
-        }
-        log
-    }
-
-    fn hold(&mut self) {
-        let Some(resources) = self.parts() else {
-            return;
-        };
-        let log = self.pump(&resources);
-        self.step(async move {
-            let held = resources.port.hold(log).await;
-            held.map_err(|error| chain(&error)).map(|()| Input::Held)
-        });
-    }
-
-    async fn forward(&mut self) {
-        let Some(resources) = self.parts() else {
-            return;
-        };
-        if let Err(error) = resources.port.forward().await {
-            tracing::warn!(
-                error = chain(&error),
-                "frames that come late are not forwarded"
-            );
-        }
-        self.step(steps::forwarded(resources));
-    }
-
-    fn kill_vm(&mut self) {
-        let Some(resources) = self.parts() else {
-            return;
-        };
-        self.figures.total = Some(self.figures.started.elapsed());
-        self.helpers.spawn(async move {
-            // On a small machine the end of a large process is felt by the guest that has just begun elsewhere.
-            tokio::time::sleep(AFTER_RESUME).await;
-            // No answer is needed: the release kills again, and waits.
-            drop(resources.vm.kill().await);
-        });
-    }
-
-    fn release(&mut self) {
-        let (pod, to) = (self.pod.clone(), self.figures.to.clone());
-        let resources = self.resources.take();
-        self.step(steps::release(resources, pod, to));
     }
 
     async fn roll_back(&mut self, what: Rollback) {
@@ -686,7 +418,7 @@ impl Run {
     /// The epoch that the journal gives this node.
     async fn owner_epoch(&self) -> vm_runtime::units::Epoch {
         let name = self.pod.name().to_owned();
-        match blocking(&self.node, move |journal| journal.owner(&name)).await {
+        match blocking_journal(&self.node, move |journal| journal.owner(&name)).await {
             Ok(Some(owner)) => owner.epoch,
             Ok(None) | Err(_) => self.pod.view().epoch,
         }

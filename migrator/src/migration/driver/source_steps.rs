@@ -14,6 +14,7 @@ use super::Options;
 use super::clock::unix_us;
 use super::device_state;
 use super::handoff::{Handoff, LOG_TAIL};
+use super::steps::blocking;
 use crate::api::error::chain;
 use crate::daemon::node::Node;
 use crate::image::Digest;
@@ -104,15 +105,6 @@ pub(super) fn version((major, minor, micro): (u32, u32, u32)) -> String {
 
 fn json(value: &impl serde::Serialize) -> Result<String, String> {
     serde_json::to_string(value).map_err(|error| chain(&error))
-}
-
-/// Runs what blocks on a thread of its own.
-pub(super) async fn blocking<T: Send + 'static>(
-    call: impl FnOnce() -> Result<T, String> + Send + 'static,
-) -> Result<T, String> {
-    tokio::task::spawn_blocking(call)
-        .await
-        .unwrap_or_else(|error| Err(chain(&error)))
 }
 
 fn need<T>(part: Option<T>, what: &str) -> Result<T, String> {

@@ -1,0 +1,208 @@
+//! Sessions that other nodes dial: a new migration, or a source that comes back after a lost link.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::time::timeout;
+
+use super::destination::Run;
+use super::link::{Link, LinkEvent};
+use super::steps::blocking_journal;
+use crate::daemon::node::Node;
+use crate::migration::destination::{Destination, Input};
+use crate::migration::journal::DestinationRecord;
+use crate::pods::{PodHandle, PodResources};
+use crate::wire::bulk::Urgent;
+use crate::wire::conn::Connection;
+use crate::wire::id::MigrationId;
+use crate::wire::message::{Bye, Control, Ledger, QueryReply};
+use crate::wire::session::Session;
+
+/// For the first message of a session.
+const FIRST_MESSAGE: Duration = Duration::from_secs(10);
+
+/// The machines of this node that await a source which lost its link, by migration.
+#[derive(Clone, Debug, Default)]
+pub struct Arrivals {
+    running: Arc<Mutex<HashMap<MigrationId, UnboundedSender<Relinked>>>>,
+}
+
+/// A session of a source that came back, with its first message.
+#[derive(Debug)]
+pub(super) struct Relinked {
+    pub(super) link: Link,
+    pub(super) events: UnboundedReceiver<LinkEvent>,
+    pub(super) urgent: Option<Connection<Urgent>>,
+    pub(super) first: Control,
+}
+
+impl Arrivals {
+    pub(super) fn lock(
+        &self,
+    ) -> std::sync::MutexGuard<'_, HashMap<MigrationId, UnboundedSender<Relinked>>> {
+        // Every change is one call on the map.
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Serves a session that another node dialed.
+pub(super) async fn incoming(node: Arc<Node>, session: Session) {
+    let Session {
+        peer,
+        control,
+        data,
+        urgent,
+        ..
+    } = session;
+    let (sender, mut events) = unbounded_channel();
+    let link = Link::start(control, sender, |event| event);
+    let first = match timeout(FIRST_MESSAGE, events.recv()).await {
+        Ok(Some(LinkEvent::Message(message))) => message,
+        Ok(Some(LinkEvent::Lost(reason))) => {
+            tracing::info!(peer, reason, "a session ended before it began");
+            return;
+        }
+        Ok(None) | Err(_) => {
+            tracing::warn!(peer, "a session said nothing");
+            return;
+        }
+    };
+    match first {
+        Control::Offer(offer) => {
+            if offer.source != peer || urgent.is_none() || data.is_empty() {
+                tracing::warn!(
+                    peer,
+                    source = offer.source,
+                    "an offer that its certificate does not fit, or without data connections"
+                );
+                return;
+            }
+            let mut run = Run::new(node, Destination::new(offer.clone(), peer));
+            run.offer = Some(offer);
+            run.take_link(link, events);
+            run.urgent = urgent;
+            run.lanes = data.len();
+            run.receive(data);
+            run.input(Input::Begin).await;
+            run.events().await;
+        }
+        first @ (Control::Query(_) | Control::Released(_)) => {
+            let asked = Relinked {
+                link,
+                events,
+                urgent,
+                first,
+            };
+            question(&node, peer, asked).await;
+        }
+        other => tracing::warn!(
+            peer,
+            message = other.name(),
+            "a session began with an unexpected message"
+        ),
+    }
+}
+
+fn subject(message: &Control) -> Option<MigrationId> {
+    match message {
+        Control::Query(query) => Some(query.migration),
+        Control::Released(released) => Some(released.migration),
+        _ => None,
+    }
+}
+
+/// A source asks after its link was lost: the machine that runs answers, or else the journal.
+pub(super) async fn question(node: &Arc<Node>, peer: String, asked: Relinked) {
+    let Some(id) = subject(&asked.first) else {
+        return;
+    };
+    let machine = node.arrivals.lock().get(&id).cloned();
+    let mut asked = match machine {
+        Some(machine) => match machine.send(asked) {
+            Ok(()) => return,
+            // It ended in this moment: the journal has its last word.
+            Err(mpsc::error::SendError(asked)) => asked,
+        },
+        None => asked,
+    };
+    let mut next = Some(asked.first);
+    while let Some(message) = next.take() {
+        let answer = match message {
+            Control::Query(query) => {
+                let peer = peer.clone();
+                let verdict =
+                    blocking_journal(node, move |journal| journal.answer(query.migration, &peer))
+                        .await;
+                verdict.map(|verdict| {
+                    Some(Control::QueryReply(QueryReply {
+                        migration: query.migration,
+                        verdict,
+                    }))
+                })
+            }
+            Control::Released(released) => {
+                let peer = peer.clone();
+                let settled = blocking_journal(node, move |journal| {
+                    journal.settle(released.migration, &peer)
+                })
+                .await;
+                settled.map(|()| {
+                    Some(Control::Bye(Bye {
+                        migration: released.migration,
+                        ledger: Ledger::default(),
+                    }))
+                })
+            }
+            _ => Ok(None),
+        };
+        match answer {
+            Ok(Some(answer)) => {
+                if asked.link.control.send(answer).await.is_err() {
+                    return;
+                }
+            }
+            Ok(None) => {}
+            Err(reason) => {
+                tracing::error!(peer, reason, "cannot answer who runs a pod");
+                return;
+            }
+        }
+        next = match asked.events.recv().await {
+            Some(LinkEvent::Message(message)) => Some(message),
+            Some(LinkEvent::Lost(_)) | None => None,
+        };
+    }
+}
+
+/// Ends a migration to here that an earlier service left open after the grant.
+pub(super) async fn recover(
+    node: Arc<Node>,
+    record: DestinationRecord,
+    pod: Option<(PodHandle, Arc<PodResources>)>,
+) {
+    let name = record.pod.clone();
+    let owner = match blocking_journal(&node, move |journal| journal.owner(&name)).await {
+        Ok(owner) => owner,
+        Err(reason) => {
+            tracing::error!(
+                pod = record.pod,
+                reason,
+                "its journal cannot be read: left alone"
+            );
+            return;
+        }
+    };
+    tracing::info!(
+        pod = record.pod,
+        from = record.from,
+        "going on with a pod that was granted to this node"
+    );
+    let (machine, first) = Destination::recover(0, record, owner, pod.is_some());
+    let mut run = Run::new(node, machine);
+    run.found = pod;
+    run.watch_vm();
+    run.carry_out(first).await;
+    run.events().await;
+}

@@ -1,0 +1,179 @@
+//! Migrations away from here: how one begins, and how an open one goes on after a restart.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::report::Figures;
+use super::source::Run;
+use super::source_steps as steps;
+use super::steps::blocking_journal;
+use super::{Options, Outgoing};
+use crate::api::error::chain;
+use crate::daemon::migrations::Ticket;
+use crate::daemon::node::Node;
+use crate::migration::journal::SourceRecord;
+use crate::migration::rounds::Policy;
+use crate::migration::source::{Input, Plan, Source};
+use crate::migration::status;
+use crate::pods::{MigrationEnd, PodHandle, PodResources};
+use crate::wire::message::Ledger;
+use crate::wire::session;
+
+/// For TCP, TLS and the preambles of all connections.
+pub(super) const DIAL_DEADLINE: Duration = Duration::from_secs(10);
+/// What the rest of the downtime (stop, device state, grant, resume) is expected to take; measured, see
+/// `phases` in the report.
+const FIXED_US: u64 = 15_000;
+/// The least that a limit leaves for memory: below it no guest that writes at all would ever freeze.
+const LEAST_MEMORY_US: u64 = 1_000;
+
+/// Drives a migration away from here to its end.
+pub(super) async fn outgoing(node: Arc<Node>, job: Outgoing) {
+    let Outgoing {
+        ticket,
+        pod,
+        resources,
+        to,
+        addr,
+        options,
+    } = job;
+    let figures = figures(&node, &ticket, &pod, to.as_str());
+    let begun = async {
+        let offer = steps::offer(&node, &pod, &resources, ticket.id, options).await?;
+        let count = usize::from(options.connections);
+        let session = session::dial(addr, &node.tls, to.as_str(), count, DIAL_DEADLINE)
+            .await
+            .map_err(|error| chain(&error))?;
+        Ok::<_, String>((offer, session))
+    };
+    let begun = tokio::select! {
+        begun = begun => begun,
+        () = ticket.cancel.cancelled() => Err("cancelled before it began".to_owned()),
+        () = node.shutdown.cancelled() => Err("the service is ending".to_owned()),
+    };
+    let (offer, session) = match begun {
+        Ok(begun) => begun,
+        Err(reason) => {
+            let epoch = pod.view().epoch;
+            end_pod(&pod, MigrationEnd::Kept { epoch }).await;
+            let outcome = status::Outcome::Failed(reason);
+            let (source, destination) = (Ledger::default(), Ledger::default());
+            ticket
+                .finish(figures.report(outcome, source, destination))
+                .await;
+            return;
+        }
+    };
+    if let Err(error) = resources.port.reset_ledger().await {
+        tracing::warn!(
+            error = chain(&error),
+            "the packet books begin with older entries"
+        );
+    }
+    let mut plan = Plan::new(offer, to.to_string(), pod.view().epoch);
+    plan.policy = policy(options);
+    let mut run = Run::new(
+        node,
+        pod,
+        Some(resources),
+        ticket,
+        figures,
+        Source::new(plan),
+        addr,
+    );
+    run.attach(session, options.bandwidth);
+    run.run(Input::Begin).await;
+}
+
+/// Ends a migration away from here that an earlier service left open.
+pub(super) async fn recover(
+    node: Arc<Node>,
+    record: SourceRecord,
+    handed_over: bool,
+    pod: Option<(PodHandle, Arc<PodResources>)>,
+) {
+    let Some(addr) = node
+        .config
+        .peers
+        .iter()
+        .find_map(|(name, addr)| (name.as_str() == record.to).then_some(*addr))
+    else {
+        tracing::error!(
+            migration = %record.migration, pod = record.pod, to = record.to,
+            "cannot ask who runs the pod: add that node to `peers` and start the service again"
+        );
+        return;
+    };
+    let Some((pod, resources)) = pod else {
+        tracing::warn!(migration = %record.migration, pod = record.pod, "its VM is gone");
+        return;
+    };
+    let ticket = node
+        .migrations
+        .begin(record.migration, &record.pod, node.name(), &record.to);
+    let figures = figures(&node, &ticket, &pod, &record.to);
+    let owner = blocking_journal(&node, {
+        let name = record.pod.clone();
+        move |journal| journal.owner(&name)
+    })
+    .await;
+    let owner = match owner {
+        Ok(owner) => owner,
+        Err(reason) => {
+            tracing::error!(
+                pod = record.pod,
+                reason,
+                "its journal cannot be read: left alone"
+            );
+            return;
+        }
+    };
+    let to = record.to.clone();
+    let (machine, first) = Source::recover(0, record, owner, true);
+    tracing::info!(
+        pod = pod.name(),
+        to,
+        handed_over,
+        "going on with an open migration"
+    );
+    let mut run = Run::new(node, pod, Some(resources), ticket, figures, machine, addr);
+    run.carry_out(first).await;
+    run.events().await;
+}
+
+pub(super) fn figures(node: &Node, ticket: &Ticket, pod: &PodHandle, to: &str) -> Figures {
+    Figures {
+        id: ticket.id.to_string(),
+        pod: pod.name().to_owned(),
+        from: node.name().to_owned(),
+        to: to.to_owned(),
+        started: Instant::now(),
+        frozen_at_unix_us: 0,
+        memory: status::MemoryReport {
+            bytes_ram: pod.spec().memory.0,
+            ..status::MemoryReport::default()
+        },
+        phases: Vec::new(),
+        downtime_us: 0,
+        total: None,
+    }
+}
+
+fn policy(options: Options) -> Policy {
+    let limit = u64::from(options.max_downtime_ms) * 1_000;
+    Policy {
+        memory_limit_us: limit.saturating_sub(FIXED_US).max(LEAST_MEMORY_US),
+        fixed_us: FIXED_US,
+        ..Policy::default()
+    }
+}
+
+pub(super) async fn end_pod(pod: &PodHandle, end: MigrationEnd) {
+    if let Err(error) = pod.end_migration(end).await {
+        tracing::error!(
+            pod = pod.name(),
+            error = chain(&error),
+            "cannot end the migration"
+        );
+    }
+}

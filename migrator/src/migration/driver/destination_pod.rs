@@ -1,0 +1,172 @@
+//! What the destination's machine asks for of the pod: to check it, build it, take it or let it go.
+
+use std::sync::Arc;
+
+use vm_runtime::vm::Vm;
+
+use super::destination::Run;
+use super::prepare::{self, Images};
+use super::steps::blocking_journal;
+use crate::api::error::chain;
+use crate::migration::destination::{Input, Outcome};
+use crate::network::{Port, Stage};
+use crate::pods::MigrationEnd;
+use crate::wire::message::{self, Offer, StateChunk};
+
+impl Run {
+    pub(super) fn vm(&self) -> Option<Arc<Vm>> {
+        match (&self.parts, &self.found) {
+            (Some((vm, _)), _) => Some(Arc::clone(vm)),
+            (None, Some((_, resources))) => Some(Arc::clone(&resources.vm)),
+            (None, None) => None,
+        }
+    }
+
+    pub(super) fn port(&self) -> Option<Port> {
+        match (&self.parts, &self.found) {
+            (Some((_, port)), _) => Some(port.clone()),
+            (None, Some((_, resources))) => Some(resources.port.clone()),
+            (None, None) => None,
+        }
+    }
+
+    pub(super) async fn check(&mut self, offer: Offer) {
+        let checked = prepare::check(&self.node, &offer).await;
+        let checked = match checked {
+            Ok((pod, images, wants)) => {
+                *self.prepared.lock().await = Some(pod);
+                self.images = images;
+                Ok(wants)
+            }
+            Err(refuse) => {
+                tracing::info!(
+                    pod = offer.pod.name,
+                    from = offer.source,
+                    reason = refuse.reason,
+                    "refused a pod"
+                );
+                Err(refuse)
+            }
+        };
+        let _ = self.inputs.send(Input::Checked(checked));
+    }
+
+    pub(super) async fn prepare_vm(&mut self) {
+        let verify = self
+            .offer
+            .as_ref()
+            .is_some_and(|offer| offer.options.verify);
+        let built = prepare::build(&self.prepared, &self.target, verify).await;
+        match built {
+            Ok((vm, port)) => {
+                self.hashes = self.target.get().and_then(|target| target.hashes.clone());
+                let (sink, source) = tokio::io::duplex(StateChunk::MAX);
+                self.loader = Some(sink);
+                self.step(prepare::load_state(Arc::clone(&vm), source));
+                self.parts = Some((vm, port));
+                self.watch_vm();
+                self.pump();
+                let _ = self.inputs.send(Input::VmPrepared);
+            }
+            Err(reason) => drop(self.inputs.send(Input::Failed { reason })),
+        }
+    }
+
+    pub(super) async fn open_network(&mut self) {
+        let Some(port) = self.port() else { return };
+        if port.stage() != Stage::Incoming {
+            return;
+        }
+        if let Err(error) = port.open().await {
+            let reason = chain(&error);
+            let _ = self.inputs.send(Input::Failed { reason });
+        }
+    }
+
+    pub(super) fn adopt(&mut self, handover: Option<message::Handover>) {
+        let epoch = self.machine.epoch();
+        let settling = self.port();
+        self.helpers.spawn(async move {
+            if let Some(port) = settling
+                && port.stage() == Stage::Opened
+                && let Err(error) = port.settle().await
+            {
+                tracing::error!(error = chain(&error), "the pod's gate does not settle");
+            }
+        });
+        let prepared = Arc::clone(&self.prepared);
+        let found = self.found.clone();
+        // Not a step: a pod that runs here is this node's, whatever else comes to an end.
+        self.node.tasks.spawn(async move {
+            match found {
+                Some((pod, _)) => {
+                    let end = MigrationEnd::Kept { epoch };
+                    if let Err(error) = pod.end_migration(end).await {
+                        tracing::error!(
+                            pod = pod.name(),
+                            error = chain(&error),
+                            "cannot end the migration"
+                        );
+                    }
+                }
+                None => prepare::adopt(&prepared, handover, epoch).await,
+            }
+        });
+    }
+
+    pub(super) async fn pod_failed(&mut self, reason: String) {
+        tracing::error!(
+            pod = self.machine.pod(),
+            reason,
+            "the pod is granted to this node, and its guest is gone"
+        );
+        if let Some((pod, _)) = &self.found {
+            let end = MigrationEnd::Died { reason };
+            if let Err(error) = pod.end_migration(end).await {
+                tracing::error!(
+                    pod = pod.name(),
+                    error = chain(&error),
+                    "cannot end the migration"
+                );
+            }
+            return;
+        }
+        // Before its adoption nobody else knows the pod; afterwards its own task sees the end of its VM.
+        if let Some(problem) = prepare::discard(&self.prepared).await {
+            tracing::error!(reason = problem, "something of the pod is left behind");
+        }
+        let name = self.machine.pod().to_owned();
+        if let Err(reason) =
+            blocking_journal(&self.node, move |journal| journal.stop_owner(&name)).await
+        {
+            tracing::error!(reason, "the journal stays behind");
+        }
+    }
+
+    pub(super) async fn discard(&mut self) {
+        self.steps.shutdown().await;
+        self.images = Images::default();
+        self.parts = None;
+        if let Some(reason) = prepare::discard(&self.prepared).await {
+            tracing::error!(reason, "something of a discarded pod is left behind");
+        }
+        let _ = self.inputs.send(Input::Discarded);
+    }
+
+    pub(super) async fn finish(&mut self, outcome: Outcome) {
+        self.done = true;
+        let pod = self.machine.pod();
+        match outcome {
+            Outcome::Completed { settled } => tracing::info!(pod, settled, "a pod has arrived"),
+            Outcome::Failed { reason } => tracing::warn!(pod, reason, "a pod has not arrived"),
+            Outcome::PodFailed { reason } => {
+                tracing::error!(pod, reason, "a pod arrived and failed")
+            }
+        }
+        self.steps.shutdown().await;
+        if let Some(link) = self.link.take() {
+            let _ = link.control.flush().await;
+        }
+        self.helpers.shutdown().await;
+    }
+}

@@ -1,0 +1,111 @@
+//! The source's link and its packets: what is begun at once and reports later.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+
+use super::depart::DIAL_DEADLINE;
+use super::packets;
+use super::source::Run;
+use super::source_steps as steps;
+use crate::api::error::chain;
+use crate::migration::source::Input;
+use crate::network::{LogItem, Stage};
+use crate::pods::PodResources;
+use crate::wire::preamble::Shape;
+use crate::wire::session::{self, Session};
+
+/// How long the resumed guest has the machine to itself.
+const AFTER_RESUME: Duration = Duration::from_millis(250);
+
+impl Run {
+    pub(super) fn redial(&mut self) {
+        self.link = None;
+        self.urgent = None;
+        let (node, to, addr) = (Arc::clone(&self.node), self.figures.to.clone(), self.addr);
+        let (inputs, sessions) = (self.inputs.clone(), self.dialed.clone());
+        self.helpers.spawn(async move {
+            // The machine may be done.
+            match session::dial_shape(addr, &node.tls, &to, Shape::Resume, DIAL_DEADLINE).await {
+                Ok(session) => drop(sessions.send(session)),
+                Err(error) => {
+                    let reason = chain(&error);
+                    drop(inputs.send(Input::LinkLost { reason }));
+                }
+            }
+        });
+    }
+
+    /// The link is up again: what is parked goes over the new connection from where it is not acknowledged.
+    pub(super) async fn relinked(&mut self, session: Session) {
+        self.attach(session, None);
+        let Some(resources) = self.parts() else {
+            return;
+        };
+        if matches!(resources.port.stage(), Stage::Holding | Stage::Forwarding) {
+            let log = self.pump(&resources);
+            if let Err(error) = resources.port.resend(log).await {
+                tracing::warn!(error = chain(&error), "the packet log is not sent again");
+            }
+        }
+    }
+
+    /// Starts to carry the packet log over the urgent connection; returns where the log goes in.
+    pub(super) fn pump(&mut self, resources: &PodResources) -> UnboundedSender<LogItem> {
+        let (log, items) = unbounded_channel();
+        if let Some(urgent) = self.urgent.take() {
+            let (port, inputs) = (resources.port.clone(), self.inputs.clone());
+            self.helpers.spawn(async move {
+                if let Err(error) = packets::pump_out(urgent, port, items).await {
+                    let reason = chain(&error);
+                    drop(inputs.send(Input::LinkLost { reason }));
+                }
+            });
+        }
+        log
+    }
+
+    pub(super) fn hold(&mut self) {
+        let Some(resources) = self.parts() else {
+            return;
+        };
+        let log = self.pump(&resources);
+        self.step(async move {
+            let held = resources.port.hold(log).await;
+            held.map_err(|error| chain(&error)).map(|()| Input::Held)
+        });
+    }
+
+    pub(super) async fn forward(&mut self) {
+        let Some(resources) = self.parts() else {
+            return;
+        };
+        if let Err(error) = resources.port.forward().await {
+            tracing::warn!(
+                error = chain(&error),
+                "frames that come late are not forwarded"
+            );
+        }
+        self.step(steps::forwarded(resources));
+    }
+
+    pub(super) fn kill_vm(&mut self) {
+        let Some(resources) = self.parts() else {
+            return;
+        };
+        self.figures.total = Some(self.figures.started.elapsed());
+        self.helpers.spawn(async move {
+            // On a small machine the end of a large process is felt by the guest that has just begun elsewhere.
+            tokio::time::sleep(AFTER_RESUME).await;
+            // No answer is needed: the release kills again, and waits.
+            drop(resources.vm.kill().await);
+        });
+    }
+
+    pub(super) fn release(&mut self) {
+        let (pod, to) = (self.pod.clone(), self.figures.to.clone());
+        let resources = self.resources.take();
+        self.step(steps::release(resources, pod, to));
+    }
+}

@@ -1,0 +1,25 @@
+//! What the steps of both sides share.
+
+use std::sync::Arc;
+
+use crate::api::error::chain;
+use crate::daemon::node::Node;
+use crate::migration::journal::{Journal, JournalError};
+
+/// Runs what blocks on a thread of its own.
+pub(super) async fn blocking<T: Send + 'static>(
+    call: impl FnOnce() -> Result<T, String> + Send + 'static,
+) -> Result<T, String> {
+    tokio::task::spawn_blocking(call)
+        .await
+        .unwrap_or_else(|error| Err(chain(&error)))
+}
+
+/// Calls the journal, which blocks for an fsync.
+pub(super) async fn blocking_journal<T: Send + 'static>(
+    node: &Node,
+    call: impl FnOnce(&Journal) -> Result<T, JournalError> + Send + 'static,
+) -> Result<T, String> {
+    let journal = Arc::clone(&node.journal);
+    blocking(move || call(&journal).map_err(|error| chain(&error))).await
+}
