@@ -1,7 +1,7 @@
 //! The destination's side of a migration, pure: events in, actions out, time as an argument.
 //!
 //! ```text
-//! Checking -> Images -> Preparing -> Receiving -> Verifying -> Loading -> Ready -> Resuming -> Running -> Done
+//! Checking -> Images -> Preparing -> Receiving -> Loading -> Ready -> Resuming -> Running -> Done
 //!    |          |           |            |            |           |         |        |            |
 //!  Refuse       +-----------+-- any failure, lost link or question ---------+        +-- Grant ---+
 //!    |                                       |                                   journaled: this node's
@@ -15,7 +15,7 @@ use vm_runtime::units::Epoch;
 
 use crate::migration::journal::{DestinationRecord, DestinationState, OwnerRecord};
 use crate::wire::id::MigrationId;
-use crate::wire::message::{Handover, Offer, Ready, Verdict};
+use crate::wire::message::{Handover, Offer, Verdict};
 
 mod events;
 mod unwind;
@@ -49,8 +49,7 @@ enum State {
     Images { received: bool, all_sent: bool },
     Preparing,
     Receiving(Receiving),
-    Verifying,
-    Loading { ready: Ready },
+    Loading(Loading),
     Ready,
     Resuming,
     Running,
@@ -65,6 +64,16 @@ struct Receiving {
     last: Option<u32>,
     state: bool,
     hashes: bool,
+}
+
+/// What is still missing once memory and state are there. The device state loads while pages are compared.
+#[derive(Clone, Copy, Debug)]
+struct Loading {
+    loaded: bool,
+    /// Whether the hashes are complete, and the comparison has begun.
+    comparing: bool,
+    /// Pages that were compared and found equal.
+    verified: Option<u64>,
 }
 
 impl Destination {

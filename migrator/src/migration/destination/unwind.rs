@@ -31,8 +31,7 @@ impl Destination {
             | State::Images { .. }
             | State::Preparing
             | State::Receiving(_)
-            | State::Verifying
-            | State::Loading { .. }
+            | State::Loading(_)
             | State::Ready => true,
             State::Resuming | State::Running | State::Discarding { .. } | State::Done => false,
         }

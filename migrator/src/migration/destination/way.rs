@@ -2,7 +2,7 @@
 
 use vm_runtime::units::Epoch;
 
-use super::{Destination, Input, Outcome, Output, Receiving, State};
+use super::{Destination, Input, Loading, Outcome, Output, Receiving, State};
 use crate::migration::journal::{DestinationState, Entry};
 use crate::wire::message::{Accept, Control, Prepared, Ready, RoundAck, Running, Verdict};
 
@@ -26,6 +26,12 @@ impl Destination {
             (Control::HashesEnd(_), State::Receiving(receiving)) => {
                 receiving.hashes = true;
                 self.load_if_complete(out);
+            }
+            (Control::HashesEnd(_), State::Loading(loading))
+                if !loading.comparing && loading.verified.is_none() =>
+            {
+                loading.comparing = true;
+                out.push(Output::Verify);
             }
             (Control::Handover(handover), State::Receiving(_)) => self.handover = Some(handover),
             (Control::Grant(grant), State::Ready) => self.take_grant(grant.epoch, out),
@@ -80,24 +86,18 @@ impl Destination {
                     pages,
                     mismatched: 0,
                 },
-                State::Verifying,
+                State::Loading(loading),
             ) => {
-                self.state = State::Loading {
-                    ready: Ready {
-                        verified: pages,
-                        mismatched: 0,
-                    },
-                };
-                out.push(Output::LoadState);
+                loading.verified = Some(pages);
+                self.ready_if_complete(out);
             }
-            (Input::Verified { pages, mismatched }, State::Verifying) => {
+            (Input::Verified { pages, mismatched }, State::Loading(_)) => {
                 let reason = format!("{mismatched} of {pages} pages differ from the source's");
                 self.failed(&reason, out);
             }
-            (Input::StateLoaded, State::Loading { ready }) => {
-                let ready = *ready;
-                self.state = State::Ready;
-                out.push(Output::Send(ready.into()));
+            (Input::StateLoaded, State::Loading(loading)) => {
+                loading.loaded = true;
+                self.ready_if_complete(out);
             }
             (Input::Resumed { at_unix_us, steps }, State::Resuming) => {
                 self.resumed(at_unix_us, steps, out);
@@ -130,16 +130,36 @@ impl Destination {
         if !(memory && receiving.state && self.handover.is_some()) {
             return;
         }
-        if !self.verify {
-            let ready = Ready {
-                verified: 0,
-                mismatched: 0,
-            };
-            self.state = State::Loading { ready };
-            out.push(Output::LoadState);
-        } else if receiving.hashes {
-            self.state = State::Verifying;
+        let comparing = self.verify && receiving.hashes;
+        self.state = State::Loading(Loading {
+            loaded: false,
+            comparing,
+            // Without a verification nothing is compared, and nothing is waited for.
+            verified: (!self.verify).then_some(0),
+        });
+        out.push(Output::LoadState);
+        if comparing {
             out.push(Output::Verify);
+        }
+    }
+
+    /// The state is loaded, and every page has been compared if that was asked for.
+    pub(super) fn ready_if_complete(&mut self, out: &mut Vec<Output>) {
+        if let State::Loading(Loading {
+            loaded: true,
+            verified: Some(verified),
+            ..
+        }) = self.state
+        {
+            self.state = State::Ready;
+            let mismatched = 0;
+            out.push(Output::Send(
+                Ready {
+                    verified,
+                    mismatched,
+                }
+                .into(),
+            ));
         }
     }
 
