@@ -23,7 +23,7 @@ const ECHO_IPV6: &str = "[fd77::10]:7000";
 const PROBE_RATE: u32 = 5_000;
 /// Mbit/s. Without a limit iperf3 takes all of a two-CPU machine that emulates the guest, and the figures would be
 /// those of its scheduler.
-const IPERF_RATE: u32 = 50;
+const IPERF_RATE: u32 = 20;
 /// A guest boots in 5 s under emulation, on an idle machine.
 const BOOTS_WITHIN: Duration = Duration::from_secs(120);
 /// Traffic before the first move, between moves, and after the last.
