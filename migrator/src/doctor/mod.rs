@@ -125,6 +125,15 @@ pub async fn examine(subject: &Subject) -> Report {
     }
 }
 
+/// Names of the kernel features that tracking a guest's memory needs and this kernel lacks; each is really tried.
+pub fn missing_kernel_features() -> Vec<String> {
+    kernel::memory_checks()
+        .into_iter()
+        .filter(|check| check.required && !check.result.is_ok())
+        .map(|check| check.name)
+        .collect()
+}
+
 /// Memory that a new guest can have: `MemAvailable`; 0 if the kernel does not say.
 pub fn available_memory() -> Bytes {
     machine::available()

@@ -69,7 +69,7 @@ pub(super) async fn check(
             initramfs_sha256: node.guest.initramfs_sha256.clone(),
             memory_available: crate::doctor::available_memory(),
             vmm_overhead: VMM_OVERHEAD,
-            missing_features: Vec::new(),
+            missing_features: crate::doctor::missing_kernel_features(),
         },
     )?;
     let record: PodRecord = serde_json::from_str(&offer.record)
