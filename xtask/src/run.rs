@@ -291,12 +291,12 @@ spec:
       image: {image}
       command: [/usr/bin/iperf3, --server]
       resources:
-        limits: {{ memory: 96Mi, cpu: 500m }}
+        limits: {{ memory: 96Mi }}
     - name: echo
       image: {image}
       command: [/usr/local/bin/udp-echo]
       resources:
-        limits: {{ memory: 32Mi, cpu: 500m }}
+        limits: {{ memory: 32Mi }}
 ",
         image = demo_image::REFERENCE
     )

@@ -6,14 +6,14 @@
 //! never the bytes that came over the wire.
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-use vm_runtime::memory::{GuestMemory, is_zero, page_hash};
+use vm_runtime::memory::{GuestMemory, MemoryView, is_zero, page_hash};
 use vm_runtime::units::{PAGE_SIZE, PageIndex, PageRange};
 
-use super::shard::PIECE_PAGES;
+use super::shard::split;
 
 /// The hash that stands for a page of zeros, and for a hole.
 pub const ZERO_HASH: u64 = 0;
@@ -103,60 +103,35 @@ impl PageHashes {
     }
 }
 
-/// Hashes every page of a frozen guest's RAM, on `threads` threads. Holes are not read.
+/// Hashes every page of a frozen guest's RAM, on `threads` threads. Holes are not read. `view` maps `memory`.
 ///
 /// # Errors
 /// When the RAM file cannot be read.
-pub fn hash_all(memory: &GuestMemory, threads: usize) -> io::Result<Vec<u64>> {
-    let mut hashes = vec![ZERO_HASH; memory.pages() as usize];
-    let data = memory.data_ranges()?;
-    let piece = PIECE_PAGES as usize;
-    let per_thread = hashes
-        .len()
-        .div_ceil(threads.max(1))
-        .next_multiple_of(piece);
+pub fn hash_all(memory: &GuestMemory, view: &MemoryView, threads: usize) -> io::Result<Vec<u64>> {
+    let hashes: Vec<_> = (0..memory.pages())
+        .map(|_| AtomicU64::new(ZERO_HASH))
+        .collect();
+    let pieces = split(&memory.data_ranges()?, 1).concat();
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut content = [0; PAGE_SIZE];
+        while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+            for page in piece.start.0..piece.end.0 {
+                view.copy(PageIndex(page), &mut content)?;
+                hashes[page as usize].store(hash(&content), Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    };
     thread::scope(|scope| {
-        let workers: Vec<_> = hashes
-            .chunks_mut(per_thread)
-            .enumerate()
-            .map(|(index, slice)| {
-                let start = (index * per_thread) as u64;
-                let data = &data;
-                scope.spawn(move || hash_slice(memory, data, start, slice))
-            })
-            .collect();
+        let workers: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(work)).collect();
         workers.into_iter().try_for_each(|worker| {
             worker
                 .join()
                 .unwrap_or_else(|_| Err(io::Error::other("a hashing thread panicked")))
         })
     })?;
-    Ok(hashes)
-}
-
-/// Hashes the data pages among `start..start + out.len()`.
-fn hash_slice(
-    memory: &GuestMemory,
-    data: &[PageRange],
-    start: u64,
-    out: &mut [u64],
-) -> io::Result<()> {
-    let end = start + out.len() as u64;
-    let mut buffer = vec![0u8; PIECE_PAGES as usize * PAGE_SIZE];
-    for range in data {
-        let mut page = range.start.0.max(start);
-        let stop = range.end.0.min(end);
-        while page < stop {
-            let count = (stop - page).min(PIECE_PAGES) as usize;
-            let bytes = &mut buffer[..count * PAGE_SIZE];
-            memory.read(PageIndex(page), bytes)?;
-            for (offset, content) in bytes.chunks_exact(PAGE_SIZE).enumerate() {
-                out[(page - start) as usize + offset] = hash(content);
-            }
-            page += count as u64;
-        }
-    }
-    Ok(())
+    Ok(hashes.into_iter().map(AtomicU64::into_inner).collect())
 }
 
 fn hash(page: &[u8]) -> u64 {
@@ -177,6 +152,10 @@ mod tests {
         GuestMemory::create("verify-test", Bytes::mib(4)).expect("memfd")
     }
 
+    fn view(memory: &GuestMemory) -> MemoryView {
+        MemoryView::new(memory).expect("view")
+    }
+
     #[test]
     fn equal_memories_compare_equal_and_one_changed_byte_is_found() {
         let (source, destination) = (memory(), memory());
@@ -188,7 +167,7 @@ mod tests {
             table.mark(PageRange::new(page, page + 1));
         }
         assert_eq!(table.refresh(&destination).expect("refresh"), 5);
-        let theirs = hash_all(&source, 2).expect("hash");
+        let theirs = hash_all(&source, &view(&source), 2).expect("hash");
         assert_eq!(table.compare(PageIndex(0), &theirs), []);
 
         destination
@@ -204,7 +183,7 @@ mod tests {
         let (source, destination) = (memory(), memory());
         let table = PageHashes::new(destination.pages());
         source.write(PageIndex(7), &[1; PAGE_SIZE]).expect("write");
-        let theirs = hash_all(&source, 1).expect("hash");
+        let theirs = hash_all(&source, &view(&source), 1).expect("hash");
         assert_eq!(table.compare(PageIndex(0), &theirs), [PageIndex(7)]);
     }
 }

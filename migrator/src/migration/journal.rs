@@ -1,36 +1,33 @@
 //! What must survive the service: who may run which pod, and how far each migration got.
 //!
-//! One small file a record, replaced as a whole: temporary file, fsync, rename, fsync of the folder.
+//! One small file a record, changed in place: see [`file`].
 //!
 //! ```text
 //! owners/POD.json             the right to run: the one authority on this node
 //! source/MIGRATION.json       migrations away from here
 //! destination/MIGRATION.json  migrations to here, and the answers to whoever asks about them
 //! ```
-//!
-//! A failed write before the rename leaves the old record in force, and is an error. A failed fsync of the folder after the rename is
-//! not: the new record is what every later read sees, and a crash of the whole machine, which could undo it, ends the guest as well.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 use tracing::warn;
 use vm_runtime::units::Epoch;
 
 use crate::wire::id::MigrationId;
 use crate::wire::message::Verdict;
 
+mod file;
 mod record;
+use file::{failed, read, reserve, write};
 pub use record::{
     DestinationRecord, DestinationState, Entry, OwnerRecord, OwnerState, SourceRecord, SourceState,
 };
 
-/// Version of the files.
-const VERSION: u32 = 1;
 /// Finished records that are kept in each folder; the oldest go first.
 const HISTORY: usize = 1024;
 
@@ -102,15 +99,6 @@ pub struct Journal {
     lock: Mutex<()>,
 }
 
-#[derive(Serialize, Deserialize)]
-struct Envelope {
-    version: u32,
-    /// CRC-32 of `record`.
-    crc32: u32,
-    /// The record as JSON text, so that the checksum covers exactly these bytes.
-    record: String,
-}
-
 impl Journal {
     /// Opens the journal in `dir`, creating it if needed; tells what must be recovered.
     ///
@@ -146,6 +134,11 @@ impl Journal {
                     && self.read_destination(record.migration)?.is_some()
                 {
                     return Err(JournalError::Known(record.migration));
+                }
+                if record.state == DestinationState::Prepared {
+                    // The owner record follows within the freeze, if it does.
+                    check_pod(&record.pod)?;
+                    reserve(&self.path("owners", &record.pod))?;
                 }
                 self.write_destination(record)
             }
@@ -401,14 +394,6 @@ impl Journal {
     }
 }
 
-fn failed(action: &'static str, path: &Path, source: io::Error) -> JournalError {
-    JournalError::Io {
-        action,
-        path: path.to_owned(),
-        source,
-    }
-}
-
 /// The name comes from a peer or a client, and becomes a file's name: an RFC 1123 label has neither dots nor slashes.
 fn check_pod(pod: &str) -> Result<(), JournalError> {
     let label = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
@@ -416,54 +401,6 @@ fn check_pod(pod: &str) -> Result<(), JournalError> {
         true => Ok(()),
         false => Err(JournalError::PodName(pod.to_owned())),
     }
-}
-
-fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, JournalError> {
-    let damaged = |why: String| JournalError::Damaged {
-        path: path.to_owned(),
-        why,
-    };
-    let text = match fs::read(path) {
-        Ok(text) => text,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(failed("read", path, e)),
-    };
-    let envelope: Envelope = serde_json::from_slice(&text).map_err(|e| damaged(e.to_string()))?;
-    if envelope.version != VERSION {
-        return Err(damaged(format!("version {}", envelope.version)));
-    }
-    if crc32fast::hash(envelope.record.as_bytes()) != envelope.crc32 {
-        return Err(damaged("wrong checksum".to_owned()));
-    }
-    let record = serde_json::from_str(&envelope.record).map_err(|e| damaged(e.to_string()))?;
-    Ok(Some(record))
-}
-
-fn write<T: Serialize>(path: &Path, record: &T) -> Result<(), JournalError> {
-    let bad = |e: serde_json::Error| failed("encode", path, e.into());
-    let record = serde_json::to_string(record).map_err(bad)?;
-    let envelope = Envelope {
-        version: VERSION,
-        crc32: crc32fast::hash(record.as_bytes()),
-        record,
-    };
-    let text = serde_json::to_vec(&envelope).map_err(bad)?;
-    let tmp = path.with_extension("tmp");
-    let replace = || {
-        let mut file = File::create(&tmp)?;
-        file.write_all(&text)?;
-        file.sync_all()?;
-        fs::rename(&tmp, path)
-    };
-    replace().map_err(|e| {
-        let _ = fs::remove_file(&tmp);
-        failed("write", path, e)
-    })?;
-    let folder = path.parent().unwrap_or(Path::new("."));
-    if let Err(error) = File::open(folder).and_then(|dir| dir.sync_all()) {
-        warn!(path = %path.display(), %error, "a crash of the machine may undo this record");
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -184,6 +184,11 @@ impl Source {
         matches!(self.state, State::Granted | State::Doubt(_))
     }
 
+    /// Whether every page is compared before the grant.
+    pub fn verifies(&self) -> bool {
+        self.verify
+    }
+
     /// Takes in what happened at `now` (microseconds of any monotonic clock) and says what to do.
     pub fn handle(&mut self, now: u64, input: Input) -> Vec<Output> {
         let mut out = Vec::new();

@@ -22,6 +22,7 @@ mod copies;
 mod dataplane;
 mod error;
 mod gate;
+mod grace;
 mod ledger;
 mod log;
 mod marker;

@@ -15,10 +15,11 @@ use super::announce::{SCHEDULE, announcement};
 use super::dataplane::{Command, Stage};
 use super::error::PortError;
 use super::gate::SlotGate;
+use super::grace;
 use super::ledger::{Ledger, Tally, book};
 use super::log::LogItem;
 use super::node::{ExistingDevices, NodeInner, PodNetId};
-use super::sys::{self, PacketSocket};
+use super::sys::PacketSocket;
 
 pub(crate) struct Parts {
     pub(crate) node: Arc<NodeInner>,
@@ -205,7 +206,7 @@ impl Port {
     pub async fn hold(&self, sink: UnboundedSender<LogItem>) -> Result<(), PortError> {
         self.inner.quiet();
         self.ask(|reply| Command::Hold(sink, reply)).await??;
-        match tokio::task::spawn_blocking(sys::grace_period).await {
+        match tokio::task::spawn_blocking(grace::grace_period).await {
             Ok(result) => result.map_err(PortError::GracePeriod),
             Err(_) => Err(self.gone()),
         }
@@ -439,7 +440,7 @@ impl Port {
 
 /// Until no frame is on its way that saw the network as it was.
 async fn wait_for_frames() {
-    if let Ok(Err(error)) = tokio::task::spawn_blocking(sys::grace_period).await {
+    if let Ok(Err(error)) = tokio::task::spawn_blocking(grace::grace_period).await {
         tracing::warn!(%error, "no grace period: a frame on its way may be lost");
     }
 }

@@ -1,5 +1,5 @@
-//! The unsafe island of the network: TAP devices, packet sockets, memory-mapped counters, and the
-//! kernel's grace period. Everything outside it is safe code over the types here.
+//! The unsafe island of the network: TAP devices, packet sockets, memory-mapped counters, and two calls
+//! that the grace period needs. Everything outside it is safe code over the types here.
 
 use std::ffi::CStr;
 use std::io;
@@ -134,13 +134,22 @@ pub(crate) fn takes_tcp_segments(name: &str) -> io::Result<bool> {
     Ok(value.data != 0)
 }
 
-/// Waits until no CPU is inside a program run that began before the call: every frame that saw the
-/// gate's old word is in its queue. Takes some milliseconds.
-///
-/// With one CPU the kernel returns at once, rightly: a soft interrupt is never preempted by a task.
-pub(crate) fn grace_period() -> io::Result<()> {
-    // SAFETY: a system call without memory arguments. GLOBAL is `synchronize_rcu`.
+/// The kernel's own grace period (`synchronize_rcu`): some milliseconds. See [`super::grace`].
+pub(crate) fn rcu_grace_period() -> io::Result<()> {
+    // SAFETY: a system call without memory arguments.
     let result = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Puts the calling thread, a short-lived one, in front of all ordinary tasks: SCHED_FIFO.
+pub(crate) fn prefer_this_thread() -> io::Result<()> {
+    let parameters = libc::sched_param { sched_priority: 1 };
+    // SAFETY: sched_setscheduler(2) reads one sched_param through the pointer, which lives across the call; pid 0 names
+    // the calling thread, so no other thread's scheduling is touched.
+    let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const parameters) };
     if result < 0 {
         return Err(io::Error::last_os_error());
     }

@@ -1,8 +1,8 @@
 //! Guest memory, seen from outside the VMM.
 //!
 //! Guest RAM is one memfd that the service makes and QEMU maps shared. The service reads and
-//! writes it with `pread` and `pwrite` only: no Rust reference ever points into memory that a
-//! guest can change. Which pages the guest wrote is asked of the kernel ([`DirtyTracker`]).
+//! writes it with `pread` and `pwrite`, or copies words out of a mapping ([`MemoryView`]): no Rust
+//! reference ever points into memory that a guest can change. Which pages the guest wrote is asked of the kernel ([`DirtyTracker`]).
 
 mod dirty;
 mod file;
@@ -10,9 +10,11 @@ mod maps;
 mod page;
 mod pagemap;
 mod uffd;
+mod view;
 
 pub use dirty::{DirtyError, DirtyTracker};
 pub use file::GuestMemory;
 pub use maps::{Mapping, find_mappings};
 pub use page::{is_zero, page_hash};
 pub use uffd::{UFFD_FEATURES, handshake};
+pub use view::MemoryView;

@@ -1,6 +1,6 @@
-//! Wall-clock stamps that cross the wire, and microseconds since a start.
+//! Wall-clock stamps that cross the wire, and lengths of steps.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// Unix time in microseconds.
 pub(super) fn unix_us() -> u64 {
@@ -9,30 +9,28 @@ pub(super) fn unix_us() -> u64 {
         .map_or(0, |since| since.as_micros() as u64)
 }
 
-/// Names and lengths of consecutive steps, in microseconds.
-#[derive(Debug)]
+/// Names and lengths of a machine's steps, in microseconds. Steps may overlap.
+#[derive(Debug, Default)]
 pub(super) struct Steps {
-    last: std::time::Instant,
-    steps: Vec<(String, u64)>,
+    under_way: Vec<(&'static str, Instant)>,
+    done: Vec<(String, u64)>,
 }
 
 impl Steps {
-    pub(super) fn start() -> Self {
-        Self {
-            last: std::time::Instant::now(),
-            steps: Vec::new(),
+    pub(super) fn begin(&mut self, name: &'static str) {
+        self.under_way.push((name, Instant::now()));
+    }
+
+    /// Ends the step of that name, if it was begun.
+    pub(super) fn end(&mut self, name: &'static str) {
+        if let Some(index) = self.under_way.iter().position(|(step, _)| *step == name) {
+            let (_, began) = self.under_way.swap_remove(index);
+            let us = began.elapsed().as_micros() as u64;
+            self.done.push((name.to_owned(), us));
         }
     }
 
-    /// Ends the step that began where the one before ended.
-    pub(super) fn done(&mut self, name: &str) {
-        let now = std::time::Instant::now();
-        let us = (now - self.last).as_micros() as u64;
-        self.last = now;
-        self.steps.push((name.to_owned(), us));
-    }
-
     pub(super) fn take(&mut self) -> Vec<(String, u64)> {
-        std::mem::take(&mut self.steps)
+        std::mem::take(&mut self.done)
     }
 }

@@ -10,6 +10,7 @@ use tokio::time::{Instant as TokioInstant, sleep_until};
 use vm_runtime::vm::Vm;
 
 use super::arrive::{Relinked, question};
+use super::clock::Steps;
 use super::device_state::MAX_STATE;
 use super::link::{Link, LinkEvent};
 use super::packets;
@@ -60,6 +61,8 @@ pub(super) struct Run {
     pub(super) prepared: Arc<tokio::sync::Mutex<Option<Prepared>>>,
     /// The VM and the port once they exist.
     pub(super) parts: Option<(Arc<Vm>, Port)>,
+    /// Where the time of the freeze goes on this side.
+    pub(super) times: Steps,
     /// A pod that a restarted service found.
     pub(super) found: Option<(PodHandle, Arc<PodResources>)>,
     pub(super) done: bool,
@@ -97,6 +100,7 @@ impl Run {
             images: Images::default(),
             prepared: Arc::new(tokio::sync::Mutex::new(None)),
             parts: None,
+            times: Steps::default(),
             found: None,
             done: false,
         }
@@ -275,9 +279,22 @@ impl Run {
         self.carry_out(outputs).await;
     }
 
-    fn handle(&mut self, input: Input) -> Vec<Output> {
+    fn handle(&mut self, mut input: Input) -> Vec<Output> {
+        self.time_input(&mut input);
         let now = self.began.elapsed().as_micros() as u64;
         self.machine.handle(now, input)
+    }
+
+    fn time_input(&mut self, input: &mut Input) {
+        match input {
+            Input::StateLoaded => self.times.end("load_state"),
+            Input::Verified { .. } => self.times.end("compare_pages"),
+            Input::Resumed { steps, .. } => {
+                self.times.end("resume");
+                *steps = self.times.take();
+            }
+            _ => {}
+        }
     }
 
     /// A journal that fails is the machine's very next input, and what followed it is dropped.
@@ -292,9 +309,11 @@ impl Run {
         for output in outputs {
             match output {
                 Output::Journal(entry) => {
+                    self.times.begin("journal");
                     if let Err(reason) = self.write(entry).await {
                         return Some(reason);
                     }
+                    self.times.end("journal");
                 }
                 Output::Note(entry) => {
                     if let Err(reason) = self.write(entry).await {
@@ -330,17 +349,27 @@ impl Run {
             }
             Output::PrepareVm => self.prepare_vm().await,
             Output::Verify => {
+                self.times.begin("compare_pages");
                 let theirs = std::mem::take(&mut self.theirs);
                 self.step(prepare::verify(Arc::clone(&self.target), theirs));
             }
             Output::LoadState => {
+                self.times = Steps::default();
+                self.times.begin("load_state");
                 let state = std::mem::take(&mut self.state);
                 if let Some(sink) = self.loader.take() {
                     self.helpers.spawn(prepare::feed(sink, state));
                 }
             }
-            Output::OpenNetwork => self.open_network().await,
-            Output::Resume => self.step(prepare::resume(self.vm())),
+            Output::OpenNetwork => {
+                self.times.begin("open_network");
+                self.open_network().await;
+                self.times.end("open_network");
+            }
+            Output::Resume => {
+                self.times.begin("resume");
+                self.step(prepare::resume(self.vm()));
+            }
             Output::Adopt { handover } => self.adopt(handover),
             Output::PodFailed { reason } => self.pod_failed(reason).await,
             Output::Discard => self.discard().await,

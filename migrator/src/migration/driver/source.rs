@@ -13,7 +13,7 @@ use super::depart::{end_pod, figures};
 use super::link::{Link, LinkEvent};
 use super::prepare;
 use super::report::Figures;
-use super::source_steps::{self as steps, Lanes};
+use super::source_steps::{self as steps, Lanes, View};
 use super::steps::blocking_journal;
 use crate::api::error::chain;
 use crate::daemon::migrations::Ticket;
@@ -54,6 +54,7 @@ pub(super) struct Run {
     pub(super) lanes: Option<Lanes>,
     pub(super) urgent: Option<Connection<Urgent>>,
     pub(super) tracking: Tracking,
+    view: View,
     held_at_unix_us: u64,
     done: bool,
 }
@@ -91,6 +92,7 @@ impl Run {
             lanes: None,
             urgent: None,
             tracking: Tracking::new(pages),
+            view: View::default(),
             held_at_unix_us: 0,
             done: false,
         };
@@ -288,13 +290,20 @@ impl Run {
             Output::Forward => self.forward().await,
             Output::Release => self.release(),
             Output::SaveState => self.step(steps::save_state(self.parts(), self.control())),
-            Output::SendHashes => self.step(steps::send_hashes(self.parts(), self.control())),
+            Output::SendHashes => {
+                let view = Arc::clone(&self.view);
+                self.step(steps::send_hashes(self.parts(), view, self.control()));
+            }
             Output::SendImages(wants) => {
                 let node = Arc::clone(&self.node);
                 self.step(steps::send_images(node, self.parts(), self.sender(), wants));
             }
             Output::StartTracking => {
-                self.step(steps::start_tracking(self.parts(), self.tracking.clone()))
+                if self.machine.verifies() {
+                    let view = Arc::clone(&self.view);
+                    self.helpers.spawn(steps::map_memory(self.parts(), view));
+                }
+                self.step(steps::start_tracking(self.parts(), self.tracking.clone()));
             }
             Output::SendRound { round } => {
                 self.step(steps::send_round(

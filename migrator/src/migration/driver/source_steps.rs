@@ -1,12 +1,14 @@
 //! The source's steps, one function each. What they return is what the machine is told.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use std::thread::available_parallelism;
 use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::time::{Instant, sleep, sleep_until};
 use vm_runtime::agent_client::{AgentClient, AgentState};
+use vm_runtime::memory::MemoryView;
 use vm_runtime::units::{Epoch, PageIndex};
 use vm_runtime::vm::RunState;
 
@@ -38,8 +40,6 @@ const AGENT_LIMIT: Duration = Duration::from_millis(200);
 const DRAIN_LIMIT: Duration = Duration::from_millis(100);
 /// Least time between two scans: what passes between the decision to freeze and the stop.
 const SCAN_LEAST: Duration = Duration::from_millis(10);
-/// Threads that hash the frozen guest.
-const HASH_THREADS: usize = 2;
 /// The announcements end 450 ms after the resume; until then neighbours may still learn.
 const FORWARD_LEAST: Duration = Duration::from_millis(600);
 /// Forwarding ends when nothing has needed it for this long.
@@ -50,6 +50,8 @@ const FORWARD_MOST: Duration = Duration::from_secs(10);
 type Step = Result<Input, String>;
 type Parts = Option<Arc<PodResources>>;
 type Sender = Option<Arc<PageSender>>;
+/// The guest's memory, once it is mapped.
+pub(super) type View = Arc<OnceLock<MemoryView>>;
 
 /// The data connections. The destination never writes to them; the halves that read keep them open.
 #[derive(Debug)]
@@ -263,12 +265,39 @@ pub(super) async fn save_state(parts: Parts, control: Option<ControlSender>) -> 
     Ok(Input::StateSent)
 }
 
-pub(super) async fn send_hashes(parts: Parts, control: Option<ControlSender>) -> Step {
+/// While the guest still runs: maps its memory, so that the frozen guest is hashed without a fault.
+pub(super) async fn map_memory(parts: Parts, view: View) {
+    let Some(parts) = parts else { return };
+    let mapped = blocking(move || {
+        let memory = parts.vm.memory();
+        let new = MemoryView::new(&memory).map_err(|error| chain(&error))?;
+        for range in memory.data_ranges().map_err(|error| chain(&error))? {
+            new.populate(range).map_err(|error| chain(&error))?;
+        }
+        let _ = view.set(new);
+        Ok(())
+    });
+    if let Err(reason) = mapped.await {
+        tracing::debug!(reason, "the guest's memory is not mapped ahead");
+    }
+}
+
+pub(super) async fn send_hashes(parts: Parts, view: View, control: Option<ControlSender>) -> Step {
     let (parts, control) = (need(parts, "the pod")?, need(control, "the link")?);
-    let memory = parts.vm.memory();
-    let hashes =
-        blocking(move || hash_all(&memory, HASH_THREADS).map_err(|error: io::Error| chain(&error)))
-            .await?;
+
+    let hashes = blocking(move || {
+        let memory = parts.vm.memory();
+        let view = match view.get() {
+            Some(view) => view,
+            // Its mapping failed, or is still under way.
+            None => &MemoryView::new(&memory).map_err(|error| chain(&error))?,
+        };
+        // The other half of the machine belongs to the last pages and the device state.
+        let threads = available_parallelism().map_or(1, |cpus| cpus.get().div_ceil(2));
+        hash_all(&memory, view, threads).map_err(|error: io::Error| chain(&error))
+    })
+    .await?;
+
     let lost = |error| chain(&error);
     for (index, piece) in hashes.chunks(PageHashes::MAX_PAGES).enumerate() {
         let first = PageIndex((index * PageHashes::MAX_PAGES) as u64);
@@ -277,6 +306,7 @@ pub(super) async fn send_hashes(parts: Parts, control: Option<ControlSender>) ->
     }
     let pages = hashes.len() as u64;
     control.send(HashesEnd { pages }).await.map_err(lost)?;
+
     Ok(Input::HashesSent)
 }
 

@@ -217,14 +217,8 @@ fn the_history_is_bounded_and_what_somebody_may_ask_about_stays() {
                 reason: String::new(),
             })
         };
-        let record = serde_json::to_string(&record).unwrap();
-        let envelope = Envelope {
-            version: VERSION,
-            crc32: crc32fast::hash(record.as_bytes()),
-            record,
-        };
         let path = journal.path("destination", &migration.to_string());
-        fs::write(path, serde_json::to_vec(&envelope).unwrap()).unwrap();
+        fs::write(path, file::new_file(&record)).unwrap();
     }
     let (journal, _) = open(dir.path());
     let files = fs::read_dir(dir.path().join("destination"))

@@ -326,7 +326,9 @@ impl Dataplane {
 
     fn wait(&mut self) {
         let now = Instant::now();
-        let more = !self.full && (!self.pending.is_empty() || self.log_left)
+        // Before it is opened, an incoming port only collects.
+        let injects = self.stage != Stage::Incoming && !self.full;
+        let more = injects && (!self.pending.is_empty() || self.log_left)
             || !self.park_empty && self.may_read_park();
         let mut timeout = if more { Duration::ZERO } else { IDLE };
         if self.full || self.drain_tap.is_some() {

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use migrator_ebpf::{FrameBytes, bucket, is_group, is_own_echo};
 use nix::errno::Errno;
 
+use super::super::grace;
 use super::super::sys::{self, Sent, VNET_HEADER};
 use super::{
     BATCH, Dataplane, END_DELAY, LOG_BYTES_MAX, Origin, OwnFrame, PENDING_MAX, Pending, Stage,
@@ -147,7 +148,7 @@ impl Dataplane {
             *counter = gate.parked(bucket);
         }
         // After it, every frame that those counters stand for is in the park's queue, or lost.
-        if let Err(error) = sys::grace_period() {
+        if let Err(error) = grace::grace_period() {
             tracing::warn!(%error, "no grace period: flows behind a lost frame keep taking the slow way");
             return;
         }
