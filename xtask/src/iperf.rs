@@ -69,7 +69,7 @@ impl Iperf {
             .stderr(Stdio::piped());
         let begun = Instant::now();
         let child = netns::spawn(netns, &mut command)?;
-        let id = ProcessId::of("iperf3", child.id().cast_signed())?;
+        let id = ProcessId::of_child("iperf3", child.id().cast_signed())?;
         Ok(Iperf {
             child,
             id,

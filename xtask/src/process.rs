@@ -35,6 +35,22 @@ impl ProcessId {
         })
     }
 
+    /// The identity of a child that was not waited for, which may have ended already.
+    ///
+    /// # Errors
+    /// It is no such child.
+    pub fn of_child(what: &str, pid: i32) -> Result<ProcessId> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))
+            .with_context(|| format!("{what} (pid {pid}) was waited for already"))?;
+        let (_, start_time) =
+            parse_stat(&stat).with_context(|| format!("/proc/{pid}/stat says: {stat}"))?;
+        Ok(ProcessId {
+            what: what.to_owned(),
+            pid,
+            start_time,
+        })
+    }
+
     /// Whether this very process still runs (a zombie does not).
     pub fn alive(&self) -> bool {
         start_time(self.pid) == Some(self.start_time)
@@ -94,19 +110,20 @@ pub fn poll_until(limit: Duration, mut condition: impl FnMut() -> bool) -> bool 
 
 /// Start time of a process that is not a zombie.
 fn start_time(pid: i32) -> Option<u64> {
-    parse_stat(&std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (runs, start_time) = parse_stat(&stat)?;
+    runs.then_some(start_time)
 }
 
-/// State and start time out of a `/proc/PID/stat` line (proc(5)); the name in parentheses may hold anything.
-fn parse_stat(stat: &str) -> Option<u64> {
+/// Whether it runs (a zombie does not) and its start time, out of a `/proc/PID/stat` line (proc(5)); the name in parentheses may
+/// hold anything.
+fn parse_stat(stat: &str) -> Option<(bool, u64)> {
     let fields: Vec<&str> = stat
         .get(stat.rfind(')')? + 1..)?
         .split_ascii_whitespace()
         .collect();
-    match *fields.first()? {
-        "Z" | "X" => None,
-        _ => fields.get(19)?.parse().ok(),
-    }
+    let runs = !matches!(*fields.first()?, "Z" | "X");
+    Some((runs, fields.get(19)?.parse().ok()?))
 }
 
 /// Every process that lives in the network namespace `name`.
@@ -149,13 +166,13 @@ mod tests {
     fn a_name_with_spaces_and_parentheses_does_not_shift_the_fields() {
         let stat =
             "77 (a) b (c)) S 1 77 77 0 -1 4194560 100 0 0 0 1 2 0 0 20 0 1 0 4242 1000 10 1844";
-        assert_eq!(parse_stat(stat), Some(4242));
+        assert_eq!(parse_stat(stat), Some((true, 4242)));
     }
 
     #[test]
     fn a_zombie_does_not_count_as_running() {
         let stat = "77 (x) Z 1 77 77 0 -1 4194560 100 0 0 0 1 2 0 0 20 0 1 0 4242 1000 10 1844";
-        assert_eq!(parse_stat(stat), None);
+        assert_eq!(parse_stat(stat), Some((false, 4242)));
     }
 
     #[test]

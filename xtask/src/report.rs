@@ -214,8 +214,14 @@ impl Report {
         }
         let (p, i) = (&self.probe, &self.iperf3);
         text += &format!(
-            "  UDP probe  sent {}, received {}, lost {}, duplicated {}, reordered {}, longest silence {:.1} ms\n",
-            p.sent, p.received, p.lost, p.duplicated, p.reordered, p.longest_silence_ms
+            "  UDP probe  sent {}, received {}, lost {}, duplicated {}, reordered {}, longest silence {:.1} ms, round trip at most {:.1} ms\n",
+            p.sent,
+            p.received,
+            p.lost,
+            p.duplicated,
+            p.reordered,
+            p.longest_silence_ms,
+            p.longest_round_trip_ms
         );
         text += &format!(
             "  iperf3     {:.1} s, {:.1} Mbit/s, {} retransmits, the connection {}\n",
@@ -250,6 +256,7 @@ mod tests {
                 sent: 2,
                 received: 2,
                 longest_silence_ms: 30.0,
+                longest_round_trip_ms: 31.0,
                 ..Default::default()
             },
             iperf3: iperf::Summary {
@@ -274,7 +281,7 @@ mod tests {
                     "memory": { "bytes_ram": 268435456, "bytes_sent": 5, "rounds": 3, "pages_verified": 65536, "mismatched": 0 },
                     "packets": { "seen": 10, "delivered": 9, "held": 0, "forwarded": 2, "lost": 0 },
                 }],
-                "probe": { "sent": 2, "received": 2, "lost": 0, "duplicated": 0, "reordered": 0, "longest_silence_ms": 30.0 },
+                "probe": { "sent": 2, "received": 2, "lost": 0, "duplicated": 0, "reordered": 0, "longest_silence_ms": 30.0, "longest_round_trip_ms": 31.0 },
                 "iperf3": { "seconds": 1.0, "mbits_per_s": 99.0, "retransmits": 0, "connection_survived": true },
             })
         );

@@ -11,7 +11,7 @@ use crate::lab::{self, Lab, Node, Owner};
 use crate::probe::{self, Probe};
 use crate::project::Project;
 use crate::report::{Migration, MigrationReport, Outcome, Report};
-use crate::{cmd, demo_image, iperf, migrate, process, setup};
+use crate::{cmd, demo_image, iperf, migrate, netns, process, setup};
 
 /// The pod's addresses, and the ports of its two containers.
 const POD: &str = "demo";
@@ -28,6 +28,9 @@ const IPERF_RATE: u32 = 20;
 const BOOTS_WITHIN: Duration = Duration::from_secs(120);
 /// Traffic before the first move, between moves, and after the last.
 const CALM: Duration = Duration::from_secs(2);
+
+/// Counters of the sockets in a thread's network namespace.
+const SOCKETS: &str = "/proc/thread-self/net/snmp";
 
 /// Bytes; a larger file is no log that one would read.
 const LOG_LIMIT: u64 = 4 << 20;
@@ -174,6 +177,9 @@ fn act(lab: &Lab, image: &Path, moves: u32, verify: bool) -> Result<Report> {
     }
     let iperf3 = iperf.stop(busy_until)?;
     let record = probe.stop()?;
+    if record.summary().lost > 0 {
+        tell_drops(lab, at);
+    }
     if let Some((count, reason)) = &record.refused {
         println!("demo: the client's kernel refused {count} probe packets: {reason}");
     }
@@ -196,6 +202,29 @@ fn act(lab: &Lab, image: &Path, moves: u32, verify: bool) -> Result<Report> {
         probe: record.summary(),
         iperf3,
     })
+}
+
+/// Where a packet may have been dropped that the gates have booked as delivered: the sockets at either end.
+fn tell_drops(lab: &Lab, at: Node) {
+    let mut guest = lab.on(at);
+    guest.args(["exec", POD, "--container", "echo", "--", "cat", SOCKETS]);
+    let client = netns::within(&lab.client(), || Ok(std::fs::read_to_string(SOCKETS)?));
+    for (whose, counters) in [("guest", cmd::output(&mut guest)), ("client", client)] {
+        match counters.as_deref().map(udp_drops) {
+            Ok(Some(drops)) => println!("demo: the {whose}'s UDP sockets dropped {drops} packets"),
+            Ok(None) | Err(_) => println!("demo: the {whose} does not tell its UDP drops"),
+        }
+    }
+}
+
+/// `RcvbufErrors` of the UDP line in /proc/net/snmp.
+fn udp_drops(snmp: &str) -> Option<u64> {
+    let mut lines = snmp.lines().filter_map(|line| line.strip_prefix("Udp: "));
+    let (names, values) = (lines.next()?, lines.next()?);
+    let column = names
+        .split_whitespace()
+        .position(|name| name == "RcvbufErrors")?;
+    values.split_whitespace().nth(column)?.parse().ok()
 }
 
 fn tell(report: &MigrationReport) {
@@ -300,4 +329,17 @@ spec:
 ",
         image = demo_image::REFERENCE
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn drops_are_found_by_their_column() {
+        let snmp = "Ip: Forwarding\nIp: 1\nUdp: InDatagrams NoPorts RcvbufErrors SndbufErrors\nUdp: 9 8 7 6\n";
+        assert_eq!(udp_drops(snmp), Some(7));
+        assert_eq!(udp_drops("Udp: InDatagrams\nUdp: 1\n"), None);
+        assert_eq!(udp_drops(""), None);
+    }
 }

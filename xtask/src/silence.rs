@@ -24,6 +24,8 @@ pub struct Summary {
     pub reordered: u64,
     /// Longest time between two answers, in milliseconds.
     pub longest_silence_ms: f64,
+    /// Longest time from a packet to its first answer, in milliseconds: a blackout, or a queue.
+    pub longest_round_trip_ms: f64,
 }
 
 /// Counts. `sent_us[i]` is when packet `i` left; `answers` are in the order of their arrival.
@@ -46,6 +48,9 @@ pub fn summarise(sent_us: &[u64], answers: &[Answer]) -> Summary {
             continue;
         }
         summary.received += 1;
+        let sent_at_us = sent_us[answer.sequence as usize];
+        let round_trip_ms = answer.at_us.saturating_sub(sent_at_us) as f64 / 1e3;
+        summary.longest_round_trip_ms = summary.longest_round_trip_ms.max(round_trip_ms);
         if highest.is_some_and(|highest| answer.sequence < highest) {
             summary.reordered += 1;
         } else {
