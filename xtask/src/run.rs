@@ -320,12 +320,12 @@ spec:
       image: {image}
       command: [/usr/bin/iperf3, --server]
       resources:
-        limits: {{ memory: 96Mi }}
+        limits: {{ memory: 96Mi, cpu: 1000m }}
     - name: echo
       image: {image}
       command: [/usr/local/bin/udp-echo]
       resources:
-        limits: {{ memory: 32Mi }}
+        limits: {{ memory: 32Mi, cpu: 1000m }}
 ",
         image = demo_image::REFERENCE
     )
