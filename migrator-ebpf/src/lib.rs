@@ -41,6 +41,9 @@ pub mod names {
     pub const PARKED: &str = "PARKED";
     /// Array of `u64`, by [`crate::bucket_index`]: parked frames that have left the service. Memory-mappable.
     pub const DONE: &str = "DONE";
+    /// Array of `u64`, by slot: how far the service has injected the log of the pod's arrival, for the service after it.
+    /// No program uses it. Memory-mappable.
+    pub const INJECTED: &str = "INJECTED";
     /// Per-CPU array of [`crate::CounterRow`], by slot, and one row more: [`crate::NO_SLOT_ROW`].
     pub const COUNTERS: &str = "COUNTERS";
 }

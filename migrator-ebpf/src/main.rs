@@ -37,6 +37,8 @@ static PARKED: Array<u64> = Array::pinned(MAX_SLOTS * BUCKETS, BPF_F_MMAPABLE);
 #[map]
 static DONE: Array<u64> = Array::pinned(MAX_SLOTS * BUCKETS, BPF_F_MMAPABLE);
 #[map]
+static INJECTED: Array<u64> = Array::pinned(MAX_SLOTS, BPF_F_MMAPABLE);
+#[map]
 static COUNTERS: PerCpuArray<CounterRow> = PerCpuArray::pinned(MAX_SLOTS + 1, 0);
 
 struct Skb<'a>(&'a TcContext);

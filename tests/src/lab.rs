@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use migrator::api::types::{PodList, PodState};
 use xtask::demo_image;
 use xtask::lab::{Lab, Node, Owner};
-use xtask::probe::{self, Probe};
+use xtask::probe::{self, Probe, Record};
 use xtask::process::poll_until;
 use xtask::project::Project;
 
@@ -121,8 +121,24 @@ impl TestLab {
             probe::answers(&self.lab.client(), echo, BOOTS_WITHIN)?,
             "the pod does not answer at {ECHO} within {BOOTS_WITHIN:?}"
         );
-        self.probe = Some(Probe::start(&self.lab.client(), echo, RATE)?);
+        self.start_probe()
+    }
+
+    /// Starts a probe; [`TestLab::probe_is_perfect`] ends it.
+    ///
+    /// # Errors
+    /// The guest does not answer.
+    pub fn start_probe(&mut self) -> Result<()> {
+        self.probe = Some(Probe::start(&self.lab.client(), ECHO.parse()?, RATE)?);
         self.answers_on()
+    }
+
+    /// Ends the probe; what it has recorded.
+    ///
+    /// # Errors
+    /// No probe runs.
+    pub fn stop_probe(&mut self) -> Result<Record> {
+        self.probe.take().context("no probe runs")?.stop()
     }
 
     /// Imports the demo's image.
@@ -271,7 +287,7 @@ impl TestLab {
     /// A packet was lost, doubled or out of order.
     pub fn probe_is_perfect(&mut self) -> Result<()> {
         self.answers_on()?;
-        let record = self.probe.take().context("no probe runs")?.stop()?;
+        let record = self.stop_probe()?;
         let summary = record.summary();
         ensure!(
             (summary.lost, summary.duplicated, summary.reordered) == (0, 0, 0)

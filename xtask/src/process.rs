@@ -108,14 +108,18 @@ pub fn poll_until(limit: Duration, mut condition: impl FnMut() -> bool) -> bool 
     }
 }
 
-/// Start time of a process that is not a zombie.
+/// Start time of a process that runs: a zombie does not, unless threads of it have not ended yet.
 fn start_time(pid: i32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (runs, start_time) = parse_stat(&stat)?;
-    runs.then_some(start_time)
+    (runs || threads(pid) > 1).then_some(start_time)
 }
 
-/// Whether it runs (a zombie does not) and its start time, out of a `/proc/PID/stat` line (proc(5)); the name in parentheses may
+fn threads(pid: i32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count)
+}
+
+/// Whether its first thread runs (a zombie does not) and its start time, out of a `/proc/PID/stat` line (proc(5)); the name in parentheses may
 /// hold anything.
 fn parse_stat(stat: &str) -> Option<(bool, u64)> {
     let fields: Vec<&str> = stat

@@ -85,7 +85,7 @@ pub fn init_logging() {
 /// # Errors
 /// See [`DaemonError`]; pods that an earlier service left are untouched then.
 pub async fn run(config: Config) -> Result<(), DaemonError> {
-    let _lock = start::lock(&config.state_dir)?;
+    let _lock = start::lock(&config.state_dir, start::FORMER_ENDS_WITHIN)?;
     start::raise_descriptor_limit();
     let signals = |kind| signal(kind).map_err(|e| DaemonError::open("the signal handlers", e));
     let mut terminate = signals(SignalKind::terminate())?;

@@ -5,6 +5,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -31,8 +32,11 @@ use crate::wire::tls::TlsConfig;
 #[derive(Debug)]
 pub(super) struct StateLock(#[expect(dead_code, reason = "held, not read")] Flock<File>);
 
-/// Makes the state folder and locks it.
-pub(super) fn lock(state_dir: &Path) -> Result<StateLock, DaemonError> {
+/// How long a service that was killed may take to end: its threads leave one by one, and the lock goes with the last.
+pub(super) const FORMER_ENDS_WITHIN: Duration = Duration::from_secs(5);
+
+/// Makes the state folder and locks it, as soon as a former service lets go of it, and at most after `patience`.
+pub(super) fn lock(state_dir: &Path, patience: Duration) -> Result<StateLock, DaemonError> {
     let failed = |source| DaemonError::StateDir {
         path: state_dir.to_owned(),
         source,
@@ -42,15 +46,23 @@ pub(super) fn lock(state_dir: &Path) -> Result<StateLock, DaemonError> {
         .mode(0o700)
         .create(state_dir)
         .map_err(failed)?;
-    let file = File::options()
+    let mut file = File::options()
         .create(true)
         .append(true)
         .open(state_dir.join("lock"))
         .map_err(failed)?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(StateLock(lock)),
-        Err((_, Errno::EWOULDBLOCK)) => Err(DaemonError::Locked(state_dir.to_owned())),
-        Err((_, errno)) => Err(failed(errno.into())),
+    let until = Instant::now() + patience;
+    loop {
+        file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(StateLock(lock)),
+            Err((_, Errno::EWOULDBLOCK)) if Instant::now() >= until => {
+                return Err(DaemonError::Locked(state_dir.to_owned()));
+            }
+            Err((file, Errno::EWOULDBLOCK)) => file,
+            Err((_, errno)) => return Err(failed(errno.into())),
+        };
+        // flock(2) can wait, but not with a limit.
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 
@@ -180,10 +192,14 @@ mod tests {
     fn a_state_folder_serves_one_service_at_a_time() {
         let dir = tempfile::tempdir().unwrap();
         let state = dir.path().join("state");
-        let first = lock(&state).unwrap();
-        assert!(matches!(lock(&state), Err(DaemonError::Locked(_))));
-        drop(first);
-        lock(&state).unwrap();
+        let first = lock(&state, Duration::ZERO).unwrap();
+        assert!(matches!(
+            lock(&state, Duration::ZERO),
+            Err(DaemonError::Locked(_))
+        ));
+        let ends = std::thread::spawn(move || drop(first));
+        lock(&state, FORMER_ENDS_WITHIN).unwrap();
+        ends.join().unwrap();
     }
 
     #[test]

@@ -134,6 +134,14 @@ impl Destination {
                     destination.pod_is_lost("the VM exited while the service was down", &mut out);
                 }
             }
+            // It runs, and the source may still have packets for it.
+            DestinationState::Owner { resumed: true }
+                if vm_alive && owner.as_ref() == Some(&granted) =>
+            {
+                destination.state = State::Running;
+                destination.give_up_at = Some(now + SOURCE_LIMIT_US);
+                out.push(Output::Adopt { handover: None });
+            }
             DestinationState::Owner { .. }
             | DestinationState::Settled
             | DestinationState::Discarded { .. } => {

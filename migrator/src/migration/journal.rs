@@ -85,7 +85,7 @@ pub struct Recovery {
     /// Migrations away from here that did not end, each with its pod's owner record: see
     /// [`crate::migration::source::Source::recover`].
     pub sources: Vec<(SourceRecord, Option<OwnerRecord>)>,
-    /// Migrations to here that neither ended nor got as far as a running guest, each with its pod's owner record: see
+    /// Migrations to here that have not ended at both nodes, each with its pod's owner record: see
     /// [`crate::migration::destination::Destination::recover`].
     pub destinations: Vec<(DestinationRecord, Option<OwnerRecord>)>,
     /// Files that cannot be read. Their pods must be left alone.
@@ -253,7 +253,7 @@ impl Journal {
                     if let Err(error) = self.repair_owner(&record) {
                         recovery.damaged.push(error);
                     }
-                    if record.state == (DestinationState::Owner { resumed: false }) {
+                    if record.state != DestinationState::Settled {
                         recovery.destinations.push((record, None));
                     }
                 }
@@ -286,6 +286,11 @@ impl Journal {
         for (record, owner) in &mut recovery.destinations {
             *owner = owner_of(&record.pod);
         }
+        // A guest that runs here, and whose source has not let go; unless it has moved on since.
+        recovery.destinations.retain(|(record, owner)| {
+            record.state != (DestinationState::Owner { resumed: true })
+                || owner.as_ref() == Some(&record.owner())
+        });
         self.prune("source", |r: &SourceRecord| r.state != SourceState::Started);
         self.prune("destination", |r: &DestinationRecord| r.is_forgettable());
         Ok(recovery)

@@ -41,6 +41,7 @@ pub(crate) struct Gates {
     words: MappedWords,
     parked: MappedWords,
     done: MappedWords,
+    injected: MappedWords,
 }
 
 impl std::fmt::Debug for Gates {
@@ -93,6 +94,7 @@ impl Gates {
         let gates = words(names::GATES, MAX_SLOTS)?;
         let parked = words(names::PARKED, MAX_SLOTS * BUCKETS)?;
         let done = words(names::DONE, MAX_SLOTS * BUCKETS)?;
+        let injected = words(names::INJECTED, MAX_SLOTS)?;
         let devices = programs
             .take_map(names::DEVICES)
             .ok_or(GateError::Mismatch(names::DEVICES))?;
@@ -112,6 +114,7 @@ impl Gates {
             words: gates,
             parked,
             done,
+            injected,
             dir,
         })
     }
@@ -336,8 +339,22 @@ impl SlotGate {
         }
     }
 
-    /// Nothing waits in any bucket: for a slot whose park is new.
+    /// How far the log of the pod's arrival was injected; outlives the service. 0: not at all.
+    pub(crate) fn injected(&self) -> u64 {
+        let injected = self.gates.injected.get(u32::from(self.slot));
+        injected.map_or(0, |value| value.load(Ordering::Acquire))
+    }
+
+    /// See [`injected`](Self::injected).
+    pub(crate) fn set_injected(&self, seq: u64) {
+        if let Some(injected) = self.gates.injected.get(u32::from(self.slot)) {
+            injected.store(seq, Ordering::Release);
+        }
+    }
+
+    /// Nothing waits in any bucket, and no log was injected: for a slot whose park is new.
     pub(crate) fn clear(&self) -> Result<(), GateError> {
+        self.set_injected(0);
         for bucket in 0..=u8::MAX {
             self.set_done(bucket, self.parked(bucket));
         }

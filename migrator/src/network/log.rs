@@ -10,6 +10,9 @@ use bytes::Bytes;
 /// the numbers below.
 pub const FIRST_FRAME_SEQ: u64 = 1 << 32;
 
+/// Stands for the end of the residue, whatever its number: everything below it has been dealt with.
+const RESIDUE_DONE: u64 = FIRST_FRAME_SEQ - 1;
+
 /// First number of all.
 pub const FIRST_SEQ: u64 = 1;
 
@@ -210,6 +213,26 @@ impl InboundLog {
         }
     }
 
+    /// Goes on where another has stopped: `seq` is what [`InboundLog::mark`] said of the last item that it gave out.
+    pub(crate) fn resumed(seq: u64) -> Self {
+        let mut log = Self::new();
+        if seq >= RESIDUE_DONE {
+            log.residue_ended = true;
+            log.next_frame = seq + 1;
+        } else {
+            log.next_residue = seq + 1;
+        }
+        log
+    }
+
+    /// What to remember once an item was dealt with.
+    pub(crate) fn mark(kind: LogKind, seq: u64) -> u64 {
+        match kind {
+            LogKind::ResidueEnd => RESIDUE_DONE,
+            LogKind::Residue | LogKind::Frame | LogKind::End => seq,
+        }
+    }
+
     /// Takes an item from the wire. False: it was here before, or its number does not fit its kind.
     pub(crate) fn push(&mut self, item: LogItem) -> bool {
         let low = item.seq < FIRST_FRAME_SEQ;
@@ -266,6 +289,33 @@ mod tests {
 
     fn bytes(n: u8) -> Bytes {
         Bytes::from(vec![n; 20])
+    }
+
+    #[test]
+    fn a_log_that_is_sent_again_goes_on_where_the_other_destination_stopped() {
+        let mut source = SourceLog::new();
+        source.frame(bytes(3), 0);
+        source.residue(bytes(1), None);
+        source.residue(bytes(2), None);
+        source.residue_end();
+        source.frame(bytes(4), 0);
+        source.end();
+        let mut first = InboundLog::new();
+        for item in source.unacknowledged() {
+            assert!(first.push(item));
+        }
+        // Killed after each item in turn: what the two take together is everything, once, in order.
+        let all: Vec<LogItem> = std::iter::from_fn(|| first.pop()).collect();
+        assert_eq!(all.len(), 6);
+        for taken in 1..=all.len() {
+            let last = &all[taken - 1];
+            let mut second = InboundLog::resumed(InboundLog::mark(last.kind, last.seq));
+            for item in source.unacknowledged() {
+                second.push(item);
+            }
+            let rest: Vec<LogItem> = std::iter::from_fn(|| second.pop()).collect();
+            assert_eq!(rest, all[taken..], "after {last:?}");
+        }
     }
 
     #[test]

@@ -318,16 +318,30 @@ impl Port {
     /// The port is not incoming; or the bridge or uplink refused.
     pub async fn open(&self) -> Result<(), PortError> {
         self.ask(Command::Open).await??;
-        self.inner
-            .node
-            .netlink
-            .own_address(
-                &self.inner.tap_name,
-                self.inner.tap_index,
-                self.inner.pod.mac,
-            )
-            .await?;
+        self.reopen().await
+    }
+
+    /// As [`open`](Self::open), for a port that a former service has opened: it may have been killed before it told anybody.
+    ///
+    /// # Errors
+    /// The bridge or uplink refused.
+    pub async fn reopen(&self) -> Result<(), PortError> {
+        self.own().await?;
         self.announce().await
+    }
+
+    async fn own(&self) -> Result<(), PortError> {
+        let Inner {
+            node,
+            pod,
+            tap_name,
+            tap_index,
+            ..
+        } = &*self.inner;
+        Ok(node
+            .netlink
+            .own_address(tap_name, *tap_index, pod.mac)
+            .await?)
     }
 
     async fn announce(&self) -> Result<(), PortError> {

@@ -7,7 +7,7 @@
 //! | owner, no migration open | attached; a VM that stands still goes on |
 //! | owner, containers never started | removed: whoever asked was told of a failure |
 //! | a migration from here is open | attached as migrating; the driver ends the migration |
-//! | granted to this node, resume not seen | attached as migrating; the driver resumes it |
+//! | granted to this node, not settled with the source | attached as migrating; the driver resumes it if need be |
 //! | anything else | the VM is killed and everything removed |
 //! | damaged | left alone; its name and slot stay taken |
 
@@ -163,7 +163,6 @@ async fn find(
     };
     let source = journal.sources.iter().find(|(r, _)| r.pod == name);
     let destination = decisive(&journal.destinations, name);
-    let granted = destination.filter(|r| r.verdict().is_some());
     let handed_over = owner
         .as_ref()
         .is_some_and(|o| matches!(o.state, OwnerState::HandedOver { .. }));
@@ -184,6 +183,7 @@ async fn find(
         epoch_noted.map_err(|e| PodError::step(name, "note that it was stopped", e))?;
         return Ok(None);
     }
+    let granted = destination.filter(|r| r.verdict().is_some() && r.epoch == owner.epoch);
     let migration = source
         .map(|(r, _)| r.migration)
         .or(granted.map(|r| r.migration));

@@ -30,13 +30,13 @@ impl TestLab {
         Ok(report)
     }
 
-    /// Starts to move the pod from a to b, without waiting; the migration's id.
+    /// Starts to move the pod away from a node, without waiting; the migration's id.
     ///
     /// # Errors
     /// It does not begin.
-    pub fn begins(&self, options: &[&str]) -> Result<String> {
-        let words = ["migrate", POD, "--to", "b", "--detach"];
-        let id = self.succeeds(Node::A, &[&words, options].concat())?;
+    pub fn begins(&self, from: Node, options: &[&str]) -> Result<String> {
+        let words = ["migrate", POD, "--to", from.other().name(), "--detach"];
+        let id = self.succeeds(from, &[&words, options].concat())?;
         Ok(id.trim().to_owned())
     }
 
@@ -46,38 +46,39 @@ impl TestLab {
     /// # Errors
     /// It does not come to that.
     pub fn is_in_precopy(&self) -> Result<String> {
-        let id = self.begins(&["--bandwidth", "2"])?;
-        self.comes_to(&id, "the first pages", |status| {
+        let id = self.begins(Node::A, &["--bandwidth", "2"])?;
+        self.comes_to(Node::A, &id, "the first pages", |status| {
             status.phase == Phase::Precopy && status.bytes_sent > 0
         })?;
         Ok(id)
     }
 
-    /// What node a says of a migration.
+    /// What the source says of a migration.
     ///
     /// # Errors
     /// It does not answer, or does not know it.
-    pub fn status(&self, id: &str) -> Result<MigrationStatus> {
-        self.get(Node::A, &format!("/v1/migrations/{id}"))
+    pub fn status(&self, source: Node, id: &str) -> Result<MigrationStatus> {
+        self.get(source, &format!("/v1/migrations/{id}"))
     }
 
-    /// Waits until node a says of a migration what `wanted` wants.
+    /// Waits until the source says of a migration what `wanted` wants.
     ///
     /// # Errors
     /// It does not come to that, or ends before.
     pub fn comes_to(
         &self,
+        source: Node,
         id: &str,
         what: &str,
         wanted: impl Fn(&MigrationStatus) -> bool,
     ) -> Result<MigrationStatus> {
-        let mut last = self.status(id);
+        let mut last = self.status(source, id);
         let over = |last: &Result<MigrationStatus>| {
             last.as_ref()
                 .is_ok_and(|status| status.report.is_some() || wanted(status))
         };
         poll_until(MOVES_WITHIN, || {
-            last = self.status(id);
+            last = self.status(source, id);
             over(&last)
         });
         let last = last?;
@@ -92,7 +93,7 @@ impl TestLab {
     /// # Errors
     /// It does not fail.
     pub fn fails(&self, id: &str) -> Result<(String, MigrationReport)> {
-        let status = self.comes_to(id, "its end", |status| status.report.is_some())?;
+        let status = self.comes_to(Node::A, id, "its end", |status| status.report.is_some())?;
         let report = status.report.clone().context("no report")?;
         match &report.outcome {
             Outcome::Completed => bail!("it completed: {report:?}"),

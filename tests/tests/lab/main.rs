@@ -2,6 +2,7 @@
 //! source, no packet is lost, and nothing is left behind at the destination.
 #![allow(missing_docs, unreachable_pub)]
 
+mod any_moment;
 mod certificate;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -149,7 +150,7 @@ fn a_full_disk_at_the_destination_refuses_and_leaves_the_source_running() -> Res
         let (fs, size) = (Some("tmpfs"), Some("size=1m"));
         mount(fs, &images, fs, MsFlags::empty(), size).context("cannot mount a small disk")
     })?;
-    let (reason, report) = test.fails(&test.begins(&[])?)?;
+    let (reason, report) = test.fails(&test.begins(Node::A, &[])?)?;
     ensure!(
         reason.contains("b: ") && reason.contains("the disk of") && reason.contains("images"),
         "the reason is `{reason}`"

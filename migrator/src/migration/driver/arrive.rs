@@ -10,9 +10,11 @@ use tokio::time::timeout;
 use super::destination::Run;
 use super::link::{Link, LinkEvent};
 use super::steps::blocking_journal;
+use crate::api::error::chain;
 use crate::daemon::node::Node;
 use crate::migration::destination::{Destination, Input};
 use crate::migration::journal::DestinationRecord;
+use crate::network::Stage;
 use crate::pods::{PodHandle, PodResources};
 use crate::wire::bulk::Urgent;
 use crate::wire::conn::Connection;
@@ -199,6 +201,16 @@ pub(super) async fn recover(
         from = record.from,
         "going on with a pod that was granted to this node"
     );
+    if let Some((_, resources)) = &pod
+        && resources.port.stage() == Stage::Opened
+        && let Err(error) = resources.port.reopen().await
+    {
+        tracing::error!(
+            pod = record.pod,
+            error = chain(&error),
+            "the network is not told that it lives here"
+        );
+    }
     let (machine, first) = Destination::recover(0, record, owner, pod.is_some());
     let mut run = Run::new(node, machine);
     run.found = pod;

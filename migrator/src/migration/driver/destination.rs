@@ -65,6 +65,8 @@ pub(super) struct Run {
     pub(super) times: Steps,
     /// A pod that a restarted service found.
     pub(super) found: Option<(PodHandle, Arc<PodResources>)>,
+    /// The pod's own task watches its VM.
+    pub(super) adopted: bool,
     pub(super) done: bool,
 }
 
@@ -102,6 +104,7 @@ impl Run {
             parts: None,
             times: Steps::default(),
             found: None,
+            adopted: false,
             done: false,
         }
     }

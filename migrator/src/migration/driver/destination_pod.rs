@@ -85,6 +85,7 @@ impl Run {
 
     pub(super) fn adopt(&mut self, handover: Option<message::Handover>) {
         let epoch = self.machine.epoch();
+        self.adopted = true;
         let settling = self.port();
         self.helpers.spawn(async move {
             if let Some(port) = settling
@@ -115,6 +116,9 @@ impl Run {
     }
 
     pub(super) async fn pod_failed(&mut self, reason: String) {
+        if self.adopted {
+            return;
+        }
         tracing::error!(
             pod = self.machine.pod(),
             reason,

@@ -130,6 +130,36 @@ fn a_crash_between_the_grant_and_the_owner_record_is_repaired() {
 }
 
 #[test]
+fn a_pod_that_runs_is_taken_up_again_until_its_source_has_let_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let (journal, _) = open(dir.path());
+    let running = destination(DestinationState::Owner { resumed: true });
+    for state in [
+        DestinationState::Prepared,
+        DestinationState::Owner { resumed: false },
+        DestinationState::Owner { resumed: true },
+    ] {
+        journal
+            .apply(&Entry::Destination(destination(state)))
+            .unwrap();
+    }
+    let (_, recovery) = open(dir.path());
+    let granted = Some(running.owner());
+    assert_eq!(recovery.destinations, [(running.clone(), granted)]);
+    // It has moved on.
+    let gone = OwnerRecord {
+        epoch: running.epoch.next(),
+        state: OwnerState::Owner,
+        ..running.owner()
+    };
+    journal.apply(&Entry::Owner(gone)).unwrap();
+    assert_eq!(open(dir.path()).1.destinations, []);
+    journal.apply(&Entry::Owner(running.owner())).unwrap();
+    journal.settle(ID, "a").unwrap();
+    assert_eq!(open(dir.path()).1.destinations, []);
+}
+
+#[test]
 fn a_repair_never_takes_back_a_pod_that_has_moved_on() {
     let dir = tempfile::tempdir().unwrap();
     let (journal, _) = open(dir.path());

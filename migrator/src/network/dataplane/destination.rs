@@ -7,7 +7,7 @@ use migrator_ebpf::{FrameBytes, Mode, is_group};
 
 use super::super::copies::Copies;
 use super::super::error::PortError;
-use super::super::log::{LogItem, LogKind};
+use super::super::log::{InboundLog, LogItem, LogKind};
 use super::super::sys::VNET_HEADER;
 use super::{Dataplane, ETHERNET_MIN, Origin, PENDING_MAX, Pending, Stage};
 
@@ -15,9 +15,15 @@ use super::{Dataplane, ETHERNET_MIN, Origin, PENDING_MAX, Pending, Stage};
 const END_LIMIT: Duration = Duration::from_millis(50);
 /// The same while not even the residue has come.
 const RESIDUE_LIMIT: Duration = Duration::from_secs(2);
+/// How long a service that took the port over waits for the source to find it again, before it gives up the order.
+const SOURCE_LIMIT: Duration = Duration::from_secs(5);
 
 impl Dataplane {
     pub(super) fn input(&mut self, item: LogItem) {
+        // It is found again; the rest of the log follows at once.
+        if std::mem::take(&mut self.source_is_away) {
+            self.opened_at = Some(Instant::now());
+        }
         let is_frame = matches!(item.kind, LogKind::Residue | LogKind::Frame);
         if self.inbound.push(item) && is_frame {
             self.tally.log_received += 1;
@@ -59,7 +65,10 @@ impl Dataplane {
             }
             self.pending.push_back(Pending {
                 frame,
-                origin: Origin::Log(item.seq),
+                origin: Origin::Log {
+                    seq: item.seq,
+                    mark: InboundLog::mark(item.kind, item.seq),
+                },
             });
         }
     }
@@ -83,7 +92,9 @@ impl Dataplane {
         if self.end_seen {
             return true;
         }
-        let limit = if self.inbound.residue_ended() {
+        let limit = if self.source_is_away {
+            SOURCE_LIMIT
+        } else if self.inbound.residue_ended() {
             END_LIMIT
         } else {
             RESIDUE_LIMIT
@@ -95,21 +106,19 @@ impl Dataplane {
         true
     }
 
-    pub(super) fn release_own_frames(&mut self) {
+    /// Opens the way for what came here directly, behind the log. Until now it has waited in the park, which outlives the service.
+    pub(super) fn take_own_frames(&mut self, now: Instant) {
         self.barrier = Some(self.injected + self.pending.len() as u64);
-        for own in std::mem::take(&mut self.own) {
-            let bytes = own.frame.get(VNET_HEADER..).unwrap_or_default();
-            let twin = is_group(&FrameBytes(bytes)) && self.copies.is_twin(&own.frame, own.arrived);
-            if twin {
-                self.tally.duplicate += 1;
-                self.setup.gate.add_done(own.bucket);
-                continue;
-            }
-            self.pending.push_back(Pending {
-                frame: own.frame,
-                origin: Origin::Own(Some(own.bucket)),
-            });
-        }
+        while self.read_park(now) {}
         self.copies = Copies::default();
+    }
+
+    /// Whether the log has brought the other copy of a group frame that came here directly.
+    pub(super) fn is_twin(&mut self, frame: &[u8]) -> bool {
+        let bytes = frame.get(VNET_HEADER..).unwrap_or_default();
+        // The earliest that it can have come.
+        self.opened_at.is_some_and(|arrived| {
+            is_group(&FrameBytes(bytes)) && self.copies.is_twin(frame, arrived)
+        })
     }
 }

@@ -61,8 +61,8 @@ const ETHERNET_MIN: usize = 14;
 /// Why a frame is to be injected.
 #[derive(Clone, Copy, Debug)]
 enum Origin {
-    /// An item of the log; an empty frame only moves the acknowledgement.
-    Log(u64),
+    /// An item of the log, and what stands for it once it is injected; an empty frame only moves the acknowledgement.
+    Log { seq: u64, mark: u64 },
     /// Parked here, or rolled back.
     Own(Option<u8>),
 }
@@ -71,13 +71,6 @@ enum Origin {
 struct Pending {
     frame: Bytes,
     origin: Origin,
-}
-
-#[derive(Debug)]
-struct OwnFrame {
-    frame: Bytes,
-    bucket: u8,
-    arrived: Instant,
 }
 
 /// What the thread is made of.
@@ -120,8 +113,11 @@ pub(crate) struct Dataplane {
     /// Not everything whose turn it is was taken from the log.
     log_left: bool,
     copies: Copies,
-    own: Vec<OwnFrame>,
     opened_at: Option<Instant>,
+    /// A former service had opened it, and was gone before it settled.
+    taken_over: bool,
+    /// As above, and nothing of the log has come since.
+    source_is_away: bool,
     end_seen: bool,
     injected_seq: u64,
     settle: Option<Reply<Result<(), PortError>>>,
@@ -131,6 +127,11 @@ pub(crate) struct Dataplane {
 
 impl Dataplane {
     pub(crate) fn new(setup: Setup) -> Self {
+        let taken_over = setup.stage == Stage::Opened;
+        let injected_seq = setup.gate.injected();
+        if taken_over {
+            setup.acked.send_replace(injected_seq);
+        }
         Self {
             stage: setup.stage,
             tally: setup.tally,
@@ -146,13 +147,17 @@ impl Dataplane {
             end_due: None,
             early_ack: 0,
             drain_tap: None,
-            inbound: InboundLog::new(),
+            inbound: match taken_over {
+                true => InboundLog::resumed(injected_seq),
+                false => InboundLog::new(),
+            },
             log_left: false,
             copies: Copies::default(),
-            own: Vec::new(),
-            opened_at: None,
+            opened_at: taken_over.then(Instant::now),
+            taken_over,
+            source_is_away: taken_over,
             end_seen: false,
-            injected_seq: 0,
+            injected_seq: if taken_over { injected_seq } else { 0 },
             settle: None,
             resync: None,
         }
@@ -273,7 +278,7 @@ impl Dataplane {
 
     fn tally(&self) -> Tally {
         let pending = self.pending.iter().filter(|p| !p.frame.is_empty()).count();
-        let held = self.log.len() + self.own.len() + pending + self.inbound.waiting();
+        let held = self.log.len() + pending + self.inbound.waiting();
         Tally {
             held: held as u64,
             ..self.tally
@@ -289,12 +294,15 @@ impl Dataplane {
             }
         }
         if self.stage == Stage::Settling && self.barrier.is_none() && self.log_is_over(now) {
-            self.release_own_frames();
+            self.take_own_frames(now);
         }
         if self.barrier.is_some_and(|barrier| self.injected >= barrier) {
             self.barrier = None;
             self.set_gate(Mode::Local, true);
             self.set_stage(Stage::Local);
+            if std::mem::take(&mut self.taken_over) {
+                self.start_resync(true);
+            }
             if let Some(reply) = self.settle.take() {
                 answer(reply, Ok(()));
             }

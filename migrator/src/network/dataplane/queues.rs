@@ -10,8 +10,7 @@ use nix::errno::Errno;
 use super::super::grace;
 use super::super::sys::{self, Sent, VNET_HEADER};
 use super::{
-    BATCH, Dataplane, END_DELAY, LOG_BYTES_MAX, Origin, OwnFrame, PENDING_MAX, Pending, Stage,
-    normalise,
+    BATCH, Dataplane, END_DELAY, LOG_BYTES_MAX, Origin, PENDING_MAX, Pending, Stage, normalise,
 };
 
 impl Dataplane {
@@ -26,8 +25,13 @@ impl Dataplane {
     pub(super) fn may_read_park(&self) -> bool {
         self.pending.len() < PENDING_MAX
             && self.log.kept_bytes() < LOG_BYTES_MAX
-            && self.own.len() < PENDING_MAX
-            && self.stage != Stage::Released
+            && match self.stage {
+                // In the kernel's queue they outlive this service.
+                Stage::Incoming | Stage::Opened => false,
+                Stage::Settling => self.barrier.is_some(),
+                Stage::Local | Stage::Holding | Stage::Forwarding | Stage::RollingBack => true,
+                Stage::Released => false,
+            }
     }
 
     /// Takes a batch from the park. True: there may be more.
@@ -69,11 +73,18 @@ impl Dataplane {
             return;
         }
         self.tally.park_read += 1;
+        if self.stage == Stage::Settling && self.is_twin(&frame) {
+            self.tally.duplicate += 1;
+            self.setup.gate.add_done(bucket);
+            return;
+        }
         match self.stage {
-            Stage::Local | Stage::RollingBack => self.pending.push_back(Pending {
-                frame,
-                origin: Origin::Own(Some(bucket)),
-            }),
+            Stage::Local | Stage::RollingBack | Stage::Settling => {
+                self.pending.push_back(Pending {
+                    frame,
+                    origin: Origin::Own(Some(bucket)),
+                })
+            }
             Stage::Forwarding if group && self.log.ended() => {
                 self.tally.group += 1;
                 self.setup.gate.add_done(bucket);
@@ -82,12 +93,7 @@ impl Dataplane {
                 let item = self.log.frame(frame, bucket);
                 self.emit(item);
             }
-            Stage::Incoming | Stage::Opened | Stage::Settling => self.own.push(OwnFrame {
-                frame,
-                bucket,
-                arrived: now,
-            }),
-            Stage::Released => self.tally.removed += 1,
+            Stage::Incoming | Stage::Opened | Stage::Released => self.tally.removed += 1,
         }
     }
 
@@ -121,9 +127,10 @@ impl Dataplane {
             self.pending.pop_front();
             self.injected += 1;
             match origin {
-                Origin::Log(seq) => {
+                Origin::Log { seq, mark } => {
                     self.tally.log_injected += u64::from(taken);
                     self.injected_seq = seq;
+                    self.setup.gate.set_injected(mark);
                 }
                 Origin::Own(bucket) => {
                     self.tally.own_injected += u64::from(taken);

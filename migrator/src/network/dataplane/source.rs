@@ -144,7 +144,6 @@ impl Dataplane {
         let given_up = self.tally().held;
         self.tally.removed += given_up;
         self.pending.clear();
-        self.own.clear();
         self.inbound = InboundLog::new();
         self.sink = None;
         self.set_stage(Stage::Released);

@@ -1,0 +1,140 @@
+//! A service is killed at one moment of a migration after the other, and started again: the guest runs on one node, and
+//! is served there.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use migrator::api::types::PodState;
+use migrator::migration::status::Phase;
+use migrator_tests::lab::{SOON, TestLab};
+use xtask::lab::Node;
+use xtask::process::poll_until;
+
+/// When a service is killed.
+#[derive(Clone, Copy, Debug)]
+enum Moment {
+    /// So many milliseconds after the command. A move takes half a second, and what comes after it half a second more.
+    Begun(u64),
+    /// So many milliseconds after the pod's packets began to be held, which is some tens of milliseconds before the grant.
+    Held(u64),
+}
+
+const MOMENTS: [Moment; 22] = [
+    Moment::Begun(0),
+    Moment::Begun(70),
+    Moment::Begun(140),
+    Moment::Begun(210),
+    Moment::Begun(280),
+    Moment::Begun(350),
+    Moment::Held(0),
+    Moment::Held(5),
+    Moment::Held(10),
+    Moment::Held(15),
+    Moment::Held(20),
+    Moment::Held(25),
+    Moment::Held(30),
+    Moment::Held(40),
+    Moment::Begun(420),
+    Moment::Begun(490),
+    Moment::Begun(560),
+    Moment::Begun(630),
+    Moment::Begun(700),
+    Moment::Begun(800),
+    Moment::Begun(900),
+    Moment::Begun(1_000),
+];
+
+/// Begins a migration and waits for the moment; the migration's id, and the phase it is in.
+fn begin(test: &TestLab, from: Node, moment: Moment) -> Result<(String, Phase)> {
+    let began = Instant::now();
+    let id = test.begins(from, &[])?;
+    let wait = |since: Instant, ms| {
+        let delay = Duration::from_millis(ms);
+        poll_until(delay, || since.elapsed() >= delay);
+    };
+    match moment {
+        Moment::Begun(ms) => wait(began, ms),
+        Moment::Held(ms) => {
+            test.comes_to(from, &id, "the switchover", |status| {
+                status.phase == Phase::Switchover
+            })?;
+            wait(Instant::now(), ms);
+        }
+    }
+    let phase = test.status(from, &id)?.phase;
+    Ok((id, phase))
+}
+
+/// Where the pod is in the end: running on one node, and unknown on the other.
+fn place(test: &TestLab) -> Result<Node> {
+    let mut states = Vec::new();
+    let mut place = None;
+    poll_until(SOON, || {
+        states = Node::ALL
+            .iter()
+            .map(|node| test.pod_state(*node).ok().flatten())
+            .collect();
+        place = match states.as_slice() {
+            [Some(PodState::Running), None] => Some(Node::A),
+            [None, Some(PodState::Running)] => Some(Node::B),
+            _ => None,
+        };
+        place.is_some()
+    });
+    place.ok_or_else(|| anyhow::anyhow!("the pod is {states:?} on a and b"))
+}
+
+#[test]
+fn a_destination_killed_at_any_moment_costs_no_packet() -> Result<()> {
+    let mut test = TestLab::with_pod()?;
+    let mut from = Node::A;
+    for moment in MOMENTS {
+        let (id, phase) = begin(&test, from, moment)?;
+        test.lab().kill_node(from.other())?;
+        // The source must see it with its own eyes, and not only a restarted service.
+        test.comes_to(from, &id, "an end, or doubt", |status| {
+            status.report.is_some() || status.phase == Phase::InDoubt
+        })?;
+        test.lab().start_node(from.other())?;
+        let at = place(&test)?;
+        println!(
+            "{moment:?}, killed in {phase:?}: the pod is on {}",
+            at.name()
+        );
+        test.probe_is_perfect()?;
+        test.log_is_whole(at)?;
+        test.nothing_is_left_on(at.other())?;
+        test.start_probe()?;
+        from = at;
+    }
+    test.end()
+}
+
+#[test]
+fn a_source_killed_at_any_moment_leaves_one_guest_that_is_served() -> Result<()> {
+    let mut test = TestLab::with_pod()?;
+    let mut from = Node::A;
+    for moment in MOMENTS {
+        let (_, phase) = begin(&test, from, moment)?;
+        test.lab().kill_node(from)?;
+        test.lab().start_node(from)?;
+        let at = place(&test)?;
+        test.answers_on()?;
+        let record = test.stop_probe()?;
+        let summary = record.summary();
+        println!(
+            "{moment:?}, killed in {phase:?}: the pod is on {}, {summary:?}",
+            at.name()
+        );
+        ensure!(
+            summary.duplicated == 0 && summary.reordered == 0,
+            "{summary:?}"
+        );
+        test.log_is_whole(at)?;
+        test.exec_works(at)?;
+        test.nothing_is_left_on(at.other())?;
+        test.start_probe()?;
+        from = at;
+    }
+    test.end()
+}
