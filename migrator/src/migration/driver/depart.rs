@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::report::Figures;
+use super::runner::Side;
 use super::source::Run;
 use super::source_steps as steps;
 use super::steps::blocking_journal;
@@ -82,7 +83,8 @@ pub(super) async fn outgoing(node: Arc<Node>, job: Outgoing) {
         addr,
     );
     run.attach(session, options.bandwidth);
-    run.run(Input::Begin).await;
+    run.input(Input::Begin).await;
+    run.events().await;
 }
 
 /// Ends a migration away from here that an earlier service left open.

@@ -31,7 +31,7 @@ impl Run {
     }
 
     pub(super) async fn check(&mut self, offer: Offer) {
-        let checked = prepare::check(&self.node, &offer).await;
+        let checked = prepare::check(&self.runner.node, &offer).await;
         let checked = match checked {
             Ok((pod, images, wants)) => {
                 *self.prepared.lock().await = Some(pod);
@@ -48,7 +48,7 @@ impl Run {
                 Err(refuse)
             }
         };
-        let _ = self.inputs.send(Input::Checked(checked));
+        self.runner.tell(Input::Checked(checked));
     }
 
     pub(super) async fn prepare_vm(&mut self) {
@@ -62,13 +62,14 @@ impl Run {
                 self.hashes = self.target.get().and_then(|target| target.hashes.clone());
                 let (sink, source) = tokio::io::duplex(StateChunk::MAX);
                 self.loader = Some(sink);
-                self.step(prepare::load_state(Arc::clone(&vm), source));
+                self.runner
+                    .step(prepare::load_state(Arc::clone(&vm), source));
                 self.parts = Some((vm, port));
                 self.watch_vm();
                 self.pump();
-                let _ = self.inputs.send(Input::VmPrepared);
+                self.runner.tell(Input::VmPrepared);
             }
-            Err(reason) => drop(self.inputs.send(Input::Failed { reason })),
+            Err(reason) => self.runner.tell(Input::Failed { reason }),
         }
     }
 
@@ -79,14 +80,14 @@ impl Run {
         }
         if let Err(error) = port.open().await {
             let reason = chain(&error);
-            let _ = self.inputs.send(Input::Failed { reason });
+            self.runner.tell(Input::Failed { reason });
         }
     }
 
     pub(super) fn adopt(&mut self, handover: Option<message::Handover>) {
         let epoch = self.machine.epoch();
         let settling = self.port();
-        self.helpers.spawn(async move {
+        self.runner.helpers.spawn(async move {
             if let Some(port) = settling
                 && port.stage() == Stage::Opened
                 && let Err(error) = port.settle().await
@@ -97,7 +98,7 @@ impl Run {
         let prepared = Arc::clone(&self.prepared);
         let found = self.found.clone();
         // Not a step: a pod that runs here is this node's, whatever else comes to an end.
-        self.node.tasks.spawn(async move {
+        self.runner.node.tasks.spawn(async move {
             match found {
                 Some((pod, _)) => {
                     let end = MigrationEnd::Kept { epoch };
@@ -137,24 +138,23 @@ impl Run {
         }
         let name = self.machine.pod().to_owned();
         if let Err(reason) =
-            blocking_journal(&self.node, move |journal| journal.stop_owner(&name)).await
+            blocking_journal(&self.runner.node, move |journal| journal.stop_owner(&name)).await
         {
             tracing::error!(reason, "the journal stays behind");
         }
     }
 
     pub(super) async fn discard(&mut self) {
-        self.steps.shutdown().await;
+        self.runner.steps.shutdown().await;
         self.images = Images::default();
         self.parts = None;
         if let Some(reason) = prepare::discard(&self.prepared).await {
             tracing::error!(reason, "something of a discarded pod is left behind");
         }
-        let _ = self.inputs.send(Input::Discarded);
+        self.runner.tell(Input::Discarded);
     }
 
     pub(super) async fn finish(&mut self, outcome: Outcome) {
-        self.done = true;
         let pod = self.machine.pod();
         match outcome {
             Outcome::Completed { settled } => tracing::info!(pod, settled, "a pod has arrived"),
@@ -163,10 +163,7 @@ impl Run {
                 tracing::error!(pod, reason, "a pod arrived and failed")
             }
         }
-        self.steps.shutdown().await;
-        if let Some(link) = self.link.take() {
-            let _ = link.control.flush().await;
-        }
-        self.helpers.shutdown().await;
+        self.runner.steps.shutdown().await;
+        self.runner.close().await;
     }
 }
