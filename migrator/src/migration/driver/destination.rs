@@ -14,6 +14,7 @@ use super::link::{Link, LinkEvent};
 use super::packets;
 use super::prepare::{self, Chunk, Images, Prepared};
 use super::runner::{JournalFailed, News, Runner, Side};
+use super::steps::wire_ledger;
 use crate::api::error::chain;
 use crate::daemon::node::Node;
 use crate::memory::receive::{self, Arrival, Target};
@@ -303,10 +304,10 @@ impl Side for Run {
             Output::Discard => self.discard().await,
             Output::SendBye => {
                 let ledger = match self.port() {
-                    Some(port) => port.ledger().await.map_or_else(
-                        |_| Ledger::default(),
-                        |l| super::source_steps::wire_ledger(&l),
-                    ),
+                    Some(port) => port
+                        .ledger()
+                        .await
+                        .map_or_else(|_| Ledger::default(), |l| wire_ledger(&l)),
                     None => Ledger::default(),
                 };
                 let migration = self.machine.migration();

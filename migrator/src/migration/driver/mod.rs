@@ -30,6 +30,7 @@ mod destination_pod;
 mod device_state;
 mod handoff;
 mod link;
+mod offer;
 mod packets;
 mod prepare;
 mod report;

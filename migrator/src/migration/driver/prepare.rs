@@ -61,7 +61,7 @@ pub(super) async fn check(
         offer,
         &Facts {
             node: node.name().to_owned(),
-            qemu_version: super::source_steps::version(node.qemu.version),
+            qemu_version: super::offer::version(node.qemu.version),
             machine_types: node.qemu.machine_types.clone(),
             cpu: vm_runtime::spec::CPU.to_owned(),
             accel: node.accel,
