@@ -194,7 +194,16 @@ impl Destination {
                     &mut out,
                 );
             }
-            Input::Failed { reason } => self.step_failed(&reason, &mut out),
+            Input::Failed { reason } => {
+                if self.before_grant() {
+                    self.failed(&reason, &mut out);
+                }
+            }
+            Input::ResumeFailed { reason } => {
+                if matches!(self.state, State::Resuming) {
+                    self.failed(&reason, &mut out);
+                }
+            }
             Input::JournalFailed { reason } => self.journal_failed(&reason, &mut out),
             Input::Tick => self.tick(now, &mut out),
             step => self.step(step, &mut out),

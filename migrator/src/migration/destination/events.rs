@@ -54,9 +54,14 @@ pub enum Input {
     },
     /// [`Output::Discard`] is done, as well as it could be.
     Discarded,
-    /// A step failed.
+    /// A step, a data connection or the peer failed. Nothing of it matters any more once the grant is taken.
     Failed {
         /// What failed and why, for people.
+        reason: String,
+    },
+    /// [`Output::Resume`] failed, and it is certain that the guest will never run.
+    ResumeFailed {
+        /// Why, for people.
         reason: String,
     },
     /// [`Output::Journal`] failed, and what followed it in its batch was not carried out. Must be the next input of all.
@@ -90,7 +95,7 @@ pub enum Output {
     LoadState,
     /// *Awaited.* Open the gate, announce. Harmless when done before. A failure is logged: the guest must run all the same.
     OpenNetwork,
-    /// Resume the vCPUs; harmless when they run. Then [`Input::Resumed`], or [`Input::Failed`] once it is certain that they never will: the
+    /// Resume the vCPUs; harmless when they run. Then [`Input::Resumed`], or [`Input::ResumeFailed`] once it is certain that they never will: the
     /// pod has failed then.
     Resume,
     /// The guest runs here: settle the gate, attach the agent, set the guest's clock; the pod is this node's. No answer is needed.

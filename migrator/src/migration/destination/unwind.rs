@@ -74,13 +74,6 @@ impl Destination {
         }
     }
 
-    /// A step that failed. After the resume the guest lives on whatever else fails.
-    pub(super) fn step_failed(&mut self, reason: &str, out: &mut Vec<Output>) {
-        if !matches!(self.state, State::Running) {
-            self.failed(reason, out);
-        }
-    }
-
     pub(super) fn journal_failed(&mut self, reason: &str, out: &mut Vec<Output>) {
         match self.state {
             // Nothing was begun and nothing was promised.

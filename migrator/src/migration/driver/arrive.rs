@@ -9,6 +9,7 @@ use tokio::time::timeout;
 
 use super::destination::Run;
 use super::link::{Link, LinkEvent};
+use super::runner::Side;
 use super::steps::blocking_journal;
 use crate::api::error::chain;
 use crate::daemon::node::Node;

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::offer::offer;
 use super::report::Figures;
+use super::runner::Side;
 use super::source::Run;
-use super::source_steps as steps;
 use super::steps::blocking_journal;
 use super::{Options, Outgoing};
 use crate::api::error::chain;
@@ -39,7 +40,7 @@ pub(super) async fn outgoing(node: Arc<Node>, job: Outgoing) {
     } = job;
     let figures = figures(&node, &ticket, &pod, to.as_str());
     let begun = async {
-        let offer = steps::offer(&node, &pod, &resources, ticket.id, options).await?;
+        let offer = offer(&node, &pod, &resources, ticket.id, options).await?;
         let count = usize::from(options.connections);
         let session = session::dial(addr, &node.tls, to.as_str(), count, DIAL_DEADLINE)
             .await
@@ -82,7 +83,8 @@ pub(super) async fn outgoing(node: Arc<Node>, job: Outgoing) {
         addr,
     );
     run.attach(session, options.bandwidth);
-    run.run(Input::Begin).await;
+    run.input(Input::Begin).await;
+    run.events().await;
 }
 
 /// Ends a migration away from here that an earlier service left open.

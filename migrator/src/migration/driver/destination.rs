@@ -1,12 +1,11 @@
 //! Runs the destination's machine.
 
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
 
 use tokio::io::DuplexStream;
-use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio::task::JoinSet;
-use tokio::time::{Instant as TokioInstant, sleep_until};
+use tokio::sync::mpsc::{self, UnboundedReceiver, unbounded_channel};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 use vm_runtime::vm::Vm;
 
 use super::arrive::{Relinked, question};
@@ -15,13 +14,13 @@ use super::device_state::MAX_STATE;
 use super::link::{Link, LinkEvent};
 use super::packets;
 use super::prepare::{self, Chunk, Images, Prepared};
-use super::steps::blocking_journal;
+use super::runner::{JournalFailed, News, Runner, Side};
+use super::steps::wire_ledger;
 use crate::api::error::chain;
 use crate::daemon::node::Node;
 use crate::memory::receive::{self, Arrival, Target};
 use crate::memory::verify::PageHashes;
 use crate::migration::destination::{Destination, Input, Output};
-use crate::migration::journal::Entry;
 use crate::network::Port;
 use crate::pods::{PodHandle, PodResources};
 use crate::wire::bulk::Urgent;
@@ -34,20 +33,13 @@ const ARRIVALS: usize = 64;
 
 /// One machine and what it works with.
 pub(super) struct Run {
-    pub(super) node: Arc<Node>,
+    pub(super) runner: Runner<Input>,
     pub(super) machine: Destination,
     pub(super) offer: Option<Box<Offer>>,
-    pub(super) inputs: UnboundedSender<Input>,
-    pub(super) queue: UnboundedReceiver<Input>,
     /// What comes over the link, so that device state and hashes need not pass the machine.
     pub(super) link_events: UnboundedReceiver<LinkEvent>,
-    pub(super) link: Option<Link>,
     pub(super) relinked: UnboundedReceiver<Relinked>,
     pub(super) registered: Option<MigrationId>,
-    pub(super) began: Instant,
-    pub(super) wake: Option<TokioInstant>,
-    pub(super) steps: JoinSet<()>,
-    pub(super) helpers: JoinSet<()>,
     pub(super) urgent: Option<Connection<Urgent>>,
     pub(super) lanes: usize,
     pub(super) target: Arc<OnceLock<Target>>,
@@ -65,32 +57,27 @@ pub(super) struct Run {
     pub(super) times: Steps,
     /// A pod that a restarted service found.
     pub(super) found: Option<(PodHandle, Arc<PodResources>)>,
+    /// The pod's output, on its way into its folder.
+    pub(super) keeping: Option<JoinHandle<()>>,
     /// The pod's own task watches its VM.
     pub(super) adopted: bool,
-    pub(super) done: bool,
 }
 
 impl Run {
     pub(super) fn new(node: Arc<Node>, machine: Destination) -> Self {
-        let (inputs, queue) = unbounded_channel();
         let (_, link_events) = unbounded_channel();
         let (relink, relinked) = unbounded_channel();
         let id = machine.migration();
         node.arrivals.lock().insert(id, relink);
+        // Only the source's user can wish to cancel.
+        let user = CancellationToken::new();
         Self {
-            node,
+            runner: Runner::new(node, machine.pod().to_owned(), user),
             machine,
             offer: None,
-            inputs,
-            queue,
             link_events,
-            link: None,
             relinked,
             registered: Some(id),
-            began: Instant::now(),
-            wake: None,
-            steps: JoinSet::new(),
-            helpers: JoinSet::new(),
             urgent: None,
             lanes: 0,
             target: Arc::new(OnceLock::new()),
@@ -104,13 +91,13 @@ impl Run {
             parts: None,
             times: Steps::default(),
             found: None,
+            keeping: None,
             adopted: false,
-            done: false,
         }
     }
 
     pub(super) fn take_link(&mut self, link: Link, events: UnboundedReceiver<LinkEvent>) {
-        self.link = Some(link);
+        self.runner.link = Some(link);
         self.link_events = events;
     }
 
@@ -121,9 +108,9 @@ impl Run {
         self.chunks = Some(chunks);
         let readers = data.into_iter().map(|connection| connection.split().0);
         receive::start(readers.collect(), &self.target, &arrivals);
-        let (lanes, inputs) = (self.lanes, self.inputs.clone());
+        let (lanes, inputs) = (self.lanes, self.runner.inputs.clone());
         let target = Arc::clone(&self.target);
-        self.helpers.spawn(async move {
+        self.runner.helpers.spawn(async move {
             let mut reached = vec![0u32; lanes];
             let mut placed = 0;
             while let Some(arrival) = arrived.recv().await {
@@ -154,55 +141,39 @@ impl Run {
     }
 
     pub(super) fn watch_vm(&mut self) {
-        let vm = match (&self.parts, &self.found) {
-            (Some((vm, _)), _) => Arc::clone(vm),
-            (None, Some((_, resources))) => Arc::clone(&resources.vm),
-            (None, None) => return,
-        };
-        let inputs = self.inputs.clone();
-        self.helpers.spawn(async move {
-            let reason = match vm.wait_exit().await {
-                Ok(exit) => prepare::died(&exit),
-                Err(error) => chain(&error),
-            };
-            let _ = inputs.send(Input::VmDied { reason });
-        });
+        if let Some(vm) = self.vm() {
+            self.runner.watch_vm(vm);
+        }
     }
 
     /// Until the machine is done.
     pub(super) async fn events(mut self) {
-        let mut cancelled = false;
-        while !self.done {
-            let wake = self.wake;
+        while !self.runner.done {
             let input = tokio::select! {
                 Some(event) = self.link_events.recv() => match self.link_event(event) {
                     Some(input) => input,
                     None => continue,
                 },
-                Some(input) = self.queue.recv() => input,
+                input = self.runner.next() => input,
                 Some(asked) = self.relinked.recv() => {
                     self.relink(asked).await;
                     continue;
-                }
-                () = sleep_until(wake.unwrap_or_else(TokioInstant::now)), if wake.is_some() => {
-                    self.wake = None;
-                    Input::Tick
-                }
-                () = self.node.shutdown.cancelled(), if !cancelled => {
-                    cancelled = true;
-                    Input::Cancel
                 }
             };
             self.input(input).await;
         }
         if let Some(id) = self.registered.take() {
-            self.node.arrivals.lock().remove(&id);
+            self.runner.node.arrivals.lock().remove(&id);
         }
         // Who asked in the last moment is answered by the journal.
         self.relinked.close();
         while let Some(asked) = self.relinked.recv().await {
-            let (node, peer) = (Arc::clone(&self.node), self.machine.source().to_owned());
-            self.node
+            let (node, peer) = (
+                Arc::clone(&self.runner.node),
+                self.machine.source().to_owned(),
+            );
+            self.runner
+                .node
                 .tasks
                 .spawn(async move { question(&node, peer, asked).await });
         }
@@ -212,7 +183,7 @@ impl Run {
     fn link_event(&mut self, event: LinkEvent) -> Option<Input> {
         match event {
             LinkEvent::Lost(reason) => {
-                self.link = None;
+                self.runner.link = None;
                 Some(Input::LinkLost { reason })
             }
             LinkEvent::Message(Control::StateChunk(chunk)) => {
@@ -236,7 +207,12 @@ impl Run {
                 self.theirs.push((hashes.first, more));
                 None
             }
-            LinkEvent::Message(message) => Some(Input::Peer(message)),
+            LinkEvent::Message(message) => {
+                if let Control::Handover(handover) = &message {
+                    self.keep_logs(handover);
+                }
+                Some(Input::Peer(message))
+            }
         }
     }
 
@@ -258,34 +234,14 @@ impl Run {
 
     /// Starts to take the packet log from the urgent connection.
     pub(super) fn pump(&mut self) {
-        let port = match (&self.parts, &self.found) {
-            (Some((_, port)), _) => port.clone(),
-            (None, Some((_, resources))) => resources.port.clone(),
-            (None, None) => return,
-        };
+        let Some(port) = self.port() else { return };
         if let Some(urgent) = self.urgent.take() {
-            self.helpers.spawn(async move {
+            self.runner.helpers.spawn(async move {
                 let lost = packets::pump_in(urgent, port).await;
                 // The control connection tells when that matters.
                 tracing::debug!(error = chain(&lost), "the packet log's connection ended");
             });
         }
-    }
-
-    pub(super) async fn input(&mut self, input: Input) {
-        if let Input::Failed { reason } = &input
-            && self.machine.granted()
-        {
-            tracing::warn!(reason, "after the grant");
-        }
-        let outputs = self.handle(input);
-        self.carry_out(outputs).await;
-    }
-
-    fn handle(&mut self, mut input: Input) -> Vec<Output> {
-        self.time_input(&mut input);
-        let now = self.began.elapsed().as_micros() as u64;
-        self.machine.handle(now, input)
     }
 
     fn time_input(&mut self, input: &mut Input) {
@@ -299,69 +255,57 @@ impl Run {
             _ => {}
         }
     }
+}
 
-    /// A journal that fails is the machine's very next input, and what followed it is dropped.
-    pub(super) async fn carry_out(&mut self, outputs: Vec<Output>) {
-        let mut outputs = outputs;
-        while let Some(reason) = self.carry_out_once(outputs).await {
-            outputs = self.handle(Input::JournalFailed { reason });
+impl Side for Run {
+    type Input = Input;
+    type Output = Output;
+
+    fn handle(&mut self, mut input: Input) -> Vec<Output> {
+        if let Input::Failed { reason } = &input
+            && self.machine.granted()
+        {
+            tracing::warn!(reason, "after the grant");
         }
+        self.time_input(&mut input);
+        self.machine.handle(self.runner.now(), input)
     }
 
-    async fn carry_out_once(&mut self, outputs: Vec<Output>) -> Option<String> {
-        for output in outputs {
-            match output {
-                Output::Journal(entry) => {
-                    self.times.begin("journal");
-                    if let Err(reason) = self.write(entry).await {
-                        return Some(reason);
-                    }
-                    self.times.end("journal");
-                }
-                Output::Note(entry) => {
-                    if let Err(reason) = self.write(entry).await {
-                        tracing::error!(reason, "the journal stays behind");
-                    }
-                }
-                other => self.begin(other).await,
-            }
-        }
-        None
-    }
-
-    async fn write(&self, entry: Entry) -> Result<(), String> {
-        blocking_journal(&self.node, move |journal| journal.apply(&entry)).await
-    }
-
-    pub(super) async fn send(&self, message: impl Into<Control>) {
-        if let Some(link) = &self.link {
-            // A lost link is reported by its reader, with the cause.
-            let _ = link.control.send(message).await;
-        }
-    }
-
-    async fn begin(&mut self, output: Output) {
+    async fn carry_out_one(&mut self, output: Output) -> Result<(), JournalFailed> {
         match output {
-            Output::Send(message) => self.send(message).await,
+            Output::Send(message) => {
+                // From the grant on, a service that is killed must find them again.
+                if let (Control::Ready(_), Some(keeping)) = (&message, self.keeping.take()) {
+                    let _ = keeping.await;
+                }
+                self.runner.send(message).await;
+            }
+            Output::Journal(entry) => {
+                self.times.begin("journal");
+                self.runner.journal(entry).await?;
+                self.times.end("journal");
+            }
+            Output::Note(entry) => self.runner.note(entry).await,
             Output::Check(offer) => self.check(*offer).await,
             Output::ReceiveImages(_) => {
                 if let Some(chunks) = self.chunks.take() {
                     let images = std::mem::take(&mut self.images);
-                    self.step(prepare::receive_images(images, chunks));
+                    self.runner.step(prepare::receive_images(images, chunks));
                 }
             }
             Output::PrepareVm => self.prepare_vm().await,
             Output::Verify => {
                 self.times.begin("compare_pages");
                 let theirs = std::mem::take(&mut self.theirs);
-                self.step(prepare::verify(Arc::clone(&self.target), theirs));
+                self.runner
+                    .step(prepare::verify(Arc::clone(&self.target), theirs));
             }
             Output::LoadState => {
                 self.times = Steps::default();
                 self.times.begin("load_state");
                 let state = std::mem::take(&mut self.state);
                 if let Some(sink) = self.loader.take() {
-                    self.helpers.spawn(prepare::feed(sink, state));
+                    self.runner.helpers.spawn(prepare::feed(sink, state));
                 }
             }
             Output::OpenNetwork => {
@@ -371,38 +315,42 @@ impl Run {
             }
             Output::Resume => {
                 self.times.begin("resume");
-                self.step(prepare::resume(self.vm()));
+                let resume = prepare::resume(self.vm());
+                self.runner.step(async {
+                    let failed = |reason| Input::ResumeFailed { reason };
+                    Ok(resume.await.unwrap_or_else(failed))
+                });
             }
             Output::Adopt { handover } => self.adopt(handover),
             Output::PodFailed { reason } => self.pod_failed(reason).await,
             Output::Discard => self.discard().await,
             Output::SendBye => {
                 let ledger = match self.port() {
-                    Some(port) => port.ledger().await.map_or_else(
-                        |_| Ledger::default(),
-                        |l| super::source_steps::wire_ledger(&l),
-                    ),
+                    Some(port) => port
+                        .ledger()
+                        .await
+                        .map_or_else(|_| Ledger::default(), |l| wire_ledger(&l)),
                     None => Ledger::default(),
                 };
                 let migration = self.machine.migration();
-                self.send(Bye { migration, ledger }).await;
+                self.runner.send(Bye { migration, ledger }).await;
             }
-            Output::WakeAt(at) => self.wake = Some((self.began + Duration::from_micros(at)).into()),
+            Output::WakeAt(at) => self.runner.wake_at(at),
             Output::CancelRefused => tracing::info!("too late to cancel: this node runs the guest"),
             Output::Finish(outcome) => self.finish(outcome).await,
-            Output::Journal(_) | Output::Note(_) => {}
         }
+        Ok(())
     }
+}
 
-    pub(super) fn step(
-        &mut self,
-        step: impl Future<Output = Result<Input, String>> + Send + 'static,
-    ) {
-        while self.steps.try_join_next().is_some() {}
-        let inputs = self.inputs.clone();
-        self.steps.spawn(async move {
-            let input = step.await.unwrap_or_else(|reason| Input::Failed { reason });
-            let _ = inputs.send(input);
-        });
+impl From<News> for Input {
+    fn from(news: News) -> Self {
+        match news {
+            News::Tick => Self::Tick,
+            News::Cancel => Self::Cancel,
+            News::VmDied { reason } => Self::VmDied { reason },
+            News::Failed { reason } => Self::Failed { reason },
+            News::JournalFailed { reason } => Self::JournalFailed { reason },
+        }
     }
 }

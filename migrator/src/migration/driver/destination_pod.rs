@@ -1,17 +1,22 @@
 //! What the destination's machine asks for of the pod: to check it, build it, take it or let it go.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use vm_runtime::vm::Vm;
 
 use super::destination::Run;
+use super::handoff::Handoff;
 use super::prepare::{self, Images};
-use super::steps::blocking_journal;
+use super::steps::{blocking, blocking_journal};
 use crate::api::error::chain;
 use crate::migration::destination::{Input, Outcome};
 use crate::network::{Port, Stage};
 use crate::pods::MigrationEnd;
 use crate::wire::message::{self, Offer, StateChunk};
+
+/// How often a bridge that refused a pod's address is asked again.
+const REOPEN_EVERY: Duration = Duration::from_secs(1);
 
 impl Run {
     pub(super) fn vm(&self) -> Option<Arc<Vm>> {
@@ -31,7 +36,7 @@ impl Run {
     }
 
     pub(super) async fn check(&mut self, offer: Offer) {
-        let checked = prepare::check(&self.node, &offer).await;
+        let checked = prepare::check(&self.runner.node, &offer).await;
         let checked = match checked {
             Ok((pod, images, wants)) => {
                 *self.prepared.lock().await = Some(pod);
@@ -48,7 +53,7 @@ impl Run {
                 Err(refuse)
             }
         };
-        let _ = self.inputs.send(Input::Checked(checked));
+        self.runner.tell(Input::Checked(checked));
     }
 
     pub(super) async fn prepare_vm(&mut self) {
@@ -62,13 +67,14 @@ impl Run {
                 self.hashes = self.target.get().and_then(|target| target.hashes.clone());
                 let (sink, source) = tokio::io::duplex(StateChunk::MAX);
                 self.loader = Some(sink);
-                self.step(prepare::load_state(Arc::clone(&vm), source));
+                self.runner
+                    .step(prepare::load_state(Arc::clone(&vm), source));
                 self.parts = Some((vm, port));
                 self.watch_vm();
                 self.pump();
-                let _ = self.inputs.send(Input::VmPrepared);
+                self.runner.tell(Input::VmPrepared);
             }
-            Err(reason) => drop(self.inputs.send(Input::Failed { reason })),
+            Err(reason) => self.runner.tell(Input::Failed { reason }),
         }
     }
 
@@ -78,16 +84,45 @@ impl Run {
             return;
         }
         if let Err(error) = port.open().await {
-            let reason = chain(&error);
-            let _ = self.inputs.send(Input::Failed { reason });
+            // The guest runs all the same: it is nobody else's now.
+            tracing::error!(
+                pod = self.machine.pod(),
+                error = chain(&error),
+                "the network is not told that the pod is here: trying again"
+            );
+            self.runner.helpers.spawn(async move {
+                while port.reopen().await.is_err() {
+                    tokio::time::sleep(REOPEN_EVERY).await;
+                }
+            });
         }
+    }
+
+    /// Puts the output that came with the pod into its folder.
+    pub(super) fn keep_logs(&mut self, handover: &message::Handover) {
+        let (prepared, agent) = (Arc::clone(&self.prepared), handover.agent.clone());
+        self.keeping = Some(tokio::spawn(async move {
+            let Some(store) = prepared.lock().await.as_ref().map(|pod| pod.logs()) else {
+                return;
+            };
+            let kept = blocking(move || {
+                let logs = Handoff::decode(&agent)?.logs;
+                match logs.is_empty() {
+                    true => Ok(()),
+                    false => store.install(&logs).map_err(|error| chain(&error)),
+                }
+            });
+            if let Err(reason) = kept.await {
+                tracing::error!(reason, "the output before the move is lost");
+            }
+        }));
     }
 
     pub(super) fn adopt(&mut self, handover: Option<message::Handover>) {
         let epoch = self.machine.epoch();
         self.adopted = true;
         let settling = self.port();
-        self.helpers.spawn(async move {
+        self.runner.helpers.spawn(async move {
             if let Some(port) = settling
                 && port.stage() == Stage::Opened
                 && let Err(error) = port.settle().await
@@ -98,7 +133,7 @@ impl Run {
         let prepared = Arc::clone(&self.prepared);
         let found = self.found.clone();
         // Not a step: a pod that runs here is this node's, whatever else comes to an end.
-        self.node.tasks.spawn(async move {
+        self.runner.node.tasks.spawn(async move {
             match found {
                 Some((pod, _)) => {
                     let end = MigrationEnd::Kept { epoch };
@@ -141,24 +176,23 @@ impl Run {
         }
         let name = self.machine.pod().to_owned();
         if let Err(reason) =
-            blocking_journal(&self.node, move |journal| journal.stop_owner(&name)).await
+            blocking_journal(&self.runner.node, move |journal| journal.stop_owner(&name)).await
         {
             tracing::error!(reason, "the journal stays behind");
         }
     }
 
     pub(super) async fn discard(&mut self) {
-        self.steps.shutdown().await;
+        self.runner.steps.shutdown().await;
         self.images = Images::default();
         self.parts = None;
         if let Some(reason) = prepare::discard(&self.prepared).await {
             tracing::error!(reason, "something of a discarded pod is left behind");
         }
-        let _ = self.inputs.send(Input::Discarded);
+        self.runner.tell(Input::Discarded);
     }
 
     pub(super) async fn finish(&mut self, outcome: Outcome) {
-        self.done = true;
         let pod = self.machine.pod();
         match outcome {
             Outcome::Completed { settled } => tracing::info!(pod, settled, "a pod has arrived"),
@@ -167,10 +201,7 @@ impl Run {
                 tracing::error!(pod, reason, "a pod arrived and failed")
             }
         }
-        self.steps.shutdown().await;
-        if let Some(link) = self.link.take() {
-            let _ = link.control.flush().await;
-        }
-        self.helpers.shutdown().await;
+        self.runner.steps.shutdown().await;
+        self.runner.close().await;
     }
 }

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! A step is a task that ends by putting one input into the machine's queue. The order of things is the
-//! machine's; here is only how each thing is done.
+//! machine's; here is only how each thing is done. What both sides do in the same way is in `runner`.
 
 use std::net::SocketAddr;
 use std::num::NonZeroU64;
@@ -30,11 +30,14 @@ mod destination_pod;
 mod device_state;
 mod handoff;
 mod link;
+mod offer;
 mod packets;
 mod prepare;
 mod report;
+mod runner;
 mod source;
 mod source_link;
+mod source_status;
 mod source_steps;
 mod steps;
 

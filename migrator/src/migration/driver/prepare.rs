@@ -61,7 +61,7 @@ pub(super) async fn check(
         offer,
         &Facts {
             node: node.name().to_owned(),
-            qemu_version: super::source_steps::version(node.qemu.version),
+            qemu_version: super::offer::version(node.qemu.version),
             machine_types: node.qemu.machine_types.clone(),
             cpu: vm_runtime::spec::CPU.to_owned(),
             accel: node.accel,
@@ -325,20 +325,12 @@ pub(super) async fn adopt(prepared: &Shared, handover: Option<Handover>, epoch: 
         return;
     };
     let name = pod.spec().name.clone();
-    let handoff = handover.and_then(|handover| {
+    let state = handover.and_then(|handover| {
         Handoff::decode(&handover.agent)
-            .inspect_err(|reason| tracing::error!(pod = name, reason, "its output starts anew"))
-            .ok()
+            .inspect_err(|reason| tracing::error!(pod = name, reason, "its agent is asked anew"))
+            .ok()?
+            .agent
     });
-    let (state, logs) = handoff.map_or((None, Vec::new()), |handoff| (handoff.agent, handoff.logs));
-    let store = pod.logs();
-    let installed = blocking(move || match logs.is_empty() {
-        true => Ok(()),
-        false => store.install(&logs).map_err(|error| chain(&error)),
-    });
-    if let Err(reason) = installed.await {
-        tracing::error!(pod = name, reason, "the output before the move is lost");
-    }
     // The guest's first moments, when an emulator has everything to translate anew, belong to its own work.
     tokio::time::sleep(AFTER_RESUME).await;
     if let Err(pod) = pod.adopt(epoch, state) {

@@ -21,11 +21,15 @@ const AFTER_RESUME: Duration = Duration::from_millis(250);
 
 impl Run {
     pub(super) fn redial(&mut self) {
-        self.link = None;
+        self.runner.link = None;
         self.urgent = None;
-        let (node, to, addr) = (Arc::clone(&self.node), self.figures.to.clone(), self.addr);
-        let (inputs, sessions) = (self.inputs.clone(), self.dialed.clone());
-        self.helpers.spawn(async move {
+        let (node, to, addr) = (
+            Arc::clone(&self.runner.node),
+            self.figures.to.clone(),
+            self.addr,
+        );
+        let (inputs, sessions) = (self.runner.inputs.clone(), self.dialed.clone());
+        self.runner.helpers.spawn(async move {
             // The machine may be done.
             match session::dial_shape(addr, &node.tls, &to, Shape::Resume, DIAL_DEADLINE).await {
                 Ok(session) => drop(sessions.send(session)),
@@ -55,8 +59,8 @@ impl Run {
     pub(super) fn pump(&mut self, resources: &PodResources) -> UnboundedSender<LogItem> {
         let (log, items) = unbounded_channel();
         if let Some(urgent) = self.urgent.take() {
-            let (port, inputs) = (resources.port.clone(), self.inputs.clone());
-            self.helpers.spawn(async move {
+            let (port, inputs) = (resources.port.clone(), self.runner.inputs.clone());
+            self.runner.helpers.spawn(async move {
                 if let Err(error) = packets::pump_out(urgent, port, items).await {
                     let reason = chain(&error);
                     drop(inputs.send(Input::LinkLost { reason }));
@@ -71,7 +75,7 @@ impl Run {
             return;
         };
         let log = self.pump(&resources);
-        self.step(async move {
+        self.runner.step(async move {
             let held = resources.port.hold(log).await;
             held.map_err(|error| chain(&error)).map(|()| Input::Held)
         });
@@ -87,7 +91,7 @@ impl Run {
                 "frames that come late are not forwarded"
             );
         }
-        self.step(steps::forwarded(resources));
+        self.runner.step(steps::forwarded(resources));
     }
 
     pub(super) fn kill_vm(&mut self) {
@@ -95,7 +99,7 @@ impl Run {
             return;
         };
         self.figures.total = Some(self.figures.started.elapsed());
-        self.helpers.spawn(async move {
+        self.runner.helpers.spawn(async move {
             // On a small machine the end of a large process is felt by the guest that has just begun elsewhere.
             tokio::time::sleep(AFTER_RESUME).await;
             // No answer is needed: the release kills again, and waits.
@@ -106,6 +110,6 @@ impl Run {
     pub(super) fn release(&mut self) {
         let (pod, to) = (self.pod.clone(), self.figures.to.clone());
         let resources = self.resources.take();
-        self.step(steps::release(resources, pod, to));
+        self.runner.step(steps::release(resources, pod, to));
     }
 }

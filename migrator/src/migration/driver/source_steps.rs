@@ -9,14 +9,13 @@ use bytes::Bytes;
 use tokio::time::{Instant, sleep, sleep_until};
 use vm_runtime::agent_client::{AgentClient, AgentState};
 use vm_runtime::memory::MemoryView;
-use vm_runtime::units::{Epoch, PageIndex};
+use vm_runtime::units::PageIndex;
 use vm_runtime::vm::RunState;
 
-use super::Options;
 use super::clock::unix_us;
 use super::device_state;
 use super::handoff::{Handoff, LOG_TAIL};
-use super::steps::blocking;
+use super::steps::{blocking, wire_ledger};
 use crate::api::error::chain;
 use crate::daemon::node::Node;
 use crate::image::Digest;
@@ -24,15 +23,12 @@ use crate::memory::send::PageSender;
 use crate::memory::track::{TrackError, Tracking};
 use crate::memory::verify::hash_all;
 use crate::migration::source::{Input, Rollback};
-use crate::network;
+use crate::network::Stage;
 use crate::pods::{MigrationEnd, PodHandle, PodResources};
 use crate::wire::bulk::Data;
 use crate::wire::conn::Reader;
 use crate::wire::control::ControlSender;
-use crate::wire::id::MigrationId;
-use crate::wire::message::{
-    HashesEnd, ImageOffer, ImageWant, Ledger, Offer, OfferOptions, PageHashes,
-};
+use crate::wire::message::{HashesEnd, ImageWant, Ledger, PageHashes};
 
 /// How long the guest's agent gets to acknowledge what it was sent. What is left travels with the pod.
 const AGENT_LIMIT: Duration = Duration::from_millis(200);
@@ -58,55 +54,6 @@ pub(super) type View = Arc<OnceLock<MemoryView>>;
 pub(super) struct Lanes {
     pub(super) sender: Arc<PageSender>,
     pub(super) _readers: Vec<Reader<Data>>,
-}
-
-/// What the destination is asked to take.
-pub(super) async fn offer(
-    node: &Arc<Node>,
-    pod: &PodHandle,
-    resources: &PodResources,
-    migration: MigrationId,
-    options: Options,
-) -> Result<Offer, String> {
-    let epoch: Epoch = pod.view().epoch;
-    let images = Arc::clone(&node.images);
-    let disks = resources.vm_spec.disks.clone();
-    let images = blocking(move || {
-        disks
-            .iter()
-            .map(|disk| {
-                let record = images
-                    .resolve(&disk.image_digest)
-                    .map_err(|error| chain(&error))?;
-                let record = json(&record)?;
-                Ok(ImageOffer { record })
-            })
-            .collect::<Result<Vec<_>, String>>()
-    })
-    .await?;
-    Ok(Offer {
-        migration,
-        epoch: epoch.next(),
-        source: node.name().to_owned(),
-        pod: resources.spec.clone(),
-        vm: resources.vm_spec.clone(),
-        ram: resources.vm_spec.memory,
-        qemu_version: version(node.qemu.version),
-        options: OfferOptions {
-            verify: options.verify,
-        },
-        record: json(&pod.record())?,
-        images,
-    })
-}
-
-/// `7.2.22`.
-pub(super) fn version((major, minor, micro): (u32, u32, u32)) -> String {
-    format!("{major}.{minor}.{micro}")
-}
-
-fn json(value: &impl serde::Serialize) -> Result<String, String> {
-    serde_json::to_string(value).map_err(|error| chain(&error))
 }
 
 fn need<T>(part: Option<T>, what: &str) -> Result<T, String> {
@@ -327,7 +274,7 @@ pub(super) async fn roll_back(
         problems.extend(stopped.await.err());
     }
     if what.release_hold
-        && parts.port.stage() == network::Stage::Holding
+        && parts.port.stage() == Stage::Holding
         && let Err(error) = parts.port.rollback().await
     {
         problems.push(chain(&error));
@@ -394,16 +341,4 @@ pub(super) async fn release(parts: Parts, pod: PodHandle, to: String) -> Step {
         );
     }
     Ok(Input::Released { ledger })
-}
-
-/// The books as they cross the wire.
-pub(super) fn wire_ledger(booked: &network::Ledger) -> Ledger {
-    Ledger {
-        seen: booked.seen,
-        delivered: booked.delivered,
-        held: booked.held,
-        forwarded: booked.forwarded,
-        refused: booked.refused,
-        lost: booked.lost,
-    }
 }

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use crate::api::error::chain;
 use crate::daemon::node::Node;
 use crate::migration::journal::{Journal, JournalError};
+use crate::network;
+use crate::wire::message::Ledger;
 
 /// Runs what blocks on a thread of its own.
 pub(super) async fn blocking<T: Send + 'static>(
@@ -22,4 +24,16 @@ pub(super) async fn blocking_journal<T: Send + 'static>(
 ) -> Result<T, String> {
     let journal = Arc::clone(&node.journal);
     blocking(move || call(&journal).map_err(|error| chain(&error))).await
+}
+
+/// The books as they cross the wire.
+pub(super) fn wire_ledger(booked: &network::Ledger) -> Ledger {
+    Ledger {
+        seen: booked.seen,
+        delivered: booked.delivered,
+        held: booked.held,
+        forwarded: booked.forwarded,
+        refused: booked.refused,
+        lost: booked.lost,
+    }
 }

@@ -17,7 +17,12 @@ use crate::wire::message::{
 };
 
 mod accidents;
+mod events;
+mod network;
 mod nodes;
+
+use events::Event;
+use network::Link;
 
 /// What varies between runs.
 #[derive(Clone, Copy, Debug, Default)]
@@ -61,44 +66,6 @@ enum Out {
 }
 
 #[derive(Clone, Debug)]
-enum Event {
-    /// A step is done; `movers` tells steps that a rollback or a discard has cancelled.
-    Step {
-        movers: u32,
-        input: In,
-    },
-    /// Anything else that a machine hears.
-    Input {
-        life: u32,
-        input: In,
-    },
-    Tick {
-        life: u32,
-        at: u64,
-        side: Side,
-    },
-    Outbox {
-        life: u32,
-        side: Side,
-    },
-    Deliver {
-        link: usize,
-        to: Side,
-        message: Control,
-    },
-    Lost {
-        link: usize,
-        side: Side,
-    },
-    Dialed {
-        life: u32,
-    },
-    Restart {
-        side: Side,
-    },
-}
-
-#[derive(Clone, Debug)]
 struct Node {
     up: bool,
     /// Counts the service's starts.
@@ -112,14 +79,6 @@ struct Node {
     disk_full: bool,
     owner: Option<OwnerRecord>,
     finished: bool,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Link {
-    lives: (u32, u32),
-    up: bool,
-    /// When the last message each way arrives: nothing overtakes.
-    arrives: (u64, u64),
 }
 
 /// Everything there is.
@@ -280,238 +239,6 @@ impl World {
         match side {
             Side::Source => &mut self.s,
             Side::Destination => &mut self.d,
-        }
-    }
-
-    /// A delay in microseconds, up to `most`.
-    fn delay(&mut self, most: u64) -> u64 {
-        if self.setting.seed == 0 {
-            return most / 2;
-        }
-        // xorshift64
-        self.random ^= self.random << 13;
-        self.random ^= self.random >> 7;
-        self.random ^= self.random << 17;
-        self.random % most + 1
-    }
-
-    fn at(&mut self, time: u64, event: Event) {
-        self.serial += 1;
-        self.events.insert((time, self.serial), event);
-    }
-
-    fn connect(&mut self) -> usize {
-        self.links.push(Link {
-            lives: (self.s.life, self.d.life),
-            up: true,
-            arrives: (0, 0),
-        });
-        self.s.link = Some(self.links.len() - 1);
-        self.links.len() - 1
-    }
-
-    fn send(&mut self, from: Side, link: Option<usize>, message: Control) {
-        let Some(link) = link.filter(|link| self.links[*link].up) else {
-            return;
-        };
-        let time = self.now + self.delay(2_000);
-        let arrives = &mut self.links[link].arrives;
-        let (slot, to) = match from {
-            Side::Source => (&mut arrives.0, Side::Destination),
-            Side::Destination => (&mut arrives.1, Side::Source),
-        };
-        *slot = time.max(*slot + 1);
-        let time = *slot;
-        self.at(time, Event::Deliver { link, to, message });
-    }
-
-    fn cut(&mut self, link: usize, lose: bool) {
-        if !std::mem::replace(&mut self.links[link].up, false) {
-            return;
-        }
-        if lose {
-            self.events
-                .retain(|_, e| !matches!(e, Event::Deliver { link: l, .. } if *l == link));
-        }
-        if self.setting.late && !lose {
-            self.stall(link);
-        }
-        let arrives = self.links[link].arrives;
-        for (side, last) in [(Side::Source, arrives.1), (Side::Destination, arrives.0)] {
-            let mut time = self.now + self.delay(3_000_000);
-            if !self.setting.late {
-                time = time.max(last + 1);
-            }
-            self.at(time, Event::Lost { link, side });
-        }
-    }
-
-    /// What is under way on a link takes its time, and may come long after its ends have given the link up.
-    fn stall(&mut self, link: usize) {
-        let shift = self.delay(5_000_000);
-        let (stalled, events) = std::mem::take(&mut self.events)
-            .into_iter()
-            .partition(|(_, e)| matches!(e, Event::Deliver { link: l, .. } if *l == link));
-        self.events = events;
-        for ((time, serial), event) in stalled {
-            self.events.insert((time + shift, serial), event);
-        }
-    }
-
-    fn input(&mut self, delay: u64, input: In) {
-        let life = match input {
-            In::Source(_) => self.s.life,
-            In::Destination(_) => self.d.life,
-        };
-        self.at(self.now + delay, Event::Input { life, input });
-    }
-
-    /// Reports a step as done after a while.
-    fn done(&mut self, input: In) {
-        let movers = match input {
-            In::Source(_) => self.s.movers,
-            In::Destination(_) => self.d.movers,
-        };
-        let time = self.now + self.delay(4_000);
-        self.at(time, Event::Step { movers, input });
-    }
-
-    /// One event; false when there is none.
-    pub(super) fn step(&mut self) -> bool {
-        let Some(((time, _), event)) = self.events.pop_first() else {
-            return false;
-        };
-        self.now = time;
-        self.steps += 1;
-        match event {
-            Event::Step { movers, input } => {
-                let current = match input {
-                    In::Source(_) => self.s.movers,
-                    In::Destination(_) => self.d.movers,
-                };
-                if movers == current {
-                    self.effect(&input);
-                    self.feed(input);
-                }
-            }
-            Event::Input { life, input } => {
-                let current = match input {
-                    In::Source(_) => self.s.life,
-                    In::Destination(_) => self.d.life,
-                };
-                if life == current {
-                    self.feed(input);
-                }
-            }
-            Event::Tick { life, at, side } => {
-                let node = self.node(side);
-                if node.life == life && node.timer == Some(at) {
-                    node.timer = None;
-                    self.feed(match side {
-                        Side::Source => In::Source(source::Input::Tick),
-                        Side::Destination => In::Destination(destination::Input::Tick),
-                    });
-                }
-            }
-            Event::Outbox { life, side } => {
-                if self.node(side).life == life {
-                    self.carry_out(side);
-                }
-            }
-            Event::Deliver { link, to, message } => {
-                if std::mem::take(&mut self.double) {
-                    self.deliver(link, to, message.clone());
-                }
-                self.deliver(link, to, message);
-            }
-            Event::Lost { link, side } => {
-                if self.node(side).link == Some(link) && self.lives(link, side) {
-                    let reason = "silence".to_owned();
-                    self.feed(match side {
-                        Side::Source => In::Source(source::Input::LinkLost { reason }),
-                        Side::Destination => {
-                            In::Destination(destination::Input::LinkLost { reason })
-                        }
-                    });
-                }
-            }
-            Event::Dialed { life } => {
-                if life == self.s.life {
-                    let reachable = self.d.up && self.now >= self.no_dial_before;
-                    let input = if reachable {
-                        self.connect();
-                        source::Input::LinkUp
-                    } else {
-                        let reason = "refused".to_owned();
-                        source::Input::LinkLost { reason }
-                    };
-                    self.feed(In::Source(input));
-                }
-            }
-            Event::Restart { side } => self.restart(side),
-        }
-        true
-    }
-
-    /// Whether the end of the link is in the service's present life.
-    fn lives(&self, link: usize, side: Side) -> bool {
-        let lives = self.links[link].lives;
-        match side {
-            Side::Source => self.s.up && lives.0 == self.s.life,
-            Side::Destination => self.d.up && lives.1 == self.d.life,
-        }
-    }
-
-    /// What a step has changed in the world once it is done.
-    fn effect(&mut self, input: &In) {
-        match input {
-            In::Source(source::Input::Stopped { .. }) if self.s.vm == Vm::Running => {
-                self.s.vm = Vm::Paused;
-            }
-            In::Destination(destination::Input::StateLoaded) if self.d.vm == Vm::Incoming => {
-                self.d.vm = Vm::Loaded;
-            }
-            In::Source(_) | In::Destination(_) => {}
-        }
-    }
-
-    /// A machine hears something, once it has carried out what it said before.
-    fn feed(&mut self, input: In) {
-        let (side, busy) = match input {
-            In::Source(_) => (Side::Source, !self.s.outbox.is_empty()),
-            In::Destination(_) => (Side::Destination, !self.d.outbox.is_empty()),
-        };
-        if busy {
-            return self.input(1, input);
-        }
-        let now = self.now;
-        let out: Vec<Out> = match input {
-            In::Source(input) => {
-                let Some(machine) = &mut self.source else {
-                    return;
-                };
-                let out = machine.handle(now, input);
-                out.into_iter().map(Out::Source).collect()
-            }
-            In::Destination(input) => {
-                let Some(machine) = &mut self.destination else {
-                    return;
-                };
-                let out = machine.handle(now, input);
-                out.into_iter().map(Out::Destination).collect()
-            }
-        };
-        self.post(side, out);
-    }
-
-    fn post(&mut self, side: Side, out: Vec<Out>) {
-        let now = self.now;
-        let node = self.node(side);
-        let idle = node.outbox.is_empty();
-        node.outbox.extend(out);
-        if idle && !node.outbox.is_empty() {
-            let life = node.life;
-            self.at(now, Event::Outbox { life, side });
         }
     }
 }

@@ -111,11 +111,9 @@ impl World {
                 }
             }
             Accident::SourceFails => self.feed(In::Source(source::Input::Failed { reason })),
+            // After the grant it is nothing: only a resume that fails for good is the death of the VM.
             Accident::DestinationFails => {
-                // A resume that fails for good is the death of the VM.
-                if !self.granting() {
-                    self.feed(In::Destination(destination::Input::Failed { reason }));
-                }
+                self.feed(In::Destination(destination::Input::Failed { reason }));
             }
             Accident::SourceDiskFull => self.s.disk_full = true,
             Accident::DestinationDiskFull => self.d.disk_full = true,

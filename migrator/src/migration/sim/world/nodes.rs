@@ -164,7 +164,7 @@ impl World {
             },
             Output::LoadState => Input::StateLoaded,
             Output::OpenNetwork | Output::Adopt { .. } | Output::PodFailed { .. } => return,
-            Output::Resume if self.d.vm == Vm::Dead => Input::Failed {
+            Output::Resume if self.d.vm == Vm::Dead => Input::ResumeFailed {
                 reason: "no VM".to_owned(),
             },
             Output::Resume => {

@@ -1,0 +1,62 @@
+//! What a source offers: the pod, the VM, and what the destination has to have for them.
+
+use std::sync::Arc;
+
+use vm_runtime::units::Epoch;
+
+use super::Options;
+use super::steps::blocking;
+use crate::api::error::chain;
+use crate::daemon::node::Node;
+use crate::pods::{PodHandle, PodResources};
+use crate::wire::id::MigrationId;
+use crate::wire::message::{ImageOffer, Offer, OfferOptions};
+
+/// What the destination is asked to take.
+pub(super) async fn offer(
+    node: &Arc<Node>,
+    pod: &PodHandle,
+    resources: &PodResources,
+    migration: MigrationId,
+    options: Options,
+) -> Result<Offer, String> {
+    let epoch: Epoch = pod.view().epoch;
+    let images = Arc::clone(&node.images);
+    let disks = resources.vm_spec.disks.clone();
+    let images = blocking(move || {
+        disks
+            .iter()
+            .map(|disk| {
+                let record = images
+                    .resolve(&disk.image_digest)
+                    .map_err(|error| chain(&error))?;
+                let record = json(&record)?;
+                Ok(ImageOffer { record })
+            })
+            .collect::<Result<Vec<_>, String>>()
+    })
+    .await?;
+    Ok(Offer {
+        migration,
+        epoch: epoch.next(),
+        source: node.name().to_owned(),
+        pod: resources.spec.clone(),
+        vm: resources.vm_spec.clone(),
+        ram: resources.vm_spec.memory,
+        qemu_version: version(node.qemu.version),
+        options: OfferOptions {
+            verify: options.verify,
+        },
+        record: json(&pod.record())?,
+        images,
+    })
+}
+
+/// `7.2.22`.
+pub(super) fn version((major, minor, micro): (u32, u32, u32)) -> String {
+    format!("{major}.{minor}.{micro}")
+}
+
+fn json(value: &impl serde::Serialize) -> Result<String, String> {
+    serde_json::to_string(value).map_err(|error| chain(&error))
+}

@@ -1,0 +1,102 @@
+//! What a migration away from here shows: to watchers while it runs, and in its report.
+
+use super::clock::unix_us;
+use super::source::Run;
+use crate::migration::source::{Input, Output};
+use crate::migration::status::Phase;
+use crate::wire::message::Control;
+
+impl Run {
+    /// What inputs say for the report.
+    pub(super) fn note(&mut self, input: &Input) {
+        let memory = &mut self.figures.memory;
+        match input {
+            Input::RoundSent { .. } | Input::LastPagesSent { .. } => memory.rounds += 1,
+            Input::Stopped { at_unix_us } => {
+                self.figures.frozen_at_unix_us = *at_unix_us;
+                let held = at_unix_us.saturating_sub(self.held_at_unix_us);
+                self.figures.phases.push(("held_before".to_owned(), held));
+            }
+            Input::Peer(Control::Ready(ready)) => {
+                memory.pages_verified = ready.verified;
+                memory.mismatched = ready.mismatched;
+            }
+            Input::Peer(Control::Running(running)) => self.figures.running(running),
+            Input::LinkLost { reason } => {
+                tracing::warn!(
+                    pod = self.pod.name(),
+                    reason,
+                    "the link to the destination is lost"
+                );
+            }
+            Input::Failed { reason } => {
+                tracing::warn!(
+                    pod = self.pod.name(),
+                    reason,
+                    "a step of the migration failed"
+                );
+            }
+            _ => {}
+        }
+        if self.figures.frozen_at_unix_us > 0 && self.figures.downtime_us == 0 {
+            let at = unix_us().saturating_sub(self.figures.frozen_at_unix_us);
+            if let Some(name) = freeze_step(input) {
+                self.figures.phases.push((name.to_owned(), at));
+            }
+        }
+    }
+
+    /// Shows watchers where it stands.
+    pub(super) fn show(&self, phase: Option<Phase>) {
+        let Some(ticket) = &self.ticket else { return };
+        let rounds = self.machine.convergence();
+        let pages_left = self.tracking.pending();
+        let in_doubt = self.machine.in_doubt() && self.runner.link.is_none();
+        let bytes_sent = self
+            .sender()
+            .map_or(self.figures.memory.bytes_sent, |sender| sender.bytes_sent());
+        ticket.update(|status| {
+            if let Some(phase) = phase {
+                status.phase = phase;
+            }
+            if in_doubt {
+                status.phase = Phase::InDoubt;
+            }
+            status.round = rounds.rounds();
+            status.bytes_sent = bytes_sent;
+            status.pages_left = pages_left;
+            status.bandwidth_bytes_per_s = rounds.bandwidth_bytes_per_s();
+            status.dirty_bytes_per_s = rounds.dirty_bytes_per_s();
+            let predicted = rounds.predict_downtime_us(pages_left);
+            status.predicted_downtime_ms = if predicted == u64::MAX {
+                0.0
+            } else {
+                predicted as f64 / 1e3
+            };
+        });
+    }
+}
+
+/// The phase that begins with an output.
+pub(super) fn phase_of(output: &Output) -> Option<Phase> {
+    match output {
+        Output::SendImages(_) => Some(Phase::Image),
+        Output::StartTracking | Output::SendRound { .. } => Some(Phase::Precopy),
+        Output::Hold | Output::StopVm => Some(Phase::Switchover),
+        Output::Forward => Some(Phase::Forwarding),
+        _ => None,
+    }
+}
+
+/// Names of the moments in the freeze, each with the microseconds since the stop began.
+fn freeze_step(input: &Input) -> Option<&'static str> {
+    match input {
+        Input::Stopped { .. } => Some("stopped"),
+        Input::LastPagesSent { .. } => Some("pages_sent"),
+        Input::StateSent => Some("state_sent"),
+        Input::ResidueRead => Some("residue_read"),
+        Input::HashesSent => Some("hashes_sent"),
+        Input::Peer(Control::Ready(_)) => Some("ready"),
+        _ => None,
+    }
+}
