@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -129,11 +129,17 @@ impl Node {
 
 /// A bridge forwards on a port only when it has heard of its carrier, which takes the kernel a second.
 pub(crate) fn wait_for_port(netns: &Netns, port: &str) -> anyhow::Result<()> {
-    wait_until("the port forwards", || {
-        netns
-            .run("bridge", &format!("link show dev {port}"))
-            .is_ok_and(|shown| shown.contains("state forwarding"))
-    })
+    // Opened before the first look, so that no change is missed.
+    let news = netns.link_news()?;
+    let until = Instant::now() + DEADLINE;
+    loop {
+        let shown = netns.run("bridge", &format!("link show dev {port}"))?;
+        if shown.contains("state forwarding") {
+            return Ok(());
+        }
+        news.wait(until)
+            .with_context(|| format!("{port} does not forward"))?;
+    }
 }
 
 pub(crate) fn pod(name: &str, mac: MacAddress, last: u8) -> PodNetId {
@@ -215,14 +221,14 @@ pub(crate) fn finish_ipv4(frame: &mut [u8]) {
 
 /// Sends numbered frames at about 15,000 a second.
 pub(crate) struct Sender {
-    sent: Arc<AtomicUsize>,
+    sent: Arc<Watched<u64>>,
     thread: JoinHandle<BTreeMap<u8, u64>>,
 }
 
 impl Sender {
     pub(crate) fn start(tap: OwnedFd, count: u64) -> Self {
-        let sent = Arc::new(AtomicUsize::new(0));
-        let counter = Arc::clone(&sent);
+        let sent = Arc::new(Watched::default());
+        let progress = Arc::clone(&sent);
         let thread = std::thread::spawn(move || {
             let mut numbers = BTreeMap::new();
             let mut next = Instant::now();
@@ -235,21 +241,23 @@ impl Sender {
                 let number = numbers.entry(flow).or_insert(0);
                 nix::unistd::write(tap.as_fd(), &probe(flow, *number)).expect("the client sends");
                 *number += 1;
-                counter.fetch_add(1, Ordering::Relaxed);
                 if i % 15 == 14 {
+                    progress.change(|sent| *sent = i + 1);
                     next += Duration::from_millis(1);
+                    // Not a wait for anything: this is the pace of the traffic.
                     std::thread::sleep(next.saturating_duration_since(Instant::now()));
                 }
             }
+            progress.change(|sent| *sent = count);
             numbers
         });
         Self { sent, thread }
     }
 
-    pub(crate) fn wait_for(&self, count: usize) -> anyhow::Result<()> {
-        wait_until("the sender gets on", || {
-            self.sent.load(Ordering::Relaxed) >= count
-        })
+    pub(crate) fn wait_for(&self, count: u64) -> anyhow::Result<()> {
+        let sent = self.sent.wait_for(|sent| *sent >= count);
+        ensure!(*sent >= count, "the sender stopped after {} frames", *sent);
+        Ok(())
     }
 
     pub(crate) fn finish(self) -> BTreeMap<u8, u64> {
@@ -257,32 +265,42 @@ impl Sender {
     }
 }
 
-pub(crate) fn wait_until(what: &str, done: impl Fn() -> bool) -> anyhow::Result<()> {
-    let until = Instant::now() + DEADLINE;
-    while !done() {
-        ensure!(Instant::now() < until, "in vain: {what}");
-        std::thread::sleep(Duration::from_millis(1));
+/// A value that one thread changes and another waits for.
+#[derive(Default)]
+struct Watched<T> {
+    value: Mutex<T>,
+    changed: Condvar,
+}
+
+impl<T> Watched<T> {
+    fn change(&self, how: impl FnOnce(&mut T)) {
+        how(&mut self.value.lock().expect("not poisoned"));
+        self.changed.notify_all();
     }
-    Ok(())
+
+    /// The value as soon as it is as wanted, or after [`DEADLINE`] as it is then.
+    fn wait_for(&self, wanted: impl Fn(&T) -> bool) -> MutexGuard<'_, T> {
+        let value = self.value.lock().expect("not poisoned");
+        let waited = self
+            .changed
+            .wait_timeout_while(value, DEADLINE, |value| !wanted(value));
+        waited.expect("not poisoned").0
+    }
 }
 
 /// What the guest has got, wherever it ran.
 #[derive(Clone, Default)]
-pub(crate) struct Inbox(Arc<Mutex<Vec<(u8, u64)>>>);
+pub(crate) struct Inbox(Arc<Watched<Vec<(u8, u64)>>>);
 
 impl Inbox {
-    pub(crate) fn len(&self) -> usize {
-        self.0.lock().expect("the inbox").len()
-    }
-
     /// Every frame of every flow came once, and in order.
     pub(crate) fn check(&self, sent: &BTreeMap<u8, u64>) -> anyhow::Result<()> {
         let total: u64 = sent.values().sum();
         // A frame too many is as wrong as one too few, so the wait ends at the first of the two.
-        let waited = wait_until("all frames arrive", || self.len() as u64 >= total);
+        let arrived = self.0.wait_for(|arrived| arrived.len() as u64 >= total);
         let mut next = BTreeMap::new();
         let mut wrong = Vec::new();
-        for (flow, number) in self.0.lock().expect("the inbox").iter() {
+        for (flow, number) in arrived.iter() {
             let expected = next.entry(*flow).or_insert(0);
             if number != expected {
                 wrong.push(format!("flow {flow}: {number} came, {expected} was due"));
@@ -295,7 +313,6 @@ impl Inbox {
             wrong.len(),
             &wrong[..wrong.len().min(10)]
         );
-        waited?;
         ensure!(&next == sent, "{next:?} came, {sent:?} was sent");
         Ok(())
     }
@@ -323,7 +340,7 @@ impl Guest {
                     continue;
                 };
                 if let Some(arrival) = parse(&buffer[..len]) {
-                    inbox.0.lock().expect("the inbox").push(arrival);
+                    inbox.0.change(|arrived| arrived.push(arrival));
                 }
             }
         });
