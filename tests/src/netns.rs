@@ -5,10 +5,16 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use anyhow::{Context, ensure};
+use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
+};
 
 /// Fails the test unless it runs as root: a skipped test of the dataplane proves nothing.
 ///
@@ -86,6 +92,56 @@ impl Netns {
     /// It failed; its message is in the error.
     pub fn ip(&self, arguments: &str) -> anyhow::Result<()> {
         self.run("ip", arguments).map(drop)
+    }
+
+    /// What happens to the links inside, from now on.
+    ///
+    /// # Errors
+    /// No netlink socket could be opened.
+    pub fn link_news(&self) -> anyhow::Result<LinkNews> {
+        let opened = self.spawn(|| -> io::Result<OwnedFd> {
+            let socket = socket(
+                AddressFamily::Netlink,
+                SockType::Raw,
+                SockFlag::SOCK_CLOEXEC,
+                SockProtocol::NetlinkRoute,
+            )?;
+            // linux/rtnetlink.h: the states of a bridge's ports come in this group as well.
+            let group = NetlinkAddr::new(0, libc::RTMGRP_LINK as u32);
+            bind(socket.as_raw_fd(), &group)?;
+            Ok(socket)
+        });
+        let socket = join(opened).context("could not listen to the links of a namespace")?;
+        Ok(LinkNews { socket })
+    }
+}
+
+/// A netlink socket (rtnetlink(7)) that hears of every change of a namespace's links.
+#[derive(Debug)]
+pub struct LinkNews {
+    socket: OwnedFd,
+}
+
+impl LinkNews {
+    /// Waits until something has changed since the last call, or since the socket was opened.
+    ///
+    /// # Errors
+    /// Nothing has at `until`.
+    pub fn wait(&self, until: Instant) -> anyhow::Result<()> {
+        let left = until.saturating_duration_since(Instant::now());
+        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+        let ready = poll(&mut fds, PollTimeout::try_from(left)?)?;
+        ensure!(ready > 0, "no link has changed in time");
+        // Whoever waits looks at the links themselves: what the messages say is of no interest.
+        let mut buffer = [0; 1 << 14];
+        loop {
+            match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
+                // More news than the socket holds are news.
+                Ok(_) | Err(Errno::ENOBUFS | Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return Ok(()),
+                Err(error) => return Err(error).context("could not read the news of the links"),
+            }
+        }
     }
 }
 

@@ -1,25 +1,22 @@
-//! A pod's port: what the conductor holds of it.
+//! A pod's port: what the conductor holds of it. [`source`] and [`destination`] are its parts in a migration.
+
+mod destination;
+mod source;
 
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::EventFd;
-use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::{oneshot, watch};
 use tokio::task::AbortHandle;
 
-use super::announce::{SCHEDULE, announcement};
 use super::dataplane::{Command, Stage};
 use super::error::PortError;
 use super::gate::SlotGate;
-use super::grace;
 use super::ledger::{Ledger, Tally, book};
-use super::log::LogItem;
 use super::node::{ExistingDevices, NodeInner, PodNetId};
-use super::sys::PacketSocket;
 
 pub(crate) struct Parts {
     pub(crate) node: Arc<NodeInner>,
@@ -192,212 +189,6 @@ impl Port {
         }
     }
 
-    // The source.
-
-    /// Parks every frame for the pod from now on, and streams what is parked to `sink`, numbered. When
-    /// this returns, no frame is on its way into the TAP any more. The log is kept until it is
-    /// acknowledged, and at least until [`forward`](Self::forward).
-    ///
-    /// On a port that a former service left holding: attaches the sink, and sends it what is kept.
-    ///
-    /// # Errors
-    /// The pod does not live here, or the kernel has no grace period: then the gate holds all the
-    /// same, and [`rollback`](Self::rollback) opens it.
-    pub async fn hold(&self, sink: UnboundedSender<LogItem>) -> Result<(), PortError> {
-        self.inner.quiet();
-        self.ask(|reply| Command::Hold(sink, reply)).await??;
-        match tokio::task::spawn_blocking(grace::grace_period).await {
-            Ok(result) => result.map_err(PortError::GracePeriod),
-            Err(_) => Err(self.gone()),
-        }
-    }
-
-    /// Sends everything that is not acknowledged to another sink: the connection was made anew.
-    ///
-    /// # Errors
-    /// The port neither holds nor forwards.
-    pub async fn resend(&self, sink: UnboundedSender<LogItem>) -> Result<(), PortError> {
-        self.ask(|reply| Command::Resend(sink, reply)).await?
-    }
-
-    /// Waits until the guest has drained its TAP, so that little is left as residue. False: it has not
-    /// within `limit`.
-    pub async fn drain_tap(&self, limit: Duration) -> bool {
-        let until = Instant::now() + limit;
-        self.ask(|reply| Command::DrainTap(until, reply))
-            .await
-            .unwrap_or(false)
-    }
-
-    /// After the VM has stopped: reads what is left in its TAP into the log, before everything that
-    /// was parked, and closes that part with [`LogKind::ResidueEnd`](super::LogKind::ResidueEnd). From
-    /// here on nothing leaves the guest on this node. Returns the number of frames.
-    ///
-    /// # Errors
-    /// The port does not hold, or the TAP cannot be read.
-    pub async fn residue(&self) -> Result<u64, PortError> {
-        self.ask(Command::Residue).await?
-    }
-
-    /// The destination has injected everything up to `seq`.
-    pub fn ack(&self, seq: u64) {
-        self.inner.tell(Command::Ack(seq));
-    }
-
-    /// Gives the migration up: residue and log go back into the pod's own TAP, in order and before
-    /// anything newer, then the gate opens. Returns as soon as the guest may send again; the rest
-    /// happens by itself as the guest reads (wait for it with [`reached`](Self::reached) `Local`).
-    ///
-    /// # Errors
-    /// The port does not hold.
-    pub async fn rollback(&self) -> Result<(), PortError> {
-        self.ask(Command::Rollback).await?
-    }
-
-    /// The guest runs at the destination: from now on acknowledged frames are freed, and late ones
-    /// relayed.
-    ///
-    /// # Errors
-    /// The port does not hold.
-    pub async fn forward(&self) -> Result<(), PortError> {
-        self.ask(Command::Forward).await?
-    }
-
-    /// Takes the pod off this node's network. After [`forward`](Self::forward), what is still parked
-    /// goes to the sink first; the caller keeps the wire open until it is acknowledged. Returns the
-    /// final ledger.
-    ///
-    /// # Errors
-    /// A device or pin could not be removed; calling again tries again.
-    pub async fn release(&self) -> Result<Ledger, PortError> {
-        self.inner.quiet();
-        let netlink = &self.inner.node.netlink;
-        let tap = self.inner.tap_index;
-        // First the entry: frames for the pod alone then take the way that the bridge has learned. When
-        // the last one is through, only group frames come, whose copy counts at the other node.
-        netlink
-            .disown_address(&self.inner.tap_name, tap, self.inner.pod.mac)
-            .await?;
-        wait_for_frames().await;
-        match self.ask(Command::Shut).await {
-            Ok(()) | Err(PortError::Gone(_)) => wait_for_frames().await,
-            Err(error) => return Err(error),
-        }
-        let ledger = match self.ask(Command::Drain).await {
-            Ok(tally) => Some(self.book(tally).await?),
-            Err(PortError::Gone(_)) => None,
-            Err(error) => return Err(error),
-        };
-        self.remove().await?;
-        Ok(ledger.unwrap_or_default())
-    }
-
-    // The destination.
-
-    /// An item of the log came from the wire. It is injected as soon as its turn comes.
-    ///
-    /// # Errors
-    /// The port is gone.
-    pub fn log_input(&self, item: LogItem) -> Result<(), PortError> {
-        if self.inner.tell(Command::Input(item)) {
-            Ok(())
-        } else {
-            Err(self.gone())
-        }
-    }
-
-    /// The highest number that was injected, to acknowledge; stays 0 until [`open`](Self::open).
-    pub fn acked(&self) -> watch::Receiver<u64> {
-        self.inner.acked.clone()
-    }
-
-    /// At the grant, before the guest runs: the pod lives here. Its frames are parked behind the log,
-    /// the bridge sends them here, the guest may send, and the network is told.
-    ///
-    /// # Errors
-    /// The port is not incoming; or the bridge or uplink refused.
-    pub async fn open(&self) -> Result<(), PortError> {
-        self.ask(Command::Open).await??;
-        self.reopen().await
-    }
-
-    /// As [`open`](Self::open), for a port that a former service has opened: it may have been killed before it told anybody.
-    ///
-    /// # Errors
-    /// The bridge or uplink refused.
-    pub async fn reopen(&self) -> Result<(), PortError> {
-        self.own().await?;
-        self.announce().await
-    }
-
-    async fn own(&self) -> Result<(), PortError> {
-        let Inner {
-            node,
-            pod,
-            tap_name,
-            tap_index,
-            ..
-        } = &*self.inner;
-        Ok(node
-            .netlink
-            .own_address(tap_name, *tap_index, pod.mac)
-            .await?)
-    }
-
-    async fn announce(&self) -> Result<(), PortError> {
-        let pod = &self.inner.pod;
-        let uplink = self.inner.node.config.uplink.clone();
-        let index = self.inner.node.netlink.require(&uplink).await?.index;
-        let socket = PacketSocket::open(index).map_err(|source| PortError::Announce {
-            pod: pod.name.clone(),
-            uplink,
-            source,
-        })?;
-        let frames = announcement(pod.mac, pod.v4, pod.v6);
-        let send = move || {
-            for frame in &frames {
-                // A full uplink loses this one; the schedule has more.
-                socket.send(frame);
-            }
-        };
-        send();
-        let began = tokio::time::Instant::now();
-        let task = tokio::spawn(async move {
-            for at in &SCHEDULE[1..] {
-                tokio::time::sleep_until(began + *at).await;
-                send();
-            }
-        });
-        *lock(&self.inner.announcer) = Some(task.abort_handle());
-        Ok(())
-    }
-
-    /// After the guest runs: waits for the end of the log (50 ms at most, counted if it does not
-    /// come), queues the frames that came here directly behind it, and opens the gate.
-    ///
-    /// # Errors
-    /// The port was not opened.
-    pub async fn settle(&self) -> Result<(), PortError> {
-        self.ask(Command::Settle).await??;
-        let park = &self.inner.park_name;
-        if self.inner.node.netlink.require(park).await?.tx_dropped > 0 {
-            // Buckets that wait for a lost frame would keep their flows on the slow way.
-            self.resync(false);
-        }
-        Ok(())
-    }
-
-    /// Gives the migration up before the grant: nothing is left on this node.
-    ///
-    /// # Errors
-    /// A device or pin could not be removed; calling again tries again.
-    pub async fn discard(&self) -> Result<(), PortError> {
-        self.inner.quiet();
-        self.remove().await
-    }
-
-    // Both.
-
     pub(crate) fn resync(&self, crashed: bool) {
         self.inner.tell(Command::Resync(crashed));
     }
@@ -449,12 +240,5 @@ impl Port {
         let now = self.ledger().await?;
         *lock(&self.inner.base) = now;
         Ok(())
-    }
-}
-
-/// Until no frame is on its way that saw the network as it was.
-async fn wait_for_frames() {
-    if let Ok(Err(error)) = tokio::task::spawn_blocking(grace::grace_period).await {
-        tracing::warn!(%error, "no grace period: a frame on its way may be lost");
     }
 }

@@ -10,18 +10,16 @@ use vm_runtime::memory::GuestMemory;
 use vm_runtime::pod::PodSpec;
 use vm_runtime::spec::VmSpec;
 use vm_runtime::units::Bytes;
-use vm_runtime::vm::{CONSOLE, Vm, VmExit, VmResources};
+use vm_runtime::vm::{Vm, VmExit, VmResources};
 
 use super::agent::AgentSlot;
+use super::console;
 use super::error::PodError;
 use super::handle::{Facts, PodResources};
 use super::plan::VMM_OVERHEAD;
 use super::sink::LogSink;
 use crate::daemon::node::Node;
 use crate::network::{ExistingDevices, PodNetId, Port, Role};
-
-/// How much of the console's end goes into an error, in bytes.
-const CONSOLE_TAIL: usize = 600;
 
 /// What a boot needs beside the pod's facts.
 #[derive(Debug)]
@@ -90,7 +88,7 @@ pub(super) async fn boot(
             return Err(PodError::Slow {
                 pod: name.to_owned(),
                 seconds: order.deadline.as_secs(),
-                console: console_tail(&facts.dir),
+                console: console::last_lines(&facts.dir),
             });
         }
     };
@@ -237,50 +235,10 @@ pub(super) fn death(exit: Option<&VmExit>, dir: &Path) -> String {
         }) => format!("the VMM ended with {status}"),
         Some(_) | None => "the VMM is gone".to_owned(),
     };
-    let console = console_tail(dir);
+    let console = console::last_lines(dir);
     if !console.is_empty() {
         text.push_str("; its console ends with: ");
         text.push_str(&console);
     }
     text
-}
-
-/// The last lines of a guest's console, on one line. The guest wrote them: control characters are escaped.
-pub(super) fn console_tail(dir: &Path) -> String {
-    let bytes = tail_bytes(&dir.join(CONSOLE), CONSOLE_TAIL).unwrap_or_default();
-    let text = String::from_utf8_lossy(&bytes);
-    let lines: Vec<String> = text
-        .lines()
-        .map(str::trim)
-        .filter(|line| !line.is_empty())
-        .map(|line| line.escape_debug().to_string())
-        .collect();
-    let first = lines.len().saturating_sub(5);
-    lines.get(first..).unwrap_or_default().join(" | ")
-}
-
-fn tail_bytes(path: &Path, most: usize) -> std::io::Result<Vec<u8>> {
-    use std::io::{Read, Seek, SeekFrom};
-    let mut file = std::fs::File::open(path)?;
-    let length = file.metadata()?.len();
-    file.seek(SeekFrom::Start(length.saturating_sub(most as u64)))?;
-    let mut bytes = Vec::new();
-    file.take(most as u64).read_to_end(&mut bytes)?;
-    Ok(bytes)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_console_tail_has_the_last_lines_and_no_control_characters() {
-        let dir = tempfile::tempdir().unwrap();
-        let text: String = (0..100).map(|n| format!("line {n}\r\n\r\n")).collect();
-        std::fs::write(dir.path().join(CONSOLE), text + "\x1b[31mpanic").unwrap();
-        let tail = console_tail(dir.path());
-        assert!(tail.ends_with("line 99 | \\u{1b}[31mpanic"), "{tail}");
-        assert_eq!(tail.matches('|').count(), 4);
-        assert_eq!(console_tail(Path::new("/nonexistent")), "");
-    }
 }

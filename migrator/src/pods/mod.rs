@@ -26,6 +26,7 @@ pub mod state;
 mod actor;
 mod agent;
 mod boot;
+mod console;
 mod sink;
 
 use std::collections::BTreeMap;

@@ -7,53 +7,73 @@ use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep, timeout};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::time::timeout;
 use vm_runtime::agent_client::{
     AgentClient, Configuration, Container, Exec, ExecSpec, Interface, OutputSink, Stream,
 };
 use vm_runtime::initramfs::CMDLINE;
+use xtask::process::poll_until;
 
 /// A boot under TCG on a crowded machine, and anything that waits for one.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Output by container and stream.
+type Output = BTreeMap<(String, Stream), Vec<u8>>;
+
 /// Keeps output in memory and refuses gaps.
 #[derive(Default)]
-pub(crate) struct Store(Mutex<BTreeMap<(String, Stream), Vec<u8>>>);
+pub(crate) struct Store(watch::Sender<Output>);
 
 impl OutputSink for Store {
     fn append(&self, container: &str, stream: Stream, offset: u64, data: &[u8]) {
-        let mut map = self.0.lock().expect("not poisoned");
-        let bytes = map.entry((container.to_owned(), stream)).or_default();
-        assert_eq!(
-            offset,
-            bytes.len() as u64,
-            "a gap or a repetition in {container}"
-        );
-        bytes.extend_from_slice(data);
+        self.0.send_modify(|map| {
+            let bytes = map.entry((container.to_owned(), stream)).or_default();
+            assert_eq!(
+                offset,
+                bytes.len() as u64,
+                "a gap or a repetition in {container}"
+            );
+            bytes.extend_from_slice(data);
+        });
     }
 
     fn last_offset(&self, container: &str, stream: Stream) -> u64 {
-        self.text(container, stream).len() as u64
+        stored(&self.0.borrow(), container, stream).len() as u64
     }
 }
 
 impl Store {
     pub(crate) fn text(&self, container: &str, stream: Stream) -> String {
-        let map = self.0.lock().expect("not poisoned");
-        let bytes = map.get(&(container.to_owned(), stream));
-        String::from_utf8_lossy(bytes.map_or(&[], Vec::as_slice)).into_owned()
+        String::from_utf8_lossy(stored(&self.0.borrow(), container, stream)).into_owned()
     }
 
     pub(crate) async fn wait_for(&self, container: &str, wanted: &str) {
-        let deadline = Instant::now() + PATIENCE;
-        while !self.text(container, Stream::Stdout).contains(wanted) {
-            assert!(Instant::now() < deadline, "no `{wanted}` from {container}");
-            sleep(Duration::from_millis(5)).await;
-        }
+        let holds = |bytes: &[u8]| {
+            let mut windows = bytes.windows(wanted.len());
+            windows.any(|window| window == wanted.as_bytes())
+        };
+        assert!(
+            self.wait_until(container, holds).await,
+            "no `{wanted}` from {container}"
+        );
     }
+
+    /// Waits until a container's standard output is as wanted; false if it never is.
+    pub(crate) async fn wait_until(&self, container: &str, wanted: impl Fn(&[u8]) -> bool) -> bool {
+        let mut outputs = self.0.subscribe();
+        let reached = outputs.wait_for(|map| wanted(stored(map, container, Stream::Stdout)));
+        matches!(timeout(PATIENCE, reached).await, Ok(Ok(_)))
+    }
+}
+
+fn stored<'a>(map: &'a Output, container: &str, stream: Stream) -> &'a [u8] {
+    let bytes = map.get(&(container.to_owned(), stream));
+    bytes.map_or(&[], Vec::as_slice)
 }
 
 /// A VM that ends with the test.
@@ -77,14 +97,16 @@ impl Guest {
 
     /// One command on a connection of its own.
     pub(crate) fn qmp(&self, command: &serde_json::Value) -> serde_json::Value {
-        let deadline = std::time::Instant::now() + PATIENCE;
-        let socket = loop {
-            match UnixStream::connect(self.path("qmp.sock")) {
-                Ok(socket) => break socket,
-                Err(e) => assert!(std::time::Instant::now() < deadline, "no QMP: {e}"),
+        let path = self.path("qmp.sock");
+        let mut socket = UnixStream::connect(&path);
+        // A QEMU that has just started binds its socket first and listens a little later.
+        poll_until(PATIENCE, || {
+            if socket.is_err() {
+                socket = UnixStream::connect(&path);
             }
-            std::thread::sleep(Duration::from_millis(5));
-        };
+            socket.is_ok()
+        });
+        let socket = socket.expect("QMP listens");
         socket.set_read_timeout(Some(PATIENCE)).expect("set");
         let mut lines = BufReader::new(&socket).lines();
         for request in [&serde_json::json!({"execute": "qmp_capabilities"}), command] {
@@ -100,6 +122,18 @@ impl Guest {
                 return answer["return"].clone();
             }
         }
+    }
+
+    /// Waits until the VM has ended by itself.
+    pub(crate) async fn ended(&mut self) {
+        // Before the first look, so that no end is missed.
+        let mut ends = signal(SignalKind::child()).expect("a handler");
+        let gone = async {
+            while self.qemu.try_wait().expect("its own child").is_none() {
+                ends.recv().await;
+            }
+        };
+        timeout(PATIENCE, gone).await.expect("the VM powers off");
     }
 
     pub(crate) fn end(&mut self) {
@@ -170,24 +204,18 @@ pub(crate) async fn relocate<T>(mut old: Guest, frozen: impl AsyncFnOnce() -> T)
     let uri = format!("exec:cat > {state}");
     old.qmp(&serde_json::json!({"execute": "migrate", "arguments": {"uri": uri}}));
     let query = serde_json::json!({"execute": "query-migrate"});
-    let deadline = Instant::now() + PATIENCE;
-    loop {
+    let saved = poll_until(PATIENCE, || {
         let info = old.qmp(&query);
-        match info["status"].as_str() {
-            Some("completed") => break,
-            Some("failed") => panic!("QEMU: {info}"),
-            _ => assert!(Instant::now() < deadline, "QEMU does not save its state"),
-        }
-        sleep(Duration::from_millis(10)).await;
-    }
+        assert_ne!(info["status"], "failed", "QEMU: {info}");
+        info["status"] == "completed"
+    });
+    assert!(saved, "QEMU does not save its state");
     old.end();
     let dir = old.dir.take().expect("still there");
     let new = start(dir, &["-incoming", &format!("exec:cat {state}")]);
     let query = serde_json::json!({"execute": "query-status"});
-    while new.qmp(&query)["status"] == "inmigrate" {
-        assert!(Instant::now() < deadline, "QEMU does not load its state");
-        sleep(Duration::from_millis(10)).await;
-    }
+    let loaded = poll_until(PATIENCE, || new.qmp(&query)["status"] != "inmigrate");
+    assert!(loaded, "QEMU does not load its state");
     new.qmp(&serde_json::json!({"execute": "cont"}));
     (new, result)
 }

@@ -8,7 +8,7 @@ mod harness;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use tokio::time::{Instant, sleep};
+use tokio::time::Instant;
 use vm_runtime::agent_client::{
     AgentClient, AgentError, ContainerState, Event, ExecSpec, FailureKind, OutputSink, Stream,
 };
@@ -105,11 +105,7 @@ async fn a_guest_runs_a_pod_from_boot_to_stop() {
 
     client.power_off().expect("asks");
     let mut guest = guest;
-    let deadline = Instant::now() + PATIENCE;
-    while guest.qemu.try_wait().expect("its own child").is_none() {
-        assert!(Instant::now() < deadline, "the VM did not power off");
-        sleep(Duration::from_millis(20)).await;
-    }
+    guest.ended().await;
 }
 
 async fn in_a_container(client: &AgentClient) {
@@ -269,19 +265,17 @@ async fn output_is_neither_lost_nor_doubled_when_connections_break() {
     client.start_pod().await.expect("starts");
     let mut length = 0;
     for round in 0.. {
-        let deadline = Instant::now() + PATIENCE;
-        while store.last_offset("chatty", Stream::Stdout) < length + 20_000 {
-            if store.text("chatty", Stream::Stdout).ends_with("end\n") {
-                let expected: String = (1..=LAST).map(|n| format!("{n}\n")).collect();
-                assert!(store.text("chatty", Stream::Stdout) == expected + "end\n");
-                println!("{round} connections");
-                assert!(round > 20);
-                return;
-            }
-            assert!(Instant::now() < deadline, "the output stopped");
-            sleep(Duration::from_millis(1)).await;
+        let more = |bytes: &[u8]| bytes.len() >= length + 20_000 || bytes.ends_with(b"end\n");
+        assert!(store.wait_until("chatty", more).await, "the output stopped");
+        let text = store.text("chatty", Stream::Stdout);
+        if text.ends_with("end\n") {
+            let expected: String = (1..=LAST).map(|n| format!("{n}\n")).collect();
+            assert!(text == expected + "end\n");
+            println!("{round} connections");
+            assert!(round > 20);
+            return;
         }
-        length = store.last_offset("chatty", Stream::Stdout);
+        length = text.len();
         client = match round % 3 {
             // The connection breaks.
             0 => {

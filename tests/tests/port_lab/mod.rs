@@ -1,32 +1,25 @@
-//! Nodes, a client and a guest in namespaces of their own.
+//! Nodes and a client in namespaces of their own; [`traffic`] is what crosses them.
 
-use std::collections::BTreeMap;
+mod traffic;
+
 use std::future::Future;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use migrator::network::{
-    ExistingDevices, Ledger, LogItem, NodeNetConfig, NodeNetwork, PodNetId, Port, Role, VNET_HEADER,
+    ExistingDevices, Ledger, LogItem, NodeNetConfig, NodeNetwork, PodNetId, Port, Role,
 };
 use migrator_tests::netns::{BpfDir, Netns, require_root};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::sync::mpsc;
 use vm_runtime::units::MacAddress;
+
+pub(crate) use traffic::{Guest, Inbox, Sender, finish_ipv4, say_hello};
 
 pub(crate) const DEADLINE: Duration = Duration::from_secs(40);
 pub(crate) const POD_MAC: MacAddress = MacAddress([0x52, 0x54, 0, 0, 0, 0x10]);
 pub(crate) const CLIENT_MAC: MacAddress = MacAddress([0x52, 0x54, 0, 0, 0, 0x01]);
-pub(crate) const MAGIC: [u8; 4] = *b"prob";
-/// Offset of the payload: virtio-net header, Ethernet, IPv4, UDP.
-pub(crate) const PAYLOAD: usize = VNET_HEADER + 14 + 20 + 8;
-pub(crate) const FLOWS: u8 = 8;
-/// This flow is broadcast.
-pub(crate) const GROUP_FLOW: u8 = FLOWS;
 
 pub(crate) type Job = Pin<Box<dyn Future<Output = ()> + Send>>;
 
@@ -129,11 +122,17 @@ impl Node {
 
 /// A bridge forwards on a port only when it has heard of its carrier, which takes the kernel a second.
 pub(crate) fn wait_for_port(netns: &Netns, port: &str) -> anyhow::Result<()> {
-    wait_until("the port forwards", || {
-        netns
-            .run("bridge", &format!("link show dev {port}"))
-            .is_ok_and(|shown| shown.contains("state forwarding"))
-    })
+    // Opened before the first look, so that no change is missed.
+    let news = netns.link_news()?;
+    let until = Instant::now() + DEADLINE;
+    loop {
+        let shown = netns.run("bridge", &format!("link show dev {port}"))?;
+        if shown.contains("state forwarding") {
+            return Ok(());
+        }
+        news.wait(until)
+            .with_context(|| format!("{port} does not forward"))?;
+    }
 }
 
 pub(crate) fn pod(name: &str, mac: MacAddress, last: u8) -> PodNetId {
@@ -184,176 +183,6 @@ impl Lab {
     pub(crate) fn sender(&self, count: u64) -> anyhow::Result<Sender> {
         Ok(Sender::start(self.client_tap.try_clone()?, count))
     }
-}
-
-pub(crate) fn probe(flow: u8, number: u64) -> Vec<u8> {
-    let mut frame = vec![0; VNET_HEADER];
-    let group = flow == GROUP_FLOW;
-    frame.extend(if group { [0xff; 6] } else { POD_MAC.0 });
-    frame.extend(CLIENT_MAC.0);
-    frame.extend([0x08, 0x00, 0x45, 0, 0, 60, 0, 0, 0, 0, 64, 17, 0, 0]);
-    frame.extend([10, 77, 1, flow, 10, 77, 0, 10]);
-    frame.extend([0, 7, 0, 7, 0, 40, 0, 0]);
-    frame.extend(MAGIC);
-    frame.push(flow);
-    frame.extend(number.to_be_bytes());
-    frame.resize(VNET_HEADER + 74, 0);
-    finish_ipv4(&mut frame);
-    frame
-}
-
-/// Fills in the header's checksum: the netfilter hooks of a bridge drop a packet without it.
-pub(crate) fn finish_ipv4(frame: &mut [u8]) {
-    let header = &mut frame[VNET_HEADER + 14..VNET_HEADER + 34];
-    let sum: u32 = header
-        .chunks(2)
-        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])))
-        .sum();
-    let folded = (sum & 0xffff) + (sum >> 16);
-    header[10..12].copy_from_slice(&(!(folded as u16)).to_be_bytes());
-}
-
-/// Sends numbered frames at about 15,000 a second.
-pub(crate) struct Sender {
-    sent: Arc<AtomicUsize>,
-    thread: JoinHandle<BTreeMap<u8, u64>>,
-}
-
-impl Sender {
-    pub(crate) fn start(tap: OwnedFd, count: u64) -> Self {
-        let sent = Arc::new(AtomicUsize::new(0));
-        let counter = Arc::clone(&sent);
-        let thread = std::thread::spawn(move || {
-            let mut numbers = BTreeMap::new();
-            let mut next = Instant::now();
-            for i in 0..count {
-                let flow = if i % 40 == 39 {
-                    GROUP_FLOW
-                } else {
-                    (i % u64::from(FLOWS)) as u8
-                };
-                let number = numbers.entry(flow).or_insert(0);
-                nix::unistd::write(tap.as_fd(), &probe(flow, *number)).expect("the client sends");
-                *number += 1;
-                counter.fetch_add(1, Ordering::Relaxed);
-                if i % 15 == 14 {
-                    next += Duration::from_millis(1);
-                    std::thread::sleep(next.saturating_duration_since(Instant::now()));
-                }
-            }
-            numbers
-        });
-        Self { sent, thread }
-    }
-
-    pub(crate) fn wait_for(&self, count: usize) -> anyhow::Result<()> {
-        wait_until("the sender gets on", || {
-            self.sent.load(Ordering::Relaxed) >= count
-        })
-    }
-
-    pub(crate) fn finish(self) -> BTreeMap<u8, u64> {
-        self.thread.join().expect("the sender")
-    }
-}
-
-pub(crate) fn wait_until(what: &str, done: impl Fn() -> bool) -> anyhow::Result<()> {
-    let until = Instant::now() + DEADLINE;
-    while !done() {
-        ensure!(Instant::now() < until, "in vain: {what}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    Ok(())
-}
-
-/// What the guest has got, wherever it ran.
-#[derive(Clone, Default)]
-pub(crate) struct Inbox(Arc<Mutex<Vec<(u8, u64)>>>);
-
-impl Inbox {
-    pub(crate) fn len(&self) -> usize {
-        self.0.lock().expect("the inbox").len()
-    }
-
-    /// Every frame of every flow came once, and in order.
-    pub(crate) fn check(&self, sent: &BTreeMap<u8, u64>) -> anyhow::Result<()> {
-        let total: u64 = sent.values().sum();
-        // A frame too many is as wrong as one too few, so the wait ends at the first of the two.
-        let waited = wait_until("all frames arrive", || self.len() as u64 >= total);
-        let mut next = BTreeMap::new();
-        let mut wrong = Vec::new();
-        for (flow, number) in self.0.lock().expect("the inbox").iter() {
-            let expected = next.entry(*flow).or_insert(0);
-            if number != expected {
-                wrong.push(format!("flow {flow}: {number} came, {expected} was due"));
-            }
-            *expected = number + 1;
-        }
-        ensure!(
-            wrong.is_empty(),
-            "{} breaks: {:?}",
-            wrong.len(),
-            &wrong[..wrong.len().min(10)]
-        );
-        waited?;
-        ensure!(&next == sent, "{next:?} came, {sent:?} was sent");
-        Ok(())
-    }
-}
-
-/// The thread at the other end of the TAP.
-pub(crate) struct Guest {
-    runs: Arc<AtomicBool>,
-    thread: JoinHandle<()>,
-}
-
-impl Guest {
-    pub(crate) fn start(tap: OwnedFd, inbox: &Inbox) -> Self {
-        let runs = Arc::new(AtomicBool::new(true));
-        let (go_on, inbox) = (Arc::clone(&runs), inbox.clone());
-        let thread = std::thread::spawn(move || {
-            let mut buffer = vec![0; 70_000];
-            while go_on.load(Ordering::Acquire) {
-                let mut fds = [PollFd::new(tap.as_fd(), PollFlags::POLLIN)];
-                poll(&mut fds, PollTimeout::from(5u8)).expect("poll");
-                if !go_on.load(Ordering::Acquire) {
-                    break;
-                }
-                let Ok(len) = nix::unistd::read(tap.as_fd(), &mut buffer) else {
-                    continue;
-                };
-                if let Some(arrival) = parse(&buffer[..len]) {
-                    inbox.0.lock().expect("the inbox").push(arrival);
-                }
-            }
-        });
-        Self { runs, thread }
-    }
-
-    /// Stops reading; what is in the TAP stays there.
-    pub(crate) fn stop(self) {
-        self.runs.store(false, Ordering::Release);
-        self.thread.join().expect("the guest");
-    }
-}
-
-pub(crate) fn parse(frame: &[u8]) -> Option<(u8, u64)> {
-    let payload = frame.get(PAYLOAD..)?;
-    let (magic, rest) = payload.split_first_chunk::<4>()?;
-    let (flow, rest) = rest.split_first()?;
-    let number = rest.first_chunk::<8>()?;
-    (*magic == MAGIC).then(|| (*flow, u64::from_be_bytes(*number)))
-}
-
-/// The guest says something, so that the switch learns where it is.
-pub(crate) fn say_hello(port: &Port) -> anyhow::Result<()> {
-    let mut frame = vec![0; VNET_HEADER];
-    frame.extend([0xff; 6]);
-    frame.extend(POD_MAC.0);
-    frame.extend([0x08, 0x06]);
-    frame.resize(VNET_HEADER + 60, 0);
-    nix::unistd::write(port.tap_fd()?.as_fd(), &frame)?;
-    Ok(())
 }
 
 /// The wire: hands items over, and acknowledgements back.

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use nix::sched::{CloneFlags, unshare};
@@ -13,6 +13,7 @@ use vm_runtime::qemu::{QemuBinary, QemuConfig};
 use vm_runtime::spec::{Accel, CPU, DiskSpec, KERNEL_CMDLINE, MACHINE, VmSpec};
 use vm_runtime::units::{Bytes, PAGE_SIZE, PageIndex};
 use vm_runtime::vm::{CONSOLE, Vm, VmRecord, VmResources};
+use xtask::process::poll_until;
 
 use crate::guest;
 
@@ -146,16 +147,21 @@ pub fn count(dir: &Path) -> Option<u64> {
 
 /// Waits until the guest's count is past `floor`.
 pub async fn counts_past(dir: &Path, floor: u64) -> anyhow::Result<u64> {
-    let began = Instant::now();
-    loop {
-        match count(dir) {
-            Some(count) if count > floor => return Ok(count),
-            _ if began.elapsed() > BOOT_LIMIT => bail!(
-                "the guest does not count past {floor}: {}",
-                String::from_utf8_lossy(&std::fs::read(dir.join(CONSOLE))?)
-            ),
-            _ => tokio::time::sleep(Duration::from_millis(5)).await,
-        }
+    let watched = dir.to_owned();
+    let reached = tokio::task::spawn_blocking(move || {
+        let mut past = None;
+        poll_until(BOOT_LIMIT, || {
+            past = count(&watched).filter(|count| *count > floor);
+            past.is_some()
+        });
+        past
+    });
+    match reached.await? {
+        Some(count) => Ok(count),
+        None => bail!(
+            "the guest does not count past {floor}: {}",
+            String::from_utf8_lossy(&std::fs::read(dir.join(CONSOLE))?)
+        ),
     }
 }
 

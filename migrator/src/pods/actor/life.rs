@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::broadcast;
+use tokio::time::MissedTickBehavior;
 use vm_runtime::agent_client::{AgentClient, Event};
 use vm_runtime::vm::VmExit;
 
@@ -11,6 +12,7 @@ use super::{Actor, End};
 use crate::api::error::chain;
 use crate::api::types::{ContainerState, PodState};
 use crate::pods::boot;
+use crate::pods::console;
 use crate::pods::error::PodError;
 use crate::pods::handle::{Command, MigrationEnd, PodResources};
 use crate::pods::sink;
@@ -24,6 +26,8 @@ impl Actor {
         let mut agent = resources.agent.subscribe();
         agent.mark_changed();
         let mut events: Option<broadcast::Receiver<Event>> = None;
+        let mut console = tokio::time::interval(console::LOOK_EVERY);
+        console.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let migrating = self.view.borrow().migration.is_some();
             let vm = Arc::clone(&resources.vm);
@@ -42,6 +46,8 @@ impl Actor {
                 exit = vm.wait_exit(), if !migrating => {
                     return self.died(exit.ok(), &resources).await;
                 }
+                // Before the events, which a busy guest has always more of.
+                _ = console.tick() => self.bound_console().await,
                 changed = agent.changed() => {
                     let client = agent.borrow_and_update().clone();
                     if let (Ok(()), Some(client)) = (changed, client) {

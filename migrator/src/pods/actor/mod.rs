@@ -11,6 +11,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use vm_runtime::units::Epoch;
 
 use super::boot::BootOrder;
+use super::console;
 use super::error::PodError;
 use super::handle::{Command, Facts, PodHandle, PodResources, View, waiting};
 use super::{PodRegistry, Reservation};
@@ -150,8 +151,19 @@ impl Actor {
         }
     }
 
+    /// Keeps the file of the guest's console small.
+    async fn bound_console(&self) {
+        let dir = self.facts.dir.clone();
+        let bounded = tokio::task::spawn_blocking(move || console::bound(&dir)).await;
+        if let Ok(Err(error)) = bounded {
+            tracing::warn!(pod = self.name(), %error, "cannot cut the file of its console");
+        }
+    }
+
     /// Shows a pod without VM until it is removed.
     async fn dead(&mut self, reason: String) -> End {
+        // What it printed last, or while no service ran.
+        self.bound_console().await;
         self.view.send_modify(|view| {
             view.state = PodState::Failed;
             view.reason = Some(reason);
