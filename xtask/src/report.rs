@@ -38,6 +38,8 @@ pub struct MigrationReport {
 pub enum Outcome {
     /// The destination runs the guest.
     Completed,
+    /// The destination did not take it; the source runs it, as before.
+    Refused(String),
     /// The source runs it, as before.
     Failed(String),
 }
@@ -118,6 +120,7 @@ impl Migration {
             mode: report.mode.clone(),
             outcome: match &report.outcome {
                 Outcome::Completed => "completed".to_owned(),
+                Outcome::Refused(reason) => format!("refused: {reason}"),
                 Outcome::Failed(reason) => format!("failed: {reason}"),
             },
             total_ms: report.total_ms,

@@ -83,6 +83,9 @@ impl MigrateArgs {
         }
         match report.outcome {
             Outcome::Completed => Ok(ExitCode::SUCCESS),
+            Outcome::Refused(reason) => {
+                Err(Failure::new(Exit::Refused, format!("not moved: {reason}")))
+            }
             Outcome::Failed(reason) => {
                 Err(Failure::new(Exit::Failed, format!("not moved: {reason}")))
             }
@@ -159,6 +162,7 @@ pub(super) fn summary(report: &MigrationReport) -> String {
             "{pod} moved from {from} to {to} in {:.0} ms, downtime {:.1} ms\n",
             report.total_ms, report.downtime_ms
         ),
+        Outcome::Refused(reason) => format!("{pod} stays on {from}: refused by {reason}\n"),
         Outcome::Failed(reason) => {
             format!("{pod} stays on {from}: the migration to {to} failed: {reason}\n")
         }

@@ -81,6 +81,7 @@ fn row(status: &MigrationStatus) -> Vec<String> {
         None => (phase_name(status.phase), "-".to_owned()),
         Some(report) => match report.outcome {
             Outcome::Completed => ("completed", format!("{:.1} ms", report.downtime_ms)),
+            Outcome::Refused(_) => ("refused", "-".to_owned()),
             Outcome::Failed(_) => ("failed", "-".to_owned()),
         },
     };

@@ -98,6 +98,8 @@ enum State {
     Closing(Dialing),
     RollingBack {
         reason: String,
+        /// Whether the reason is the destination's `Refuse`.
+        refused: bool,
         pod_failed: Option<String>,
     },
     Done,

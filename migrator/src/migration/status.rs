@@ -28,6 +28,8 @@ pub enum Phase {
 pub enum Outcome {
     /// The destination runs the guest.
     Completed,
+    /// The destination did not take the pod; the source runs the guest, as before.
+    Refused(String),
     /// The source runs the guest, as before.
     Failed(String),
 }

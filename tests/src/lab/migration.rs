@@ -97,7 +97,7 @@ impl TestLab {
         let report = status.report.clone().context("no report")?;
         match &report.outcome {
             Outcome::Completed => bail!("it completed: {report:?}"),
-            Outcome::Failed(reason) => {
+            Outcome::Refused(reason) | Outcome::Failed(reason) => {
                 ensure!(status.phase == Phase::Done, "{status:?}");
                 ensure!(!reason.is_empty(), "it failed without a reason");
                 Ok((reason.clone(), report.clone()))

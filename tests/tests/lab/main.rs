@@ -214,7 +214,7 @@ fn a_refused_offer_says_why() -> Result<()> {
 /// The destination refuses the pod, with these words.
 fn refused(test: &TestLab, words: &[&str]) -> Result<()> {
     let said = test.says(Node::A, &["migrate", POD, "--to", "b"])?;
-    ensure!(said.code == Some(1), "{said:?}");
+    ensure!(said.code == Some(4), "{said:?}");
     for word in words {
         ensure!(said.err.contains(word), "`{word}` is missing: {}", said.err);
     }

@@ -155,6 +155,15 @@ impl Run {
                 source,
                 destination.unwrap_or_default(),
             ),
+            Outcome::Refused { reason } => {
+                let epoch = self.owner_epoch().await;
+                (
+                    Some(MigrationEnd::Kept { epoch }),
+                    status::Outcome::Refused(reason),
+                    Ledger::default(),
+                    Ledger::default(),
+                )
+            }
             Outcome::Failed { reason } => {
                 let epoch = self.owner_epoch().await;
                 let end = Some(MigrationEnd::Kept { epoch });

@@ -213,6 +213,11 @@ pub enum Outcome {
         /// The packets of the destination, if it could still tell.
         destination: Option<Ledger>,
     },
+    /// The destination did not take the pod; the source runs the guest, as before.
+    Refused {
+        /// Why.
+        reason: String,
+    },
     /// The source runs the guest, as before.
     Failed {
         /// Why.

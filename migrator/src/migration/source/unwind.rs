@@ -56,22 +56,42 @@ impl Source {
         }));
         self.deadline = None;
         let pod_failed = (!self.vm_alive).then(|| "the VM exited at the source".to_owned());
-        self.state = State::RollingBack { reason, pod_failed };
+        self.state = State::RollingBack {
+            reason,
+            refused: false,
+            pod_failed,
+        };
     }
 
     pub(super) fn rolled_back(&mut self, out: &mut Vec<Output>) {
-        let State::RollingBack { reason, pod_failed } = &self.state else {
+        let State::RollingBack {
+            reason,
+            refused,
+            pod_failed,
+        } = &self.state
+        else {
             return;
         };
-        let (reason, pod_failed) = (reason.clone(), pod_failed.clone());
+        let (reason, refused, pod_failed) = (reason.clone(), *refused, pod_failed.clone());
         self.state = State::Done;
         out.push(Output::Note(self.ended(SourceState::Failed {
             reason: reason.clone(),
         })));
         out.push(Output::Finish(match pod_failed {
+            None if refused => Outcome::Refused { reason },
             None => Outcome::Failed { reason },
             Some(reason) => Outcome::PodFailed { reason },
         }));
+    }
+
+    /// The destination does not take the pod.
+    pub(super) fn refused(&mut self, reason: &str, out: &mut Vec<Output>) {
+        let before = self.before_grant();
+        self.turned_down(reason, out);
+        if let State::RollingBack { refused, .. } = &mut self.state {
+            // One that comes while something else is undone is no longer the reason.
+            *refused |= before;
+        }
     }
 
     /// `Refuse` or `Abort`: the destination keeps nothing, and has journaled so where it had begun.

@@ -52,7 +52,7 @@ impl Source {
             (Control::QueryReply(reply), _) if reply.migration == self.record.migration => {
                 self.verdict(reply.verdict, out);
             }
-            (Control::Refuse(refuse), _) => self.turned_down(&refuse.reason, out),
+            (Control::Refuse(refuse), _) => self.refused(&refuse.reason, out),
             (Control::Abort(abort), _) => self.turned_down(&abort.reason, out),
             (Control::Bye(bye), State::Closing(_)) if bye.migration == self.record.migration => {
                 self.complete(Some(bye.ledger), out);
