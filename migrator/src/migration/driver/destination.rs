@@ -1,10 +1,12 @@
 //! Runs the destination's machine.
 
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use tokio::io::DuplexStream;
 use tokio::sync::mpsc::{self, UnboundedReceiver, unbounded_channel};
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use vm_runtime::vm::Vm;
 
@@ -30,6 +32,8 @@ use crate::wire::message::{Bye, Control, Ledger, Offer};
 
 /// Chunks and barriers that wait for the conductor.
 const ARRIVALS: usize = 64;
+/// How long the freeze waits for the pod's output to be in its folder, which takes a millisecond.
+const KEEPS_WITHIN: Duration = Duration::from_millis(5);
 
 /// One machine and what it works with.
 pub(super) struct Run {
@@ -274,9 +278,9 @@ impl Side for Run {
     async fn carry_out_one(&mut self, output: Output) -> Result<(), JournalFailed> {
         match output {
             Output::Send(message) => {
-                // From the grant on, a service that is killed must find them again.
+                // From the grant on, a service that is killed must find them again. A disk that is busy goes on beside the freeze.
                 if let (Control::Ready(_), Some(keeping)) = (&message, self.keeping.take()) {
-                    let _ = keeping.await;
+                    let _ = timeout(KEEPS_WITHIN, keeping).await;
                 }
                 self.runner.send(message).await;
             }
