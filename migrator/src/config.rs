@@ -13,7 +13,7 @@
 //! guest: { kernel: vmlinuz, initramfs: guest.img }
 //! qemu: { binary: /usr/bin/qemu-system-x86_64, accel: auto }   # optional
 //! limits: { pods: 64, log_bytes: 16777216 }                    # optional
-//! migration: { connections: 2, max_downtime_ms: 50 }           # optional
+//! migration: { connections: 2, max_downtime_ms: 300 }           # optional
 //! ```
 //!
 //! Relative paths are taken from the file's own folder. An unknown key is an error that names it.
@@ -141,7 +141,8 @@ impl Default for Limits {
 pub struct MigrationDefaults {
     /// Data connections, 1 to 16.
     pub connections: u8,
-    /// The longest predicted downtime that lets a migration freeze the guest, in milliseconds.
+    /// The longest predicted downtime that lets a migration freeze the guest, in milliseconds. QEMU's own default is 300 as well
+    /// (`downtime-limit`); what is reached is less, as rounds go on while they shorten it.
     pub max_downtime_ms: u32,
 }
 
@@ -149,7 +150,7 @@ impl Default for MigrationDefaults {
     fn default() -> Self {
         Self {
             connections: 2,
-            max_downtime_ms: 50,
+            max_downtime_ms: 300,
         }
     }
 }

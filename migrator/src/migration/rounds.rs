@@ -32,7 +32,7 @@ pub struct Policy {
     pub memory_limit_us: u64,
     /// What the rest of the downtime is expected to cost (stop, device state, grant, resume), in microseconds.
     pub fixed_us: u64,
-    /// From the decision to the guest's stop, in microseconds: the gate's grace period and the drain of the TAP. The guest goes on
+    /// From the decision to the guest's stop, in microseconds: the visit of each CPU and the drain of the TAP. The guest goes on
     /// writing meanwhile.
     pub lead_us: u64,
     /// Rounds after which a migration that does not converge ends.
@@ -42,12 +42,12 @@ pub struct Policy {
 }
 
 impl Default for Policy {
-    /// 30 ms of memory; 15 ms of everything else and 10 ms of lead, both measured; 30 rounds.
+    /// 30 ms of memory; 15 ms of everything else and 4 ms of lead, both measured; 30 rounds.
     fn default() -> Self {
         Self {
             memory_limit_us: 30_000,
             fixed_us: 15_000,
-            lead_us: 10_000,
+            lead_us: 4_000,
             max_rounds: 30,
             force: false,
         }
