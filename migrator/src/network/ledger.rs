@@ -149,6 +149,13 @@ impl Tally {
             ..Self::default()
         }
     }
+
+    /// Of the waiting, what the former service had read and left for this one, and what it had read back from the TAP.
+    pub(crate) fn restored(mut self, (parked, residue): (u64, u64)) -> Self {
+        self.park_read += parked;
+        self.residue += residue;
+        self
+    }
 }
 
 fn parked(row: &CounterRow) -> u64 {
@@ -275,6 +282,26 @@ mod tests {
         let tally = Tally::after_restart(&row(100, 30, 0), 4);
         let ledger = book(&row(100, 30, 0), &tally, 0, 0);
         assert_eq!((ledger.held, ledger.delivered), (4, 126));
+        assert!(ledger.balances());
+    }
+
+    #[test]
+    fn what_a_killed_service_left_is_held_until_it_is_back_with_the_guest() {
+        // Of 30 parked frames 20 wait: 12 were left, and 6 are in the park; 2 died with the service. So did none of the
+        // 5 that it had read back from the TAP.
+        let row = row(100, 30, 0);
+        let mut tally = Tally::after_restart(&row, 20).restored((12, 5));
+        tally.held = 12 + 5;
+        let ledger = book(&row, &tally, 0, 0);
+        assert_eq!((ledger.held, ledger.delivered), (25, 105));
+        assert_eq!(ledger.lost, 0);
+        assert!(ledger.balances());
+        tally.park_read += 6;
+        tally.held = 0;
+        tally.own_injected += 12 + 5 + 6;
+        tally.crash = 2;
+        let ledger = book(&row, &tally, 0, 0);
+        assert_eq!((ledger.held, ledger.delivered, ledger.lost), (0, 128, 2));
         assert!(ledger.balances());
     }
 

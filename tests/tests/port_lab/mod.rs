@@ -12,6 +12,7 @@ use migrator::network::{
     ExistingDevices, Ledger, LogItem, NodeNetConfig, NodeNetwork, PodNetId, Port, Role,
 };
 use migrator_tests::netns::{BpfDir, Netns, require_root};
+use tempfile::TempDir;
 use tokio::sync::mpsc;
 use vm_runtime::units::MacAddress;
 
@@ -28,14 +29,16 @@ pub(crate) struct Node {
     pub(crate) jobs: mpsc::UnboundedSender<Job>,
     pub(crate) network: NodeNetwork,
     pub(crate) dir: BpfDir,
+    pub(crate) spool: TempDir,
     pub(crate) netns: Netns,
 }
 
-pub(crate) fn config(dir: &BpfDir) -> NodeNetConfig {
+pub(crate) fn config(dir: &BpfDir, spool: &TempDir) -> NodeNetConfig {
     NodeNetConfig {
         bridge: "br0".into(),
         uplink: "eth0".into(),
         bpffs: dir.path().to_owned(),
+        spool_dir: spool.path().join("spool"),
     }
 }
 
@@ -80,11 +83,13 @@ impl Node {
         switch.ip(&format!("link set p{number} master sw0 up"))?;
         let jobs = start_thread(&netns);
         let dir = BpfDir::new()?;
-        let network = call(&jobs, NodeNetwork::open(config(&dir)))??;
+        let spool = tempfile::tempdir()?;
+        let network = call(&jobs, NodeNetwork::open(config(&dir, &spool)))??;
         Ok(Self {
             jobs,
             network,
             dir,
+            spool,
             netns,
         })
     }
@@ -110,7 +115,7 @@ impl Node {
     /// The service ends and a new one starts; the devices live on.
     pub(crate) fn restart(&mut self) -> anyhow::Result<()> {
         self.jobs = start_thread(&self.netns);
-        self.network = self.call(NodeNetwork::open(config(&self.dir)))??;
+        self.network = self.call(NodeNetwork::open(config(&self.dir, &self.spool)))??;
         Ok(())
     }
 
