@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use nix::mount::{MsFlags, mount};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -66,6 +68,23 @@ pub(super) fn lock(state_dir: &Path, patience: Duration) -> Result<StateLock, Da
     }
 }
 
+/// Makes a folder whose files are in memory (a tmpfs), or finds it: it outlives the service, and a busy disk does not hold up the
+/// packets that are written to it. Where it cannot be mounted, the folder itself has to do.
+fn memory_folder(dir: PathBuf) -> PathBuf {
+    let mounted = || -> io::Result<()> {
+        std::fs::create_dir_all(&dir)?;
+        if statfs(&dir)?.filesystem_type() != TMPFS_MAGIC {
+            let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+            mount(Some("tmpfs"), &dir, Some("tmpfs"), flags, Some("mode=0700"))?;
+        }
+        Ok(())
+    };
+    if let Err(error) = mounted() {
+        tracing::warn!(dir = %dir.display(), %error, "no file system in memory: parked packets are spooled to the disk");
+    }
+    dir
+}
+
 /// Lets the process have as many descriptors as it may: a pod takes about ten, a migration more.
 pub(super) fn raise_descriptor_limit() {
     let raised = getrlimit(Resource::RLIMIT_NOFILE)
@@ -109,7 +128,7 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
         bridge: config.bridge.as_str().to_owned(),
         uplink: config.uplink.as_str().to_owned(),
         bpffs: state.join("bpf"),
-        spool_dir: state.join("spool"),
+        spool_dir: memory_folder(state.join("spool")),
     })
     .await
     .map_err(|e| DaemonError::open("the network", e))?;

@@ -1,6 +1,6 @@
 //! The source's log in a file, for the service that comes after one that was killed: frames read out of the
 //! park are in no queue of the kernel any more. A crash of the whole machine ends the guest as well, so the page cache is
-//! enough: nothing is synced.
+//! enough: nothing is synced. The service mounts a tmpfs for it, so that no disk holds packets up.
 //!
 //! The file lives from the beginning of a hold until the pod has its frames back, or is gone from this node:
 //!
