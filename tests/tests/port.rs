@@ -8,13 +8,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use migrator::network::{
-    ExistingDevices, Ledger, LogItem, LogKind, Port, Role, Stage, VNET_HEADER,
-};
+use migrator::network::{ExistingDevices, LogKind, Port, Role, Stage, VNET_HEADER};
 use migrator_tests::netns::{set_vnet_header, take_segments_whole};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use port_lab::{
-    CLIENT_MAC, Guest, Inbox, Lab, Node, POD_MAC, Sender, connect, finish_ipv4, pod, say_hello,
+    CLIENT_MAC, Guest, Inbox, Lab, Node, POD_MAC, check_ledger, connect, finish_ipv4, pod,
+    say_hello,
 };
 use tokio::sync::mpsc;
 
@@ -45,13 +44,6 @@ fn migrate(
     let port = destination.clone();
     to.call(async move { port.settle().await })??;
     Ok((destination, guest))
-}
-
-fn check_ledger(ledger: &Ledger) -> anyhow::Result<()> {
-    ensure!(ledger.balances(), "{ledger:?}");
-    ensure!(ledger.lost == 0, "{ledger:?}");
-    ensure!(ledger.held == 0, "{ledger:?}");
-    Ok(())
 }
 
 #[test]
@@ -177,110 +169,6 @@ fn a_pod_gets_its_frames_while_no_service_runs_and_the_next_one_takes_over() -> 
     sender.wait_for(15_000)?;
     ensure!(lab.a.ledger(&at_a)?.reasons.parked > 0);
     let (at_b, guest) = migrate((&lab.a, &at_a, guest), (&lab.b, 1), &inbox)?;
-    let sent = sender.finish();
-    inbox.check(&sent)?;
-    guest.stop();
-    let port = at_a.clone();
-    check_ledger(&lab.a.call(async move { port.release().await })??)?;
-    check_ledger(&lab.b.ledger(&at_b)?)
-}
-
-/// The service is gone without a release; the next one finds the devices.
-fn restart(lab: &mut Lab, port: Port) -> anyhow::Result<Port> {
-    let (tap, park) = (port.tap_fd()?, port.park_fd()?);
-    drop(port);
-    lab.a.restart()?;
-    let existing = ExistingDevices { tap, park };
-    lab.a
-        .attach(&pod("pod", POD_MAC, 10), 1, Role::Local, Some(existing))
-}
-
-/// A pod at node a, killed service and all, with 5,000 frames and more parked: some left in the TAP when its guest stopped.
-fn killed_while_it_holds(
-    lab: &mut Lab,
-    inbox: &Inbox,
-    sink: mpsc::UnboundedSender<LogItem>,
-) -> anyhow::Result<(Port, Sender)> {
-    let at_a = lab
-        .a
-        .attach(&pod("pod", POD_MAC, 10), 1, Role::Local, None)?;
-    let guest = Guest::start(at_a.tap_fd()?, inbox);
-    say_hello(&at_a)?;
-    let sender = lab.sender(30_000)?;
-    sender.wait_for(5_000)?;
-    guest.stop();
-    let port = at_a.clone();
-    lab.a.call(async move {
-        port.hold(sink).await?;
-        port.residue().await
-    })??;
-    sender.wait_for(10_000)?;
-    let at_a = restart(lab, at_a)?;
-    ensure!(at_a.stage() == Stage::Holding);
-    Ok((at_a, sender))
-}
-
-#[test]
-fn a_service_killed_while_it_holds_leaves_every_frame_to_the_next_one() -> anyhow::Result<()> {
-    let mut lab = Lab::new()?;
-    let inbox = Inbox::default();
-    let sink = mpsc::unbounded_channel().0;
-    let (at_a, sender) = killed_while_it_holds(&mut lab, &inbox, sink)?;
-    let ledger = lab.a.ledger(&at_a)?;
-    ensure!(ledger.held > 0 && ledger.lost == 0, "{ledger:?}");
-    // Nobody reads, and the TAP is soon full: this one is killed in the middle of its rollback.
-    let port = at_a.clone();
-    lab.a.call(async move { port.rollback().await })??;
-    sender.wait_for(15_000)?;
-    ensure!(at_a.stage() == Stage::RollingBack);
-    let at_a = restart(&mut lab, at_a)?;
-    sender.wait_for(20_000)?;
-    let port = at_a.clone();
-    lab.a.call(async move { port.rollback().await })??;
-    let guest = Guest::start(at_a.tap_fd()?, &inbox);
-    let sent = sender.finish();
-    inbox.check(&sent)?;
-    let port = at_a.clone();
-    lab.a
-        .call(async move { port.reached(Stage::Local).await })??;
-    check_ledger(&lab.a.ledger(&at_a)?)?;
-    guest.stop();
-    let kept = std::fs::read_dir(lab.a.spool.path().join("spool"))?;
-    ensure!(kept.count() == 0, "the spool is left");
-    Ok(())
-}
-
-#[test]
-fn a_service_killed_while_it_holds_or_forwards_sends_its_log_again() -> anyhow::Result<()> {
-    let mut lab = Lab::new()?;
-    let inbox = Inbox::default();
-    let at_b = lab
-        .b
-        .attach(&pod("pod", POD_MAC, 10), 1, Role::Incoming, None)?;
-    // The wire takes some of it, and is cut.
-    let (sink, mut log) = mpsc::unbounded_channel();
-    let (at_a, sender) = killed_while_it_holds(&mut lab, &inbox, sink)?;
-    for _ in 0..3_000 {
-        at_b.log_input(log.try_recv()?)?;
-    }
-    let (sink, log) = mpsc::unbounded_channel();
-    connect(log, at_a.clone(), at_b.clone(), &lab.b)?;
-    let port = at_a.clone();
-    lab.a.call(async move { port.resend(sink).await })??;
-    let port = at_b.clone();
-    lab.b.call(async move { port.open().await })??;
-    let guest = Guest::start(at_b.tap_fd()?, &inbox);
-    let port = at_a.clone();
-    lab.a.call(async move { port.forward().await })??;
-    sender.wait_for(15_000)?;
-    let at_a = restart(&mut lab, at_a)?;
-    ensure!(at_a.stage() == Stage::Forwarding);
-    let (sink, log) = mpsc::unbounded_channel();
-    connect(log, at_a.clone(), at_b.clone(), &lab.b)?;
-    let port = at_a.clone();
-    lab.a.call(async move { port.resend(sink).await })??;
-    let port = at_b.clone();
-    lab.b.call(async move { port.settle().await })??;
     let sent = sender.finish();
     inbox.check(&sent)?;
     guest.stop();

@@ -214,7 +214,7 @@ impl NodeNetwork {
             netlink.own_address(&names.0, tap.index, pod.mac).await?;
         }
         let tally = if adopted {
-            Tally::after_restart(&gate.counters()?, gate.waiting())
+            Tally::after_restart(&gate.counters()?, gate.waiting(), tap.tx_dropped)
         } else {
             Tally::default()
         };

@@ -1,5 +1,6 @@
-//! Nodes and a client in namespaces of their own; [`traffic`] is what crosses them.
+//! Nodes and a client in namespaces of their own; [`traffic`] is what crosses them, [`killed`] has tests.
 
+mod killed;
 mod traffic;
 
 use std::future::Future;
@@ -7,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use migrator::network::{
     ExistingDevices, Ledger, LogItem, NodeNetConfig, NodeNetwork, PodNetId, Port, Role,
 };
@@ -216,4 +217,11 @@ pub(crate) fn connect(
         }))
         .ok()
         .context("the node's thread")
+}
+
+pub(crate) fn check_ledger(ledger: &Ledger) -> anyhow::Result<()> {
+    ensure!(ledger.balances(), "{ledger:?}");
+    ensure!(ledger.lost == 0, "{ledger:?}");
+    ensure!(ledger.held == 0, "{ledger:?}");
+    Ok(())
 }
