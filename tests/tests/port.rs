@@ -8,11 +8,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use migrator::network::{ExistingDevices, Ledger, LogKind, Port, Role, Stage, VNET_HEADER};
+use migrator::network::{ExistingDevices, LogKind, Port, Role, Stage, VNET_HEADER};
 use migrator_tests::netns::{set_vnet_header, take_segments_whole};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use port_lab::{
-    CLIENT_MAC, Guest, Inbox, Lab, Node, POD_MAC, connect, finish_ipv4, pod, say_hello,
+    CLIENT_MAC, Guest, Inbox, Lab, Node, POD_MAC, check_ledger, connect, finish_ipv4, pod,
+    say_hello,
 };
 use tokio::sync::mpsc;
 
@@ -43,13 +44,6 @@ fn migrate(
     let port = destination.clone();
     to.call(async move { port.settle().await })??;
     Ok((destination, guest))
-}
-
-fn check_ledger(ledger: &Ledger) -> anyhow::Result<()> {
-    ensure!(ledger.balances(), "{ledger:?}");
-    ensure!(ledger.lost == 0, "{ledger:?}");
-    ensure!(ledger.held == 0, "{ledger:?}");
-    Ok(())
 }
 
 #[test]

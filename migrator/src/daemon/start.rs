@@ -109,6 +109,7 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
         bridge: config.bridge.as_str().to_owned(),
         uplink: config.uplink.as_str().to_owned(),
         bpffs: state.join("bpf"),
+        spool_dir: state.join("spool"),
     })
     .await
     .map_err(|e| DaemonError::open("the network", e))?;

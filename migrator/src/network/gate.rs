@@ -339,7 +339,8 @@ impl SlotGate {
         }
     }
 
-    /// How far the log of the pod's arrival was injected; outlives the service. 0: not at all.
+    /// How far the log of the pod's arrival was injected; outlives the service. 0: not at all. From a hold on, how far
+    /// the log of its departure was: acknowledged, or rolled back; `u64::MAX` if that log is in memory only.
     pub(crate) fn injected(&self) -> u64 {
         let injected = self.gates.injected.get(u32::from(self.slot));
         injected.map_or(0, |value| value.load(Ordering::Acquire))
@@ -349,6 +350,13 @@ impl SlotGate {
     pub(crate) fn set_injected(&self, seq: u64) {
         if let Some(injected) = self.gates.injected.get(u32::from(self.slot)) {
             injected.store(seq, Ordering::Release);
+        }
+    }
+
+    /// As [`set_injected`](Self::set_injected), but never backwards.
+    pub(crate) fn raise_injected(&self, seq: u64) {
+        if seq > self.injected() {
+            self.set_injected(seq);
         }
     }
 

@@ -77,7 +77,7 @@ pub struct Reasons {
     pub lost_park: u64,
     /// Lost: the TAP's queue was full.
     pub lost_tap: u64,
-    /// Lost: parked, and in the memory of a service that was killed.
+    /// Lost: parked, and only in the memory of a service that was killed.
     pub lost_crash: u64,
     /// Lost: given up when the pod was removed.
     pub lost_removed: u64,
@@ -140,14 +140,22 @@ pub(crate) struct Tally {
 
 impl Tally {
     /// For a thread that takes a port over: the programs have counted all along. What they parked and
-    /// nothing waits for any more, a former service has dealt with.
-    pub(crate) fn after_restart(row: &CounterRow, waiting: u64) -> Self {
+    /// nothing waits for any more, a former service has dealt with. What the TAP has dropped, it has tried again or booked.
+    pub(crate) fn after_restart(row: &CounterRow, waiting: u64, tap_dropped: u64) -> Self {
         let dealt_with = parked(row).saturating_sub(waiting);
         Self {
             park_read: dealt_with,
             own_injected: dealt_with,
+            full: tap_dropped,
             ..Self::default()
         }
+    }
+
+    /// Of the waiting, what the former service had read and left for this one, and what it had read back from the TAP.
+    pub(crate) fn restored(mut self, (parked, residue): (u64, u64)) -> Self {
+        self.park_read += parked;
+        self.residue += residue;
+        self
     }
 }
 
@@ -272,9 +280,29 @@ mod tests {
 
     #[test]
     fn a_restarted_service_balances_from_where_it_is() {
-        let tally = Tally::after_restart(&row(100, 30, 0), 4);
-        let ledger = book(&row(100, 30, 0), &tally, 0, 0);
-        assert_eq!((ledger.held, ledger.delivered), (4, 126));
+        let tally = Tally::after_restart(&row(100, 30, 0), 4, 9);
+        let ledger = book(&row(100, 30, 0), &tally, 0, 9);
+        assert_eq!((ledger.held, ledger.delivered, ledger.lost), (4, 126, 0));
+        assert!(ledger.balances());
+    }
+
+    #[test]
+    fn what_a_killed_service_left_is_held_until_it_is_back_with_the_guest() {
+        // Of 30 parked frames 20 wait: 12 were left, 6 are in the park, 2 died with the service. It also left the 5 that it
+        // had read back from the TAP.
+        let row = row(100, 30, 0);
+        let mut tally = Tally::after_restart(&row, 20, 0).restored((12, 5));
+        tally.held = 12 + 5;
+        let ledger = book(&row, &tally, 0, 0);
+        assert_eq!((ledger.held, ledger.delivered), (25, 105));
+        assert_eq!(ledger.lost, 0);
+        assert!(ledger.balances());
+        tally.park_read += 6;
+        tally.held = 0;
+        tally.own_injected += 12 + 5 + 6;
+        tally.crash = 2;
+        let ledger = book(&row, &tally, 0, 0);
+        assert_eq!((ledger.held, ledger.delivered, ledger.lost), (0, 128, 2));
         assert!(ledger.balances());
     }
 

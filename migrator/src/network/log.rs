@@ -76,21 +76,81 @@ impl SourceLog {
         }
     }
 
-    /// Appends a frame that the gate parked.
-    pub(crate) fn frame(&mut self, frame: Bytes, bucket: u8) -> LogItem {
+    /// The log that a former service has left, with the buckets of its items. Everything up to `dealt_with` is with the
+    /// destination or the guest already, and only its numbers count.
+    pub(crate) fn restored(
+        records: impl IntoIterator<Item = (LogItem, Option<u8>)>,
+        dealt_with: u64,
+    ) -> Self {
+        let mut log = Self::new();
+        log.next_frame = log.next_frame.max(dealt_with.saturating_add(1));
+        for (item, bucket) in records {
+            let LogItem { seq, kind, frame } = item;
+            let kept = Kept { seq, frame, bucket };
+            let (next, queue) = match kind {
+                LogKind::ResidueEnd => {
+                    log.residue_end = Some(seq);
+                    continue;
+                }
+                LogKind::End => {
+                    log.end = Some(seq);
+                    log.next_frame = log.next_frame.max(seq.saturating_add(1));
+                    continue;
+                }
+                LogKind::Residue => (&mut log.next_residue, &mut log.residue),
+                LogKind::Frame => (&mut log.next_frame, &mut log.frames),
+            };
+            *next = (*next).max(seq.saturating_add(1));
+            if seq > dealt_with && !kept.frame.is_empty() {
+                log.kept_bytes += kept.frame.len();
+                queue.push_back(kept);
+            }
+        }
+        log
+    }
+
+    /// What [`restored`](Self::restored) needs to go on when no frame is kept: the ends, and the last number given out.
+    pub(crate) fn marks(&self) -> Vec<LogItem> {
+        let residue_end = self.residue_end.map(|seq| mark(seq, LogKind::ResidueEnd));
+        let end = self.end.map(|seq| mark(seq, LogKind::End));
+        let last = mark(self.last(), LogKind::Frame);
+        let last = (last.seq >= FIRST_FRAME_SEQ).then_some(last);
+        [residue_end, end, last].into_iter().flatten().collect()
+    }
+
+    /// The last number given out to a frame or to the end; below [`FIRST_FRAME_SEQ`] if there was none.
+    pub(crate) fn last(&self) -> u64 {
+        self.next_frame - 1
+    }
+
+    /// How many of the frames kept wait in a bucket, and how many came out of the TAP.
+    pub(crate) fn kept_from(&self) -> (u64, u64) {
+        let kept = self.residue.iter().chain(&self.frames);
+        let parked = kept.filter(|kept| kept.bucket.is_some()).count();
+        (parked as u64, (self.len() - parked) as u64)
+    }
+
+    /// Numbers a frame that the gate parked, and does not keep it.
+    pub(crate) fn numbered(&mut self, frame: Bytes) -> LogItem {
         let seq = self.next_frame;
         self.next_frame += 1;
-        self.kept_bytes += frame.len();
-        self.frames.push_back(Kept {
-            seq,
-            frame: frame.clone(),
-            bucket: Some(bucket),
-        });
         LogItem {
             seq,
             kind: LogKind::Frame,
             frame,
         }
+    }
+
+    /// Appends a frame that the gate parked.
+    pub(crate) fn frame(&mut self, frame: Bytes, bucket: u8) -> LogItem {
+        let item = self.numbered(frame);
+        self.kept_bytes += item.frame.len();
+        self.frames.push_back(Kept {
+            seq: item.seq,
+            frame: item.frame.clone(),
+            bucket: Some(bucket),
+        });
+        item
     }
 
     /// Appends a frame that never reached the guest: left in the TAP, or (with its bucket) on the way there.
@@ -284,120 +344,4 @@ impl InboundLog {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn bytes(n: u8) -> Bytes {
-        Bytes::from(vec![n; 20])
-    }
-
-    #[test]
-    fn a_log_that_is_sent_again_goes_on_where_the_other_destination_stopped() {
-        let mut source = SourceLog::new();
-        source.frame(bytes(3), 0);
-        source.residue(bytes(1), None);
-        source.residue(bytes(2), None);
-        source.residue_end();
-        source.frame(bytes(4), 0);
-        source.end();
-        let mut first = InboundLog::new();
-        for item in source.unacknowledged() {
-            assert!(first.push(item));
-        }
-        // Killed after each item in turn: what the two take together is everything, once, in order.
-        let all: Vec<LogItem> = std::iter::from_fn(|| first.pop()).collect();
-        assert_eq!(all.len(), 6);
-        for taken in 1..=all.len() {
-            let last = &all[taken - 1];
-            let mut second = InboundLog::resumed(InboundLog::mark(last.kind, last.seq));
-            for item in source.unacknowledged() {
-                second.push(item);
-            }
-            let rest: Vec<LogItem> = std::iter::from_fn(|| second.pop()).collect();
-            assert_eq!(rest, all[taken..], "after {last:?}");
-        }
-    }
-
-    #[test]
-    fn residue_is_taken_before_frames_that_arrived_earlier() {
-        let mut source = SourceLog::new();
-        let mut inbound = InboundLog::new();
-        assert!(inbound.push(source.frame(bytes(3), 0)));
-        assert!(inbound.push(source.residue(bytes(1), None)));
-        assert_eq!(inbound.pop().map(|i| i.frame), Some(bytes(1)));
-        assert!(inbound.pop().is_none(), "frames wait for the residue's end");
-        assert!(inbound.push(source.residue(bytes(2), None)));
-        assert!(inbound.push(source.residue_end().expect("first")));
-        assert!(source.residue_end().is_none());
-        let kinds: Vec<_> = std::iter::from_fn(|| inbound.pop())
-            .map(|i| i.kind)
-            .collect();
-        assert_eq!(
-            kinds,
-            [LogKind::Residue, LogKind::ResidueEnd, LogKind::Frame]
-        );
-    }
-
-    #[test]
-    fn an_item_is_taken_once_and_in_order() {
-        let mut source = SourceLog::new();
-        let mut inbound = InboundLog::new();
-        let items: Vec<_> = (0..4).map(|n| source.frame(bytes(n), n)).collect();
-        assert!(inbound.push(source.residue_end().expect("first")));
-        assert!(inbound.push(items[1].clone()));
-        assert!(!inbound.push(items[1].clone()));
-        assert!(inbound.pop().is_some(), "the residue's end");
-        assert!(inbound.pop().is_none(), "item 0 is missing");
-        assert!(inbound.push(items[0].clone()));
-        assert_eq!(inbound.pop().map(|i| i.seq), Some(items[0].seq));
-        assert_eq!(inbound.pop().map(|i| i.seq), Some(items[1].seq));
-        assert!(!inbound.push(items[0].clone()));
-        for item in source.unacknowledged() {
-            inbound.push(item);
-        }
-        let rest: Vec<_> = std::iter::from_fn(|| inbound.pop())
-            .map(|i| i.seq)
-            .collect();
-        assert_eq!(rest, [items[2].seq, items[3].seq]);
-    }
-
-    #[test]
-    fn a_number_of_the_wrong_kind_is_refused() {
-        let mut inbound = InboundLog::new();
-        for (seq, kind) in [
-            (FIRST_FRAME_SEQ, LogKind::Residue),
-            (FIRST_SEQ, LogKind::Frame),
-            (FIRST_SEQ, LogKind::End),
-            (0, LogKind::Residue),
-        ] {
-            assert!(!inbound.push(mark(seq, kind)), "{seq} {kind:?}");
-        }
-    }
-
-    #[test]
-    fn an_acknowledgement_frees_what_it_covers_and_nothing_else() {
-        let mut log = SourceLog::new();
-        log.residue(bytes(1), None);
-        log.residue_end();
-        let first = log.frame(bytes(2), 9).seq;
-        log.frame(bytes(3), 8);
-        assert_eq!(log.ack(0).len(), 0);
-        let freed = log.ack(first);
-        let buckets: Vec<_> = freed.iter().map(|k| k.bucket).collect();
-        assert_eq!(buckets, [None, Some(9)]);
-        assert_eq!((log.len(), log.kept_bytes()), (1, 20));
-        assert_eq!(log.ack(u64::MAX).len(), 1);
-        assert_eq!((log.len(), log.kept_bytes()), (0, 0));
-    }
-
-    #[test]
-    fn everything_kept_comes_back_in_order() {
-        let mut log = SourceLog::new();
-        log.frame(bytes(2), 1);
-        log.residue(bytes(1), None);
-        log.end();
-        let kept: Vec<_> = log.take_all().into_iter().map(|k| k.frame).collect();
-        assert_eq!(kept, [bytes(1), bytes(2)]);
-        assert_eq!(log.len(), 0);
-    }
-}
+mod tests;

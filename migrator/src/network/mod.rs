@@ -29,6 +29,7 @@ mod marker;
 mod netlink;
 mod node;
 mod port;
+mod spool;
 mod sys;
 
 pub use announce::{SCHEDULE, announcement};

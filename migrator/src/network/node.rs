@@ -16,6 +16,7 @@ use super::gate::{Gates, SlotGate};
 use super::ledger::Tally;
 use super::netlink::Netlink;
 use super::port::Port;
+use super::spool::Spool;
 use super::sys::{self, PacketSocket};
 
 /// Where a node's network is.
@@ -27,6 +28,8 @@ pub struct NodeNetConfig {
     pub uplink: String,
     /// Folder of the node's own BPF file system; mounted if it is none yet.
     pub bpffs: PathBuf,
+    /// Folder for the packets of pods that are being moved, made when needed: they outlive a service that is killed.
+    pub spool_dir: PathBuf,
 }
 
 /// The pod's side of its one interface.
@@ -67,6 +70,13 @@ pub(crate) struct NodeInner {
     pub(crate) gates: Arc<Gates>,
 }
 
+impl NodeInner {
+    /// What is kept of the packets of the pod in a slot.
+    pub(crate) fn spool(&self, slot: u16) -> Spool {
+        Spool::new(&self.config.spool_dir, slot)
+    }
+}
+
 /// The network of this node. Cheap to clone. Every call belongs into the network namespace that
 /// [`open`](Self::open) was called in, and into a tokio runtime.
 #[derive(Clone, Debug)]
@@ -98,6 +108,7 @@ impl NodeNetwork {
         for slot in gates.pinned_slots() {
             if netlink.link(&tap_name(slot)).await?.is_none() {
                 gates.detach(slot, None)?;
+                Spool::new(&config.spool_dir, slot).remove();
             }
         }
         let inner = NodeInner {
@@ -121,6 +132,7 @@ impl NodeNetwork {
     /// A pin or a device could not be removed.
     pub async fn forget(&self, slot: u16) -> Result<(), AttachError> {
         self.inner.gates.detach(slot, None)?;
+        self.inner.spool(slot).remove();
         self.inner.netlink.delete(&tap_name(slot)).await?;
         self.inner.netlink.delete(&park_name(slot)).await?;
         Ok(())
@@ -202,7 +214,7 @@ impl NodeNetwork {
             netlink.own_address(&names.0, tap.index, pod.mac).await?;
         }
         let tally = if adopted {
-            Tally::after_restart(&gate.counters()?, gate.waiting())
+            Tally::after_restart(&gate.counters()?, gate.waiting(), tap.tx_dropped)
         } else {
             Tally::default()
         };
@@ -272,6 +284,7 @@ impl NodeNetwork {
             tap_name: names.0.clone(),
             mac: pod.mac,
             gate: gate.clone(),
+            spool: self.inner.spool(gate.slot()),
             tap: duplicate(&devices.tap)?,
             park: duplicate(&devices.park)?,
             injector,

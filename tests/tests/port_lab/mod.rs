@@ -1,5 +1,6 @@
-//! Nodes and a client in namespaces of their own; [`traffic`] is what crosses them.
+//! Nodes and a client in namespaces of their own; [`traffic`] is what crosses them, [`killed`] has tests.
 
+mod killed;
 mod traffic;
 
 use std::future::Future;
@@ -7,11 +8,12 @@ use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use migrator::network::{
     ExistingDevices, Ledger, LogItem, NodeNetConfig, NodeNetwork, PodNetId, Port, Role,
 };
 use migrator_tests::netns::{BpfDir, Netns, require_root};
+use tempfile::TempDir;
 use tokio::sync::mpsc;
 use vm_runtime::units::MacAddress;
 
@@ -28,14 +30,16 @@ pub(crate) struct Node {
     pub(crate) jobs: mpsc::UnboundedSender<Job>,
     pub(crate) network: NodeNetwork,
     pub(crate) dir: BpfDir,
+    pub(crate) spool: TempDir,
     pub(crate) netns: Netns,
 }
 
-pub(crate) fn config(dir: &BpfDir) -> NodeNetConfig {
+pub(crate) fn config(dir: &BpfDir, spool: &TempDir) -> NodeNetConfig {
     NodeNetConfig {
         bridge: "br0".into(),
         uplink: "eth0".into(),
         bpffs: dir.path().to_owned(),
+        spool_dir: spool.path().join("spool"),
     }
 }
 
@@ -80,11 +84,13 @@ impl Node {
         switch.ip(&format!("link set p{number} master sw0 up"))?;
         let jobs = start_thread(&netns);
         let dir = BpfDir::new()?;
-        let network = call(&jobs, NodeNetwork::open(config(&dir)))??;
+        let spool = tempfile::tempdir()?;
+        let network = call(&jobs, NodeNetwork::open(config(&dir, &spool)))??;
         Ok(Self {
             jobs,
             network,
             dir,
+            spool,
             netns,
         })
     }
@@ -110,7 +116,7 @@ impl Node {
     /// The service ends and a new one starts; the devices live on.
     pub(crate) fn restart(&mut self) -> anyhow::Result<()> {
         self.jobs = start_thread(&self.netns);
-        self.network = self.call(NodeNetwork::open(config(&self.dir)))??;
+        self.network = self.call(NodeNetwork::open(config(&self.dir, &self.spool)))??;
         Ok(())
     }
 
@@ -211,4 +217,11 @@ pub(crate) fn connect(
         }))
         .ok()
         .context("the node's thread")
+}
+
+pub(crate) fn check_ledger(ledger: &Ledger) -> anyhow::Result<()> {
+    ensure!(ledger.balances(), "{ledger:?}");
+    ensure!(ledger.lost == 0, "{ledger:?}");
+    ensure!(ledger.held == 0, "{ledger:?}");
+    Ok(())
 }

@@ -18,6 +18,7 @@ mod source;
 
 pub use command::Stage;
 pub(crate) use command::{Command, Reply};
+use queues::{Origin, Pending, normalise, readable};
 
 use std::collections::VecDeque;
 use std::io;
@@ -26,7 +27,6 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use migrator_ebpf::{Gate, Mode};
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::eventfd::EventFd;
@@ -40,7 +40,8 @@ use super::gate::SlotGate;
 use super::ledger::Tally;
 use super::log::{InboundLog, LogItem, SourceLog};
 use super::marker::marker;
-use super::sys::{FRAME_MAX, PacketSocket, VNET_HEADER};
+use super::spool::Spool;
+use super::sys::{FRAME_MAX, PacketSocket};
 
 /// From the echo of the announcement to the end marker: frames that came before it may still be in
 /// the backlog of another CPU.
@@ -58,27 +59,13 @@ const LOG_BYTES_MAX: usize = 512 << 20;
 /// Shortest Ethernet frame: its header.
 const ETHERNET_MIN: usize = 14;
 
-/// Why a frame is to be injected.
-#[derive(Clone, Copy, Debug)]
-enum Origin {
-    /// An item of the log, and what stands for it once it is injected; an empty frame only moves the acknowledgement.
-    Log { seq: u64, mark: u64 },
-    /// Parked here, or rolled back.
-    Own(Option<u8>),
-}
-
-#[derive(Debug)]
-struct Pending {
-    frame: Bytes,
-    origin: Origin,
-}
-
 /// What the thread is made of.
 pub(crate) struct Setup {
     pub(crate) pod: String,
     pub(crate) tap_name: String,
     pub(crate) mac: MacAddress,
     pub(crate) gate: SlotGate,
+    pub(crate) spool: Spool,
     pub(crate) tap: OwnedFd,
     pub(crate) park: OwnedFd,
     pub(crate) injector: PacketSocket,
@@ -104,6 +91,8 @@ pub(crate) struct Dataplane {
     tally: Tally,
     // source
     log: SourceLog,
+    /// Items for the sink, once they are in the spool.
+    outbox: Vec<LogItem>,
     sink: Option<UnboundedSender<LogItem>>,
     end_due: Option<Instant>,
     early_ack: u64,
@@ -114,27 +103,28 @@ pub(crate) struct Dataplane {
     log_left: bool,
     copies: Copies,
     opened_at: Option<Instant>,
-    /// A former service had opened it, and was gone before it settled.
-    taken_over: bool,
-    /// As above, and nothing of the log has come since.
+    /// A former service had opened it, and was gone before it settled; nothing of the log has come since.
     source_is_away: bool,
     end_seen: bool,
     injected_seq: u64,
     settle: Option<Reply<Result<(), PortError>>>,
     /// Counters of `parked` that everything before must have reached, after a loss.
     resync: Option<(Box<[u64; 256]>, bool)>,
+    /// A former service was killed: what it took along is booked as soon as the gate is open.
+    resync_due: bool,
 }
 
 impl Dataplane {
-    pub(crate) fn new(setup: Setup) -> Self {
+    pub(crate) fn new(mut setup: Setup) -> Self {
         let taken_over = setup.stage == Stage::Opened;
         let injected_seq = setup.gate.injected();
         if taken_over {
             setup.acked.send_replace(injected_seq);
         }
+        let log = setup.take_log_back();
         Self {
             stage: setup.stage,
-            tally: setup.tally,
+            tally: setup.tally.restored(log.kept_from()),
             setup,
             buffer: vec![0; FRAME_MAX + 64].into_boxed_slice(),
             park_empty: false,
@@ -142,7 +132,8 @@ impl Dataplane {
             injected: 0,
             barrier: None,
             full: false,
-            log: SourceLog::new(),
+            log,
+            outbox: Vec::new(),
             sink: None,
             end_due: None,
             early_ack: 0,
@@ -154,12 +145,12 @@ impl Dataplane {
             log_left: false,
             copies: Copies::default(),
             opened_at: taken_over.then(Instant::now),
-            taken_over,
             source_is_away: taken_over,
             end_seen: false,
             injected_seq: if taken_over { injected_seq } else { 0 },
             settle: None,
             resync: None,
+            resync_due: false,
         }
     }
 
@@ -289,9 +280,7 @@ impl Dataplane {
     fn advance(&mut self, now: Instant) {
         if self.end_due.is_some_and(|due| now >= due) && self.park_empty {
             self.end_due = None;
-            if let Some(item) = self.log.end() {
-                self.emit(item);
-            }
+            self.emit_end();
         }
         if self.stage == Stage::Settling && self.barrier.is_none() && self.log_is_over(now) {
             self.take_own_frames(now);
@@ -300,7 +289,8 @@ impl Dataplane {
             self.barrier = None;
             self.set_gate(Mode::Local, true);
             self.set_stage(Stage::Local);
-            if std::mem::take(&mut self.taken_over) {
+            self.setup.spool.remove();
+            if std::mem::take(&mut self.resync_due) {
                 self.start_resync(true);
             }
             if let Some(reply) = self.settle.take() {
@@ -365,22 +355,6 @@ impl Dataplane {
 fn answer<T>(reply: Reply<T>, value: T) {
     // The asker may have given up; the deed is done all the same.
     let _ = reply.send(value);
-}
-
-fn readable(fd: &OwnedFd) -> bool {
-    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
-    matches!(nix::poll::poll(&mut fds, nix::poll::PollTimeout::ZERO), Ok(n) if n > 0)
-}
-
-/// Cuts the header to the 10 bytes that all of its versions begin with. `None`: not even a header.
-fn normalise(bytes: &[u8], header: usize) -> Option<Bytes> {
-    if header < VNET_HEADER || bytes.len() < header + ETHERNET_MIN {
-        return None;
-    }
-    if header == VNET_HEADER {
-        return Some(Bytes::copy_from_slice(bytes));
-    }
-    Some([&bytes[..VNET_HEADER], &bytes[header..]].concat().into())
 }
 
 /// Starts the thread of a port.

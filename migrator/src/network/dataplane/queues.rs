@@ -1,17 +1,50 @@
 //! Out of the park, into the TAP, and the counters that keep the two in order.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
 
 use bytes::Bytes;
 use migrator_ebpf::{FrameBytes, bucket, is_group, is_own_echo};
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags};
 
 use super::super::grace;
 use super::super::sys::{self, Sent, VNET_HEADER};
-use super::{
-    BATCH, Dataplane, END_DELAY, LOG_BYTES_MAX, Origin, PENDING_MAX, Pending, Stage, normalise,
-};
+use super::{BATCH, Dataplane, END_DELAY, ETHERNET_MIN, LOG_BYTES_MAX, PENDING_MAX, Stage};
+
+/// Why a frame is to be injected.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Origin {
+    /// An item of the log, and what stands for it once it is injected; an empty frame only moves the acknowledgement.
+    Log { seq: u64, mark: u64 },
+    /// Parked here, or rolled back: then with its number in the log, where the next service would find it.
+    Own {
+        bucket: Option<u8>,
+        number: Option<u64>,
+    },
+}
+
+#[derive(Debug)]
+pub(super) struct Pending {
+    pub(super) frame: Bytes,
+    pub(super) origin: Origin,
+}
+
+pub(super) fn readable(fd: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+    matches!(nix::poll::poll(&mut fds, nix::poll::PollTimeout::ZERO), Ok(n) if n > 0)
+}
+
+/// Cuts the header to the 10 bytes that all of its versions begin with. `None`: not even a header.
+pub(super) fn normalise(bytes: &[u8], header: usize) -> Option<Bytes> {
+    if header < VNET_HEADER || bytes.len() < header + ETHERNET_MIN {
+        return None;
+    }
+    if header == VNET_HEADER {
+        return Some(Bytes::copy_from_slice(bytes));
+    }
+    Some([&bytes[..VNET_HEADER], &bytes[header..]].concat().into())
+}
 
 impl Dataplane {
     /// The park takes whole what the TAP takes whole. The guest decides that, so it is asked late.
@@ -36,6 +69,12 @@ impl Dataplane {
 
     /// Takes a batch from the park. True: there may be more.
     pub(super) fn read_park(&mut self, now: Instant) -> bool {
+        let more = self.read_batch(now);
+        self.commit();
+        more
+    }
+
+    fn read_batch(&mut self, now: Instant) -> bool {
         self.park_empty = false;
         for _ in 0..BATCH {
             if !self.may_read_park() {
@@ -79,11 +118,23 @@ impl Dataplane {
             return;
         }
         match self.stage {
-            Stage::Local | Stage::RollingBack | Stage::Settling => {
+            Stage::Local | Stage::Settling => self.pending.push_back(Pending {
+                frame,
+                origin: Origin::Own {
+                    bucket: Some(bucket),
+                    number: None,
+                },
+            }),
+            Stage::RollingBack => {
+                let item = self.log.numbered(frame);
+                self.setup.spool.push(&item, Some(bucket));
                 self.pending.push_back(Pending {
-                    frame,
-                    origin: Origin::Own(Some(bucket)),
-                })
+                    frame: item.frame,
+                    origin: Origin::Own {
+                        bucket: Some(bucket),
+                        number: Some(item.seq),
+                    },
+                });
             }
             Stage::Forwarding if group && self.log.ended() => {
                 self.tally.group += 1;
@@ -91,7 +142,7 @@ impl Dataplane {
             }
             Stage::Holding | Stage::Forwarding => {
                 let item = self.log.frame(frame, bucket);
-                self.emit(item);
+                self.emit(item, Some(bucket));
             }
             Stage::Incoming | Stage::Opened | Stage::Released => self.tally.removed += 1,
         }
@@ -132,8 +183,12 @@ impl Dataplane {
                     self.injected_seq = seq;
                     self.setup.gate.set_injected(mark);
                 }
-                Origin::Own(bucket) => {
+                Origin::Own { bucket, number } => {
                     self.tally.own_injected += u64::from(taken);
+                    // Later, the word may be another hold's.
+                    if let (Some(number), Stage::RollingBack) = (number, self.stage) {
+                        self.setup.gate.raise_injected(number);
+                    }
                     if let Some(bucket) = bucket {
                         self.setup.gate.add_done(bucket);
                     }
@@ -147,6 +202,7 @@ impl Dataplane {
 
     pub(super) fn start_resync(&mut self, crashed: bool) {
         if self.stage != Stage::Local {
+            self.resync_due |= crashed;
             return;
         }
         let gate = &self.setup.gate;

@@ -11,7 +11,27 @@ use super::super::error::PortError;
 use super::super::log::{InboundLog, LogItem, SourceLog};
 use super::super::marker::is_marker;
 use super::super::sys;
-use super::{Dataplane, Origin, Pending, Stage, normalise};
+use super::{Dataplane, Origin, Pending, Setup, Stage, normalise};
+
+impl Setup {
+    /// The log of a service that was killed while it held or forwarded. In every other stage, what lies in the spool is
+    /// of a hold that is over.
+    pub(super) fn take_log_back(&mut self) -> SourceLog {
+        let dealt_with = self.gate.injected();
+        if !matches!(self.stage, Stage::Holding | Stage::Forwarding) || dealt_with == u64::MAX {
+            self.spool.remove();
+            return SourceLog::new();
+        }
+        let Some(records) = self.spool.restore() else {
+            // Nor may the service after this one read it.
+            self.gate.set_injected(u64::MAX);
+            return SourceLog::new();
+        };
+        let log = SourceLog::restored(records, dealt_with);
+        tracing::info!(pod = %self.pod, frames = log.len(), "parked packets of the former service are taken back");
+        log
+    }
+}
 
 impl Dataplane {
     pub(super) fn hold(&mut self, sink: UnboundedSender<LogItem>) -> Result<(), PortError> {
@@ -22,6 +42,11 @@ impl Dataplane {
             self.log = SourceLog::new();
             self.end_due = None;
             self.early_ack = 0;
+            // Before the gate: the next service reads the spool of a port that holds, as far as the word tells it to.
+            let kept = self.setup.spool.begin();
+            self.setup
+                .gate
+                .set_injected(if kept { 0 } else { u64::MAX });
             self.set_gate(Mode::Hold, true);
             self.set_stage(Stage::Holding);
         }
@@ -37,15 +62,40 @@ impl Dataplane {
         self.sink = Some(sink);
     }
 
-    pub(super) fn emit(&self, item: LogItem) {
-        if let Some(sink) = &self.sink {
-            // As above: kept until it is acknowledged.
-            let _ = sink.send(item);
+    /// Appends to the spool, and to what goes to the sink, with the next [`commit`](Self::commit).
+    pub(super) fn emit(&mut self, item: LogItem, bucket: Option<u8>) {
+        self.setup.spool.push(&item, bucket);
+        if self.sink.is_some() {
+            self.outbox.push(item);
+        }
+    }
+
+    /// First the file: a number that was sent must not be given to another frame by the next service.
+    pub(super) fn commit(&mut self) {
+        self.setup.spool.write();
+        for item in self.outbox.drain(..) {
+            if let Some(sink) = &self.sink {
+                // As above: kept until it is acknowledged.
+                let _ = sink.send(item);
+            }
+        }
+    }
+
+    pub(super) fn emit_end(&mut self) {
+        if let Some(item) = self.log.end() {
+            self.emit(item, None);
+            self.commit();
         }
     }
 
     pub(super) fn residue(&mut self) -> Result<u64, PortError> {
         self.expect("take the residue", &[Stage::Holding])?;
+        let result = self.read_residue();
+        self.commit();
+        result
+    }
+
+    fn read_residue(&mut self) -> Result<u64, PortError> {
         let tap_error = |source| PortError::Tap {
             pod: self.setup.pod.clone(),
             source,
@@ -75,19 +125,19 @@ impl Dataplane {
             self.tally.residue += 1;
             count += 1;
             let item = self.log.residue(frame, None);
-            self.emit(item);
+            self.emit(item, None);
         }
         // What was still on its way into a full TAP belongs behind it.
         for pending in std::mem::take(&mut self.pending) {
             self.injected += 1;
-            if let Origin::Own(bucket) = pending.origin {
+            if let Origin::Own { bucket, .. } = pending.origin {
                 count += 1;
                 let item = self.log.residue(pending.frame, bucket);
-                self.emit(item);
+                self.emit(item, bucket);
             }
         }
         if let Some(item) = self.log.residue_end() {
-            self.emit(item);
+            self.emit(item, None);
         }
         Ok(count)
     }
@@ -104,6 +154,11 @@ impl Dataplane {
                 self.setup.gate.add_done(bucket);
             }
         }
+        // The destination cannot have more than it was given.
+        self.setup.gate.raise_injected(seq.min(self.log.last()));
+        if self.log.len() == 0 {
+            self.setup.spool.shorten(&self.log.marks());
+        }
     }
 
     pub(super) fn rollback(&mut self) -> Result<(), PortError> {
@@ -114,7 +169,10 @@ impl Dataplane {
         for kept in self.log.take_all() {
             self.pending.push_back(Pending {
                 frame: kept.frame,
-                origin: Origin::Own(kept.bucket),
+                origin: Origin::Own {
+                    bucket: kept.bucket,
+                    number: Some(kept.seq),
+                },
             });
         }
         self.barrier = Some(self.injected + self.pending.len() as u64);
@@ -133,10 +191,8 @@ impl Dataplane {
     pub(super) fn drain(&mut self) {
         while self.read_park(Instant::now()) {}
         if matches!(self.stage, Stage::Holding | Stage::Forwarding) {
-            if self.stage == Stage::Forwarding
-                && let Some(item) = self.log.end()
-            {
-                self.emit(item);
+            if self.stage == Stage::Forwarding {
+                self.emit_end();
             }
             // Handed to the wire: from here on they are in its hands.
             self.tally.forwarded += self.log.take_all().len() as u64;
