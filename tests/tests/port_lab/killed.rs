@@ -1,0 +1,126 @@
+//! A source's service that is killed with frames in its hands. To the port it is all the same as a service that ends: the
+//! thread stops where it is.
+
+use anyhow::ensure;
+use migrator::network::{ExistingDevices, FIRST_FRAME_SEQ, LogItem, LogKind, Port, Role, Stage};
+use tokio::sync::mpsc;
+
+use super::{Guest, Inbox, Lab, POD_MAC, Sender, check_ledger, connect, pod, say_hello};
+
+/// The service is gone without a release; the next one finds the devices.
+fn restart(lab: &mut Lab, port: Port) -> anyhow::Result<Port> {
+    let (tap, park) = (port.tap_fd()?, port.park_fd()?);
+    drop(port);
+    lab.a.restart()?;
+    let existing = ExistingDevices { tap, park };
+    lab.a
+        .attach(&pod("pod", POD_MAC, 10), 1, Role::Local, Some(existing))
+}
+
+/// A pod at node a, killed service and all, with 5,000 frames and more parked: some left in the TAP when its guest stopped.
+fn killed_while_it_holds(
+    lab: &mut Lab,
+    inbox: &Inbox,
+    sink: mpsc::UnboundedSender<LogItem>,
+) -> anyhow::Result<(Port, Sender)> {
+    let at_a = lab
+        .a
+        .attach(&pod("pod", POD_MAC, 10), 1, Role::Local, None)?;
+    let guest = Guest::start(at_a.tap_fd()?, inbox);
+    say_hello(&at_a)?;
+    let sender = lab.sender(30_000)?;
+    sender.wait_for(5_000)?;
+    guest.stop();
+    let port = at_a.clone();
+    lab.a.call(async move {
+        port.hold(sink).await?;
+        port.residue().await
+    })??;
+    sender.wait_for(10_000)?;
+    let at_a = restart(lab, at_a)?;
+    ensure!(at_a.stage() == Stage::Holding);
+    Ok((at_a, sender))
+}
+
+#[test]
+fn a_service_killed_while_it_holds_leaves_every_frame_to_the_next_one() -> anyhow::Result<()> {
+    let mut lab = Lab::new()?;
+    let inbox = Inbox::default();
+    let sink = mpsc::unbounded_channel().0;
+    let (at_a, sender) = killed_while_it_holds(&mut lab, &inbox, sink)?;
+    let ledger = lab.a.ledger(&at_a)?;
+    ensure!(ledger.held > 0 && ledger.lost == 0, "{ledger:?}");
+    // Nobody reads, and the TAP is soon full: this one is killed in the middle of its rollback.
+    lab.a.netns.ip("link set mt1 txqueuelen 500")?;
+    let port = at_a.clone();
+    lab.a.call(async move { port.rollback().await })??;
+    sender.wait_for(15_000)?;
+    ensure!(at_a.stage() == Stage::RollingBack);
+    let at_a = restart(&mut lab, at_a)?;
+    sender.wait_for(20_000)?;
+    let port = at_a.clone();
+    lab.a.call(async move { port.rollback().await })??;
+    let guest = Guest::start(at_a.tap_fd()?, &inbox);
+    let sent = sender.finish();
+    inbox.check(&sent)?;
+    let port = at_a.clone();
+    lab.a
+        .call(async move { port.reached(Stage::Local).await })??;
+    check_ledger(&lab.a.ledger(&at_a)?)?;
+    guest.stop();
+    let kept = std::fs::read_dir(lab.a.spool.path().join("spool"))?;
+    ensure!(kept.count() == 0, "the spool is left");
+    Ok(())
+}
+
+#[test]
+fn a_service_killed_while_it_holds_or_forwards_sends_its_log_again() -> anyhow::Result<()> {
+    let mut lab = Lab::new()?;
+    let inbox = Inbox::default();
+    let at_b = lab
+        .b
+        .attach(&pod("pod", POD_MAC, 10), 1, Role::Incoming, None)?;
+    // The wire takes some of it, and is cut.
+    let (sink, mut log) = mpsc::unbounded_channel();
+    let (at_a, sender) = killed_while_it_holds(&mut lab, &inbox, sink)?;
+    for _ in 0..3_000 {
+        at_b.log_input(log.try_recv()?)?;
+    }
+    let (sink, mut log) = mpsc::unbounded_channel();
+    let port = at_a.clone();
+    lab.a.call(async move { port.resend(sink).await })??;
+    for _ in 0..4_000 {
+        at_b.log_input(log.try_recv()?)?;
+    }
+    let port = at_a.clone();
+    lab.a.call(async move { port.forward().await })??;
+    // Some of it is acknowledged, and the service is killed again.
+    at_a.ack(FIRST_FRAME_SEQ + 1_000);
+    sender.wait_for(15_000)?;
+    let at_a = restart(&mut lab, at_a)?;
+    ensure!(at_a.stage() == Stage::Forwarding);
+    let (sink, mut log) = mpsc::unbounded_channel();
+    let port = at_a.clone();
+    lab.a.call(async move { port.resend(sink).await })??;
+    let first = log.try_recv()?;
+    ensure!(first.kind == LogKind::ResidueEnd, "{first:?}");
+    let next = log.try_recv()?;
+    ensure!(next.seq == FIRST_FRAME_SEQ + 1_001, "{next:?}");
+    at_b.log_input(next)?;
+    // The destination waits for the log only so long once it is opened.
+    while let Ok(item) = log.try_recv() {
+        at_b.log_input(item)?;
+    }
+    connect(log, at_a.clone(), at_b.clone(), &lab.b)?;
+    let port = at_b.clone();
+    lab.b.call(async move { port.open().await })??;
+    let guest = Guest::start(at_b.tap_fd()?, &inbox);
+    let port = at_b.clone();
+    lab.b.call(async move { port.settle().await })??;
+    let sent = sender.finish();
+    inbox.check(&sent)?;
+    guest.stop();
+    let port = at_a.clone();
+    check_ledger(&lab.a.call(async move { port.release().await })??)?;
+    check_ledger(&lab.b.ledger(&at_b)?)
+}
