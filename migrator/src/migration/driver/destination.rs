@@ -241,7 +241,8 @@ impl Run {
         let Some(port) = self.port() else { return };
         if let Some(urgent) = self.urgent.take() {
             self.runner.helpers.spawn(async move {
-                let lost = packets::pump_in(urgent, port).await;
+                let lost = packets::pump_in(urgent, port.clone()).await;
+                port.source_is_away();
                 // The control connection tells when that matters.
                 tracing::debug!(error = chain(&lost), "the packet log's connection ended");
             });

@@ -60,6 +60,8 @@ pub(crate) enum Command {
     Input(LogItem),
     Open(Reply<Result<(), PortError>>),
     Settle(Reply<Result<(), PortError>>),
+    /// The connection that the log comes over has ended.
+    SourceAway,
     /// Bring buckets that wait for lost frames up to date; whether to book those frames as lost in a crash.
     Resync(bool),
     Tally(Reply<Tally>),

@@ -15,8 +15,9 @@ use super::{Dataplane, ETHERNET_MIN, Origin, PENDING_MAX, Pending, Stage};
 const END_LIMIT: Duration = Duration::from_millis(50);
 /// The same while not even the residue has come.
 const RESIDUE_LIMIT: Duration = Duration::from_secs(2);
-/// How long a service that took the port over waits for the source to find it again, before it gives up the order.
-const SOURCE_LIMIT: Duration = Duration::from_secs(5);
+/// How long a source whose connection ended in the middle of the log is waited for, before the order is given up: either service may
+/// have been killed, and takes a second to be back.
+const SOURCE_LIMIT: Duration = Duration::from_secs(3);
 
 impl Dataplane {
     pub(super) fn input(&mut self, item: LogItem) {

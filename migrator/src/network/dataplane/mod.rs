@@ -239,6 +239,7 @@ impl Dataplane {
                 }
                 Err(error) => answer(reply, Err(error)),
             },
+            Command::SourceAway => self.source_is_away |= !self.end_seen,
             Command::Resync(crashed) => self.start_resync(crashed),
             Command::Tally(reply) => {
                 let tally = self.tally();

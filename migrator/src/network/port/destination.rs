@@ -22,6 +22,12 @@ impl Port {
         }
     }
 
+    /// The connection that the log came over has ended. If the log had not, the source is waited for, within limits, before what came
+    /// here directly is let past.
+    pub fn source_is_away(&self) {
+        self.inner.tell(Command::SourceAway);
+    }
+
     /// The highest number that was injected, to acknowledge; stays 0 until [`open`](Self::open).
     pub fn acked(&self) -> watch::Receiver<u64> {
         self.inner.acked.clone()
