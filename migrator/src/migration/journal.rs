@@ -1,6 +1,6 @@
 //! What must survive the service: who may run which pod, and how far each migration got.
 //!
-//! One small file a record, changed in place: see [`file`].
+//! One small file a record, changed in place: see [`mod@file`].
 //!
 //! ```text
 //! owners/POD.json             the right to run: the one authority on this node
