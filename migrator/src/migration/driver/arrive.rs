@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use super::destination::Run;
 use super::link::{Link, LinkEvent};
 use super::runner::Side;
-use super::steps::blocking_journal;
+use super::steps::{blocking_journal, owner_to_go_on};
 use crate::api::error::chain;
 use crate::daemon::node::Node;
 use crate::migration::destination::{Destination, Input};
@@ -185,17 +185,8 @@ pub(super) async fn recover(
     record: DestinationRecord,
     pod: Option<(PodHandle, Arc<PodResources>)>,
 ) {
-    let name = record.pod.clone();
-    let owner = match blocking_journal(&node, move |journal| journal.owner(&name)).await {
-        Ok(owner) => owner,
-        Err(reason) => {
-            tracing::error!(
-                pod = record.pod,
-                reason,
-                "its journal cannot be read: left alone"
-            );
-            return;
-        }
+    let Some(owner) = owner_to_go_on(&node, &record.pod).await else {
+        return;
     };
     tracing::info!(
         pod = record.pod,

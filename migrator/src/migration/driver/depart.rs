@@ -7,7 +7,7 @@ use super::offer::offer;
 use super::report::Figures;
 use super::runner::Side;
 use super::source::Run;
-use super::steps::blocking_journal;
+use super::steps::owner_to_go_on;
 use super::{Options, Outgoing};
 use crate::api::error::chain;
 use crate::daemon::migrations::Ticket;
@@ -110,26 +110,13 @@ pub(super) async fn recover(
         tracing::warn!(migration = %record.migration, pod = record.pod, "its VM is gone");
         return;
     };
+    let Some(owner) = owner_to_go_on(&node, &record.pod).await else {
+        return;
+    };
     let ticket = node
         .migrations
         .begin(record.migration, &record.pod, node.name(), &record.to);
     let figures = figures(&node, &ticket, &pod, &record.to);
-    let owner = blocking_journal(&node, {
-        let name = record.pod.clone();
-        move |journal| journal.owner(&name)
-    })
-    .await;
-    let owner = match owner {
-        Ok(owner) => owner,
-        Err(reason) => {
-            tracing::error!(
-                pod = record.pod,
-                reason,
-                "its journal cannot be read: left alone"
-            );
-            return;
-        }
-    };
     let to = record.to.clone();
     let (machine, first) = Source::recover(0, record, owner, true);
     tracing::info!(

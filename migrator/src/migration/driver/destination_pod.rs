@@ -17,6 +17,8 @@ use crate::wire::message::{self, Offer, StateChunk};
 
 /// How often a bridge that refused a pod's address is asked again.
 const REOPEN_EVERY: Duration = Duration::from_secs(1);
+/// And how many times.
+const REOPEN_TIMES: u32 = 60;
 
 impl Run {
     pub(super) fn vm(&self) -> Option<Arc<Vm>> {
@@ -90,9 +92,17 @@ impl Run {
                 error = chain(&error),
                 "the network is not told that the pod is here: trying again"
             );
-            self.runner.helpers.spawn(async move {
-                while port.reopen().await.is_err() {
-                    tokio::time::sleep(REOPEN_EVERY).await;
+            let node = Arc::clone(&self.runner.node);
+            // Longer than the migration, if need be.
+            node.clone().tasks.spawn(async move {
+                for _ in 0..REOPEN_TIMES {
+                    tokio::select! {
+                        () = node.shutdown.cancelled() => return,
+                        () = tokio::time::sleep(REOPEN_EVERY) => {}
+                    }
+                    if port.reopen().await.is_ok() {
+                        return;
+                    }
                 }
             });
         }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::api::error::chain;
 use crate::daemon::node::Node;
-use crate::migration::journal::{Journal, JournalError};
+use crate::migration::journal::{Journal, JournalError, OwnerRecord};
 use crate::network;
 use crate::wire::message::Ledger;
 
@@ -15,6 +15,17 @@ pub(super) async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(call)
         .await
         .unwrap_or_else(|error| Err(chain(&error)))
+}
+
+/// The pod's owner record, for a migration that is taken up again; `None` when the journal cannot be read, which is logged.
+pub(super) async fn owner_to_go_on(node: &Node, pod: &str) -> Option<Option<OwnerRecord>> {
+    let name = pod.to_owned();
+    blocking_journal(node, move |journal| journal.owner(&name))
+        .await
+        .inspect_err(|reason| {
+            tracing::error!(pod, reason, "its journal cannot be read: left alone");
+        })
+        .ok()
 }
 
 /// Calls the journal, which blocks for an fsync.
