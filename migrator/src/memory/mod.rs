@@ -16,6 +16,7 @@
 
 mod pace;
 pub mod pageset;
+pub mod postcopy;
 pub mod receive;
 pub mod runs;
 pub mod send;

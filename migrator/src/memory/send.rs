@@ -11,6 +11,7 @@ use vm_runtime::memory::GuestMemory;
 use vm_runtime::units::{PAGE_SIZE, PageIndex, PageRange};
 
 use super::pace::Pace;
+use super::postcopy::PushQueue;
 use super::runs::runs;
 use super::shard;
 use crate::wire::bulk::{Batch, Data};
@@ -68,6 +69,10 @@ enum Job {
     Chunk {
         digest: [u8; 32],
         raw: Bytes,
+        done: oneshot::Sender<Result<Sent, SendError>>,
+    },
+    Push {
+        queue: Arc<PushQueue>,
         done: oneshot::Sender<Result<Sent, SendError>>,
     },
 }
@@ -144,6 +149,27 @@ impl PageSender {
         Ok(total)
     }
 
+    /// Sends what the queue hands out, over all connections, until it is empty. The guest stands still: which connection carries which
+    /// page, and in what order, does not matter.
+    ///
+    /// # Errors
+    /// See [`SendError`].
+    pub async fn push(&self, queue: &Arc<PushQueue>) -> Result<Sent, SendError> {
+        let mut waits = Vec::with_capacity(self.lanes.len());
+        for lane in &self.lanes {
+            let (done, wait) = oneshot::channel();
+            let queue = Arc::clone(queue);
+            let job = Job::Push { queue, done };
+            lane.send(job).await.map_err(|_| SendError::Ended)?;
+            waits.push(wait);
+        }
+        let mut total = Sent::default();
+        for wait in waits {
+            total += wait.await.map_err(|_| SendError::Ended)??;
+        }
+        Ok(total)
+    }
+
     /// Sends one chunk of an image, over the connection that `turn` picks, and waits until it is written.
     ///
     /// # Errors
@@ -178,6 +204,7 @@ impl Lane {
                     skip_zeros,
                     done,
                 } => (self.round(round, &pieces, skip_zeros).await, done),
+                Job::Push { queue, done } => (self.push(&queue).await, done),
                 Job::Chunk { digest, raw, done } => (self.chunk(digest, raw).await, done),
             };
             let failed = result.is_err();
@@ -205,6 +232,15 @@ impl Lane {
         }
         self.batch.push(&Data::Barrier { round });
         sent.bytes += self.write().await?;
+        Ok(sent)
+    }
+
+    async fn push(&mut self, queue: &PushQueue) -> Result<Sent, SendError> {
+        let mut sent = Sent::default();
+        while let Some(piece) = queue.next() {
+            sent += self.load(piece, false)?;
+            sent.bytes += self.write().await?;
+        }
         Ok(sent)
     }
 

@@ -134,7 +134,8 @@ pub fn hash_all(memory: &GuestMemory, view: &MemoryView, threads: usize) -> io::
     Ok(hashes.into_iter().map(AtomicU64::into_inner).collect())
 }
 
-fn hash(page: &[u8]) -> u64 {
+/// The hash that stands for a page's content in [`PageHashes`].
+pub(super) fn hash(page: &[u8]) -> u64 {
     if is_zero(page) {
         ZERO_HASH
     } else {

@@ -122,6 +122,7 @@ struct Pending {
     control: Option<Stream>,
     data: Vec<Option<Stream>>,
     urgent: Option<Stream>,
+    faults: Vec<Option<Stream>>,
 }
 
 /// What to do with a connection whose preamble has been read.
@@ -150,6 +151,7 @@ impl Shared {
             Role::Control => session.control.is_none(),
             Role::Data(index) => matches!(session.data.get(usize::from(index)), Some(None)),
             Role::Urgent => session.urgent.is_none(),
+            Role::Fault(index) => matches!(session.faults.get(usize::from(index)), Some(None)),
         };
         match session.shape == preamble.shape && session.version == version && free {
             true => Ok(version),
@@ -166,6 +168,7 @@ impl Shared {
             control: None,
             data: (0..preamble.shape.data()).map(|_| None).collect(),
             urgent: None,
+            faults: (0..preamble.shape.faults()).map(|_| None).collect(),
         });
         match preamble.role {
             Role::Control => session.control = Some(stream),
@@ -175,9 +178,15 @@ impl Shared {
                 }
             }
             Role::Urgent => session.urgent = Some(stream),
+            Role::Fault(index) => {
+                if let Some(slot) = session.faults.get_mut(usize::from(index)) {
+                    *slot = Some(stream);
+                }
+            }
         }
         let complete = session.control.is_some()
             && session.data.iter().all(Option::is_some)
+            && session.faults.iter().all(Option::is_some)
             && session.urgent.is_some() == session.shape.urgent();
         match complete.then(|| pending.remove(key)).flatten() {
             Some(Pending {
@@ -186,6 +195,7 @@ impl Shared {
                 control: Some(control),
                 data,
                 urgent,
+                faults,
             }) => Place::Complete(Box::new(Session {
                 id: key.1,
                 shape,
@@ -194,6 +204,7 @@ impl Shared {
                 control: Connection::new(control),
                 data: data.into_iter().flatten().map(Connection::new).collect(),
                 urgent: urgent.map(Connection::new),
+                faults: faults.into_iter().flatten().map(Connection::new).collect(),
             })),
             _ => Place::Waiting { first },
         }

@@ -79,6 +79,11 @@ impl MemoryView {
         Ok(())
     }
 
+    /// Pages of guest memory.
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
     /// Copies a page.
     ///
     /// # Errors

@@ -142,6 +142,7 @@ pub(super) async fn question(node: &Arc<Node>, peer: String, asked: Relinked) {
                     Some(Control::QueryReply(QueryReply {
                         migration: query.migration,
                         verdict,
+                        wants_pages: false,
                     }))
                 })
             }
@@ -203,7 +204,7 @@ pub(super) async fn recover(
             "the network is not told that it lives here"
         );
     }
-    let (machine, first) = Destination::recover(0, record, owner, pod.is_some());
+    let (machine, first) = Destination::recover(0, record, owner, pod.is_some(), false);
     let mut run = Run::new(node, machine);
     run.found = pod;
     run.watch_vm();

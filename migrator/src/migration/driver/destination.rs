@@ -326,6 +326,7 @@ impl Side for Run {
                     Ok(resume.await.unwrap_or_else(failed))
                 });
             }
+            Output::MarkStale { .. } | Output::AwaitPages | Output::SendWanted => {}
             Output::Adopt { handover } => self.adopt(handover),
             Output::PodFailed { reason } => self.pod_failed(reason).await,
             Output::Discard => self.discard().await,

@@ -214,7 +214,14 @@ pub(super) async fn build(
     })
     .await?;
     let hashes = verify.then(|| Arc::new(PageHashes::new(pages)));
-    if target.set(Target { memory, hashes }).is_err() {
+    if target
+        .set(Target {
+            memory,
+            hashes,
+            pager: OnceLock::new(),
+        })
+        .is_err()
+    {
         return Err("the guest's memory was made twice".to_owned());
     }
     Ok((vm, port))
@@ -227,6 +234,7 @@ pub(super) async fn hash_placed(target: &Arc<OnceLock<Target>>) {
         Some(Target {
             memory,
             hashes: Some(hashes),
+            ..
         }) => hashes.refresh(memory).map_err(|error| error.to_string()),
         Some(Target { hashes: None, .. }) | None => Ok(0),
     });
@@ -244,6 +252,7 @@ pub(super) async fn verify(
         let Some(Target {
             memory,
             hashes: Some(hashes),
+            ..
         }) = target.get()
         else {
             return Err("there is nothing to verify".to_owned());

@@ -288,6 +288,10 @@ impl Side for Run {
                     round,
                 ));
             }
+            Output::SendStale { .. }
+            | Output::ServeFaults
+            | Output::PushPages
+            | Output::Throttle { .. } => {}
             Output::Rollback(what) => self.roll_back(what).await,
             Output::Finish(outcome) => self.finish(outcome).await,
         }

@@ -31,7 +31,15 @@ impl Run {
         let (inputs, sessions) = (self.runner.inputs.clone(), self.dialed.clone());
         self.runner.helpers.spawn(async move {
             // The machine may be done.
-            match session::dial_shape(addr, &node.tls, &to, Shape::Resume, DIAL_DEADLINE).await {
+            match session::dial_shape(
+                addr,
+                &node.tls,
+                &to,
+                Shape::Resume { data: 2 },
+                DIAL_DEADLINE,
+            )
+            .await
+            {
                 Ok(session) => drop(sessions.send(session)),
                 Err(error) => {
                     let reason = chain(&error);
