@@ -235,9 +235,10 @@ impl Pager {
         }
     }
 
-    /// Ends it: nothing is missing, or the guest is gone. Nobody waits any more, and the file is removed.
+    /// Ends it: nothing is missing, or the guest is gone. Nobody waits any more, and the file is removed. The connections end with
+    /// the drop: the source must not take this for the loss of the link.
     pub fn end(&self) {
-        self.shared.stop();
+        self.shared.ending.store(true, Ordering::SeqCst);
         self.shared.pages.end();
         self.shared.set.remove_file();
     }

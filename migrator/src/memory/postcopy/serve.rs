@@ -1,7 +1,7 @@
 //! The source's half: a thread a connection answers who waits for a page of the stopped guest.
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 
@@ -27,12 +27,14 @@ struct Shared {
     view: MemoryView,
     pages: u64,
     queue: OnceLock<Arc<PushQueue>>,
+    /// It ends by itself: nothing is lost.
+    ending: AtomicBool,
     served: AtomicU64,
 }
 
 impl PageServer {
     /// Answers with pages of `view`, the memory of a guest that stands still. `lost` is called, once a connection, with the
-    /// reason of its end.
+    /// reason of its end; not after the drop.
     ///
     /// # Errors
     /// A thread cannot be started, or a connection not be used.
@@ -46,6 +48,7 @@ impl PageServer {
             view,
             pages,
             queue: OnceLock::new(),
+            ending: AtomicBool::new(false),
             served: AtomicU64::new(0),
         });
         let mut server = Self {
@@ -57,7 +60,12 @@ impl PageServer {
             server.links.push(Arc::clone(&link));
             let (shared, lost) = (Arc::clone(&server.shared), lost.clone());
             let builder = thread::Builder::new().name("postcopy serve".to_owned());
-            builder.spawn(move || lost(shared.serve(&link)))?;
+            builder.spawn(move || {
+                let error = shared.serve(&link);
+                if !shared.ending.load(Ordering::SeqCst) {
+                    lost(error);
+                }
+            })?;
         }
         Ok(server)
     }
@@ -76,6 +84,7 @@ impl PageServer {
 
 impl Drop for PageServer {
     fn drop(&mut self) {
+        self.shared.ending.store(true, Ordering::SeqCst);
         for link in &self.links {
             link.close();
         }
