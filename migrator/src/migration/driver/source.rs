@@ -12,6 +12,7 @@ use super::depart::{end_pod, figures};
 use super::link::{Link, LinkEvent};
 use super::report::Figures;
 use super::runner::{JournalFailed, News, Runner, Side};
+use super::source_link::Loss;
 use super::source_status::phase_of;
 use super::source_steps::{self as steps, Lanes, View};
 use super::steps::blocking_journal;
@@ -40,6 +41,8 @@ pub(super) struct Run {
     pub(super) ticket: Option<Ticket>,
     pub(super) figures: Figures,
     pub(super) addr: std::net::SocketAddr,
+    /// Of the link that is up, or was last.
+    pub(super) loss: Loss,
     pub(super) dialed: UnboundedSender<Session>,
     sessions: UnboundedReceiver<Session>,
     pub(super) lanes: Option<Lanes>,
@@ -78,6 +81,7 @@ impl Run {
             runner.watch_vm(Arc::clone(&resources.vm));
         }
         Self {
+            loss: Loss::new(runner.inputs.clone()),
             runner,
             machine,
             pod,
@@ -111,6 +115,12 @@ impl Run {
         } = session;
         self.faults = faults;
         let inputs = self.runner.inputs.clone();
+        self.loss = Loss::new(inputs.clone());
+        let loss = self.loss.clone();
+        let convert = move |event| match event {
+            LinkEvent::Message(message) => Some(Input::Peer(message)),
+            LinkEvent::Lost(reason) => loss.input(reason),
+        };
         self.runner.link = Some(Link::start(control, inputs, convert));
         self.urgent = urgent;
         if let Some(resources) = &self.resources
@@ -345,12 +355,5 @@ impl From<News> for Input {
             News::Failed { reason } => Self::Failed { reason },
             News::JournalFailed { reason } => Self::JournalFailed { reason },
         }
-    }
-}
-
-fn convert(event: LinkEvent) -> Input {
-    match event {
-        LinkEvent::Message(message) => Input::Peer(message),
-        LinkEvent::Lost(reason) => Input::LinkLost { reason },
     }
 }
