@@ -3,7 +3,9 @@
 #![allow(missing_docs, unreachable_pub)]
 
 mod any_moment;
+mod cancel;
 mod certificate;
+mod policies;
 mod postcopy;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
