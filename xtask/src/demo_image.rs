@@ -79,7 +79,8 @@ pub fn ensure(project: &Project) -> Result<PathBuf> {
     Ok(layout)
 }
 
-fn busybox(project: &Project) -> Result<oci::Layer> {
+/// The first layer: busybox, its applets, and the files that a small system has.
+pub(crate) fn busybox(project: &Project) -> Result<oci::Layer> {
     let program = guest::busybox(project)?;
     let mut layer = oci::Layer::default();
     for (path, mode) in [
@@ -194,28 +195,40 @@ fn libraries(tree: &Path, program: &str) -> Result<BTreeSet<String>> {
 }
 
 fn echo(project: &Project, work: &Path) -> Result<oci::Layer> {
-    let program = work.join("udp-echo");
+    programs(project, work, &["udp-echo"])
+}
+
+/// A layer with programs of `xtask/src/bin` in /usr/local/bin, each static.
+pub(crate) fn programs(project: &Project, work: &Path, names: &[&str]) -> Result<oci::Layer> {
+    std::fs::create_dir_all(work).with_context(|| format!("cannot create {}", work.display()))?;
     let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
-    // Not cargo: that would build all of xtask's dependencies once more, statically.
-    let mut build = std::process::Command::new(rustc);
-    build.current_dir(&project.root).args([
-        "--edition",
-        "2024",
-        "-O",
-        "-C",
-        "target-feature=+crt-static",
-        "-C",
-        "strip=symbols",
-        "-o",
-    ]);
-    cmd::run(build.arg(&program).arg("xtask/src/bin/udp-echo.rs"))?;
-    anyhow::ensure!(
-        std::fs::metadata(&program)?.permissions().mode() & 0o111 != 0,
-        "rustc left no program"
-    );
     let mut layer = oci::Layer::default();
     layer.dir("usr/local", 0o755)?;
     layer.dir("usr/local/bin", 0o755)?;
-    layer.file("usr/local/bin/udp-echo", 0o755, &std::fs::read(&program)?)?;
+    for name in names {
+        let program = work.join(name);
+        // Not cargo: that would build all of xtask's dependencies once more, statically.
+        let mut build = std::process::Command::new(&rustc);
+        build.current_dir(&project.root).args([
+            "--edition",
+            "2024",
+            "-O",
+            "-C",
+            "target-feature=+crt-static",
+            "-C",
+            "strip=symbols",
+            "-o",
+        ]);
+        cmd::run(build.arg(&program).arg(format!("xtask/src/bin/{name}.rs")))?;
+        anyhow::ensure!(
+            std::fs::metadata(&program)?.permissions().mode() & 0o111 != 0,
+            "rustc left no program"
+        );
+        layer.file(
+            &format!("usr/local/bin/{name}"),
+            0o755,
+            &std::fs::read(&program)?,
+        )?;
+    }
     Ok(layer)
 }

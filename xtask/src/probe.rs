@@ -63,6 +63,14 @@ impl Record {
         )
     }
 
+    /// Packets that left before a moment (microseconds of Unix time) and were never answered.
+    pub fn lost_before(&self, at_unix_us: u64) -> usize {
+        unanswered(&self.sent_us, &self.answers, usize::MAX)
+            .iter()
+            .filter(|(_, left_us)| *left_us < at_unix_us)
+            .count()
+    }
+
     /// The first packets that were never answered, and when they left, in microseconds of Unix time.
     pub fn unanswered(&self) -> Vec<(u64, u64)> {
         unanswered(&self.sent_us, &self.answers, 8)
@@ -284,5 +292,20 @@ mod tests {
         };
         assert_eq!(record.blackout_ms(10_010_000), 9_970.0);
         assert_eq!(record.blackout_ms(20_200_100), 0.2);
+    }
+
+    #[test]
+    fn losses_are_told_from_those_of_before() {
+        let record = Record {
+            sent_us: vec![1_000, 2_000, 3_000, 4_000],
+            answers: vec![Answer {
+                sequence: 1,
+                at_us: 2_500,
+            }],
+            refused: None,
+        };
+        assert_eq!(record.lost_before(1_000), 0);
+        assert_eq!(record.lost_before(3_000), 1);
+        assert_eq!(record.lost_before(5_000), 3);
     }
 }
