@@ -98,7 +98,7 @@ fn who_waits_for_a_guest_to_calm_down_moves_it_then() -> Result<()> {
         "--on-stall",
         "wait",
         "--max-downtime",
-        "50",
+        "300",
     ];
     let id = test.begins(Node::A, &[&BANDWIDTH[..], &options].concat())?;
     test.comes_to(Node::A, &id, "a sixth round", |status| status.round >= 5)?;

@@ -41,7 +41,7 @@ pub struct Arrivals {
 /// A guest that is being paged, and the end of who does it.
 #[derive(Debug)]
 struct Paged {
-    target: Arc<Target>,
+    target: Arc<OnceLock<Target>>,
     end: CancellationToken,
 }
 
@@ -69,7 +69,7 @@ impl Arrivals {
     pub(super) fn page(
         &self,
         migration: MigrationId,
-        target: &Arc<Target>,
+        target: &Arc<OnceLock<Target>>,
     ) -> (UnboundedReceiver<Relinked>, CancellationToken) {
         let (relink, asked) = unbounded_channel();
         self.lock().insert(migration, relink);
@@ -237,20 +237,6 @@ pub(super) async fn question(node: &Arc<Node>, peer: String, asked: Relinked) {
     }
 }
 
-/// What a guest that lacks pages is paged with.
-fn lacking(node: &Node, record: &DestinationRecord, resources: &PodResources) -> Option<Target> {
-    let Paged { target, end } = node.arrivals.paged().remove(&record.migration)?;
-    let pager = target.pager.get().cloned();
-    // The source loses its link, and dials the machine that takes over.
-    end.cancel();
-    let pager = pager?;
-    Some(Target {
-        memory: resources.vm.memory(),
-        hashes: None,
-        pager: OnceLock::from(pager),
-    })
-}
-
 /// Ends a migration to here that an earlier service left open after the grant.
 pub(super) async fn recover(
     node: Arc<Node>,
@@ -275,14 +261,13 @@ pub(super) async fn recover(
             "the network is not told that it lives here"
         );
     }
-    let target = match &pod {
-        Some((_, resources)) => lacking(&node, &record, resources),
-        None => None,
-    };
-    let (machine, first) = Destination::recover(0, record, owner, pod.is_some(), target.is_some());
+    let paged = node.arrivals.paged().remove(&record.migration);
+    let (machine, first) = Destination::recover(0, record, owner, pod.is_some(), paged.is_some());
     let mut run = Run::new(node, machine);
-    if let Some(target) = target {
-        run.target = Arc::new(OnceLock::from(target));
+    if let Some(Paged { target, end }) = paged {
+        run.target = target;
+        // The source loses its link, and dials this machine.
+        end.cancel();
     }
     run.found = pod;
     run.watch_vm();

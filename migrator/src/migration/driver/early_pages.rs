@@ -39,7 +39,7 @@ pub(super) async fn page_early(node: &Arc<Node>, journal: &Recovery) {
         }
         match pager(&node.pods_dir().join(&record.pod), &file) {
             Ok(Some(target)) => {
-                let target = Arc::new(target);
+                let target = Arc::new(OnceLock::from(target));
                 let (asked, end) = node.arrivals.page(record.migration, &target);
                 tracing::info!(
                     pod = record.pod,
@@ -67,11 +67,7 @@ fn pager(dir: &Path, file: &Path) -> Result<Option<Target>, String> {
     };
     let ram = record.ram().map_err(|error| chain(&error))?;
     let pager = Pager::resume(&ram, file).map_err(|error| chain(&error))?;
-    Ok(pager.map(|pager| Target {
-        memory: ram.memory(),
-        hashes: None,
-        pager: OnceLock::from(Arc::new(pager)),
-    }))
+    Ok(pager.map(|pager| Target::paged(ram.memory(), Arc::new(pager))))
 }
 
 /// What a migration left that never came to its grant.
@@ -99,20 +95,15 @@ fn remove_others(node: &Node, records: &[&DestinationRecord]) {
 async fn serve(
     end: CancellationToken,
     migration: MigrationId,
-    target: Arc<Target>,
+    target: Arc<OnceLock<Target>>,
     mut asked: UnboundedReceiver<Relinked>,
 ) {
-    let shared = Arc::new(OnceLock::from(Target {
-        memory: Arc::clone(&target.memory),
-        hashes: None,
-        pager: target.pager.clone(),
-    }));
     let mut link: Option<Relinked> = None;
     loop {
         tokio::select! {
             () = end.cancelled() => return,
             Some(mut new) = asked.recv() => {
-                answer(migration, &shared, &mut new).await;
+                answer(migration, &target, &mut new).await;
                 link = Some(new);
             }
             Some(event) = events(&mut link) => if let LinkEvent::Lost(reason) = event {

@@ -50,7 +50,7 @@ pub(super) async fn listen_tls(args: &Args, side: &TcpListener) -> Result<()> {
     let target = Arc::new(OnceLock::new());
     let memory = empty()?;
     let hashes = None;
-    if target.set(Target { memory, hashes }).is_err() {
+    if target.set(Target::new(memory, hashes)).is_err() {
         bail!("the target was set twice");
     }
     let (arrivals, mut arrived) = mpsc::channel(64);
