@@ -5,6 +5,7 @@
 mod any_moment;
 mod certificate;
 mod postcopy;
+mod soak;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
