@@ -2,10 +2,10 @@
 //!
 //!     memory-check [--mib MIB] [--rewrite-mb MB] [--workers N]
 //!
-//! Each worker owns a part of the memory (see `blocks.rs`): it picks blocks at random, compares every word, and rewrites
-//! every second one that it picked, at MB megabytes a second over all workers. Port 7100 answers lines: `stats` with what
-//! was seen so far, `full` after every block has been compared; both with one line of JSON. Port 7101 answers checked
-//! messages (see `stream.rs`).
+//! Each worker owns a part of the memory (see `blocks.rs`): it picks blocks at random, compares every word, and
+//! rewrites every second one that it picked, at MB megabytes a second over all workers. Port 7100 answers lines:
+//! `stats` with what was seen so far, `full` after every block has been compared; both with one line of JSON. Port
+//! 7101 answers checked messages (see `stream.rs`).
 //!
 //! Built by `rustc` alone (std, static), so that the image needs no libraries.
 
@@ -224,7 +224,7 @@ fn echo(mut from: TcpStream, counts: &Counts) -> Result<(), stream::Fault> {
     Ok(())
 }
 
-/// A socket on [::] takes IPv4 as well, unless the kernel has no IPv6.
+/// A socket on `::` takes IPv4 as well, unless the kernel has no IPv6.
 fn listen(port: u16) -> io::Result<TcpListener> {
     TcpListener::bind(("::", port)).or_else(|_| TcpListener::bind(("0.0.0.0", port)))
 }

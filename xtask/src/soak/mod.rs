@@ -1,7 +1,7 @@
 //! `cargo xtask test soak`: a pod that checks its own memory moves to and fro, and nothing may ever be wrong with it.
 //!
-//! After each move: the report, the number of VMMs, every TCP connection, every probe packet, and what the guest says of
-//! its memory and of itself. The first fault ends the run. docs/testing.md says what is found, and how.
+//! After each move: the report, the number of VMMs, every TCP connection, every probe packet, and what the guest says
+//! of its memory and of itself. The first fault ends the run. docs/testing.md says what is found, and how.
 
 pub mod blocks;
 pub mod client;

@@ -8,7 +8,8 @@
 //! message  mark u32, length u32, number u64, content         both ways, numbered from 0; integers are little-endian
 //! ```
 //!
-//! The server answers each message with one of its own. Only `std`: the workload is compiled from this file by `rustc` alone.
+//! The server answers each message with one of its own. Only `std`: the workload is compiled from this file by `rustc`
+//! alone.
 
 use std::fmt;
 use std::io::{self, Read};
