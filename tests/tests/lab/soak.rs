@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use migrator_tests::lab::TestLab;
 use xtask::lab::Node;
-use xtask::soak::{Mode, Options, soak};
+use xtask::soak::{Options, soak};
 
 #[test]
 fn a_guest_that_checks_its_memory_finds_nothing_wrong_after_many_moves() -> Result<()> {
@@ -11,7 +11,6 @@ fn a_guest_that_checks_its_memory_finds_nothing_wrong_after_many_moves() -> Resu
     test.import_demo(Node::A)?;
     let options = Options {
         moves: 8,
-        modes: vec![Mode::Precopy],
         full_every: 3,
         ..Options::default()
     };

@@ -127,6 +127,10 @@ impl Options {
         if self.modes.iter().any(|mode| *mode != Mode::Precopy) {
             words.extend(["--mode", mode.name()]);
         }
+        // Else some rounds would do, and nothing would be left to come on demand.
+        if mode == Mode::Hybrid && !words.contains(&"--max-downtime") {
+            words.extend(["--max-downtime", "1"]);
+        }
         words
     }
 
@@ -192,4 +196,34 @@ pub fn main(project: &Project, args: &Args) -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+#[cfg(test)]
+mod option_tests {
+    use super::*;
+
+    #[test]
+    fn modes_come_in_turn_and_only_precopy_needs_no_option() {
+        let options = Options::default();
+        let modes: Vec<_> = (1..=5).map(|number| options.mode(number)).collect();
+        assert_eq!(modes[..4], Mode::ALL);
+        assert_eq!(modes[4], Mode::ALL[0]);
+        assert_eq!(options.words(Mode::Auto), ["--mode", "auto"]);
+        let alone = Options {
+            modes: vec![Mode::Precopy],
+            migrate: vec!["--verify".to_owned()],
+            ..Options::default()
+        };
+        assert_eq!(alone.words(alone.mode(9)), ["--verify"]);
+    }
+
+    #[test]
+    fn hybrid_leaves_pages_for_later_unless_told_otherwise() {
+        let mut options = Options::default();
+        let words = ["--mode", "hybrid", "--max-downtime", "1"];
+        assert_eq!(options.words(Mode::Hybrid), words);
+        options.migrate = vec!["--max-downtime".to_owned(), "50".to_owned()];
+        let words = ["--max-downtime", "50", "--mode", "hybrid"];
+        assert_eq!(options.words(Mode::Hybrid), words);
+    }
 }

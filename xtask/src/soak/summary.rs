@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::Mode;
-use crate::report::{MigrationReport, Outcome};
+use crate::report::{Faults, MigrationReport, Outcome};
 use crate::silence::{self, Spread, spread};
 
 /// One move.
@@ -31,6 +31,8 @@ pub struct Move {
     pub rounds: u32,
     /// Page bytes sent.
     pub bytes_sent: u64,
+    /// What the guest waited for after its resume; absent if it lacked nothing.
+    pub waits: Option<Faults>,
 }
 
 impl Move {
@@ -48,12 +50,13 @@ impl Move {
             frozen_at_unix_us: report.frozen_at_unix_us,
             rounds: report.memory.rounds,
             bytes_sent: report.memory.bytes_sent,
+            waits: report.memory.faults,
         }
     }
 
     /// For people, on one line.
     pub fn line(&self) -> String {
-        format!(
+        let line = format!(
             "move {:>4} {:<8} {} -> {}  total {:>6.0} ms, downtime {:>6.1} ms, {:>2} rounds, {:>6.1} MiB",
             self.number,
             self.mode.name(),
@@ -63,7 +66,14 @@ impl Move {
             self.downtime_ms,
             self.rounds,
             self.bytes_sent as f64 / 1_048_576.0
-        )
+        );
+        match self.waits {
+            None => line,
+            Some(waits) => format!(
+                "{line}, {} pages late, {} waits: p50 {} us, p99 {} us",
+                waits.missing, waits.count, waits.p50_us, waits.p99_us
+            ),
+        }
     }
 }
 
@@ -79,6 +89,10 @@ pub fn defects(report: &MigrationReport) -> Vec<String> {
         (report.packets.lost, "packets lost"),
         (report.packets.held, "packets still held"),
         (report.memory.mismatched, "pages differ"),
+        (
+            report.memory.faults.map_or(0, |faults| faults.mismatched),
+            "late pages differ",
+        ),
     ] {
         if count > 0 {
             defects.push(format!("the report has {count} {what}"));
@@ -241,9 +255,21 @@ mod tests {
         }
     }
 
+    fn changed_faults(faults: Option<Faults>) -> MigrationReport {
+        let mut changed = report();
+        changed.memory.faults = faults;
+        changed
+    }
+
     #[test]
     fn each_defect_of_a_report_is_named() {
         assert_eq!(defects(&report()), [""; 0]);
+        let wrong = Faults {
+            mismatched: 3,
+            ..Faults::default()
+        };
+        assert_eq!(defects(&changed_faults(Some(Faults::default()))), [""; 0]);
+        assert_eq!(defects(&changed_faults(Some(wrong))).len(), 1);
         let changes: [fn(&mut MigrationReport); 5] = [
             |r| r.outcome = Outcome::Failed("link".into()),
             |r| r.outcome = Outcome::Refused("full".into()),
