@@ -7,6 +7,7 @@ mod cancel;
 mod certificate;
 mod policies;
 mod postcopy;
+mod soak;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

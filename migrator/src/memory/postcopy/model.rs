@@ -14,7 +14,10 @@ mod sync {
 }
 
 #[path = "bits.rs"]
-#[expect(dead_code, reason = "what is loaded and stored as a whole is not shared")]
+#[expect(
+    dead_code,
+    reason = "what is loaded and stored as a whole is not shared"
+)]
 mod bits;
 #[path = "waits.rs"]
 mod waits;

@@ -43,6 +43,7 @@ mod source_link;
 mod source_pages;
 mod source_status;
 mod source_steps;
+mod source_throttle;
 mod steps;
 
 pub use arrive::Arrivals;

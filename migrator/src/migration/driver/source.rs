@@ -15,6 +15,7 @@ use super::runner::{JournalFailed, News, Runner, Side};
 use super::source_link::Loss;
 use super::source_status::phase_of;
 use super::source_steps::{self as steps, Lanes, View};
+use super::source_throttle::{self, Slowed};
 use super::steps::blocking_journal;
 use crate::daemon::migrations::Ticket;
 use crate::daemon::node::Node;
@@ -54,6 +55,7 @@ pub(super) struct Run {
     pub(super) wanted: Vec<PageRange>,
     pub(super) tracking: Tracking,
     view: View,
+    pub(super) slowed: Slowed,
     /// What is being pushed.
     pub(super) queue: Option<Arc<PushQueue>>,
     /// When the round under way began, by the machine's clock.
@@ -98,6 +100,7 @@ impl Run {
             wanted: Vec::new(),
             tracking: Tracking::new(pages),
             view: View::default(),
+            slowed: Slowed::default(),
             queue: None,
             round_began: 0,
             connections,
@@ -170,6 +173,11 @@ impl Run {
     async fn roll_back(&mut self, what: Rollback) {
         self.runner.steps.shutdown().await;
         self.server = None;
+        if what.unthrottle
+            && let Err(reason) = source_throttle::end(&self.slowed).await
+        {
+            self.runner.tell(Input::Failed { reason });
+        }
         let problems = steps::roll_back(self.resources.as_deref(), &self.tracking, what).await;
         for reason in problems {
             self.runner.tell(Input::Failed { reason });
@@ -322,7 +330,10 @@ impl Side for Run {
             Output::Scan => self.runner.step(steps::scan(self.tracking.clone())),
             Output::DetachAgent => self.runner.step(steps::detach_agent(self.parts())),
             Output::DrainTap => self.runner.step(steps::drain_tap(self.parts())),
-            Output::StopVm => self.runner.step(steps::stop_vm(self.parts())),
+            Output::StopVm => {
+                let slowed = Arc::clone(&self.slowed);
+                self.runner.step(steps::stop_vm(self.parts(), slowed));
+            }
             Output::ReadResidue => self.runner.step(steps::read_residue(self.parts())),
             Output::SendLastPages { round } => {
                 self.runner.step(steps::send_last_pages(

@@ -74,11 +74,6 @@ impl Run {
         }
     }
 
-    /// Slows the guest's CPUs.
-    pub(super) fn throttle(&mut self, percent: u8) {
-        tracing::info!(pod = self.pod.name(), percent, "the guest is slowed");
-    }
-
     /// The destination says what its guest lacks.
     pub(super) fn take_wanted(&mut self, bits: &PageBits) {
         if bits.end() > self.pod.spec().memory.pages().next_multiple_of(64) {
