@@ -27,6 +27,8 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use vm_runtime::spec::AccelChoice;
 
+use crate::wire::preamble::MAX_DATA_CONNECTIONS;
+
 pub use names::{BadInterfaceName, BadNodeName, InterfaceName, NodeName};
 
 /// Longest socket path the kernel takes, its final zero included (`sun_path` in `linux/un.h`).
@@ -139,7 +141,7 @@ impl Default for Limits {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct MigrationDefaults {
-    /// Data connections, 1 to 16.
+    /// Data connections, 1 to 64.
     pub connections: u8,
     /// The longest predicted downtime that lets a migration freeze the guest, in milliseconds. QEMU's own default is 300 as well
     /// (`downtime-limit`); what is reached is less, as rounds go on while they shorten it.
@@ -285,10 +287,10 @@ impl Config {
         if self.limits.log_bytes < 1 << 16 {
             return Err(("limits.log_bytes", "must be at least 65536".to_owned()));
         }
-        if !(1..=16).contains(&self.migration.connections) {
+        if !(1..=MAX_DATA_CONNECTIONS).contains(&self.migration.connections) {
             return Err((
                 "migration.connections",
-                "must be between 1 and 16".to_owned(),
+                format!("must be between 1 and {MAX_DATA_CONNECTIONS}"),
             ));
         }
         if self.migration.max_downtime_ms == 0 {

@@ -266,7 +266,7 @@ pub struct MigrateOptions {
     pub verify: bool,
     /// Freeze only when the predicted downtime is at most this, in milliseconds.
     pub max_downtime_ms: Option<u32>,
-    /// Data connections, 1 to 16.
+    /// Data connections, 1 to 64.
     pub connections: Option<u8>,
     /// Bytes a second that memory may take on the wire while the guest runs.
     pub bandwidth: Option<std::num::NonZeroU64>,

@@ -13,6 +13,7 @@ use super::{Context, Output, output};
 use crate::api::client::{Client, ClientError, encode};
 use crate::api::types::{MigrateOptions, MigrateRequest, MigrationStarted};
 use crate::migration::status::{MigrationReport, MigrationStatus, Outcome};
+use crate::wire::preamble::MAX_DATA_CONNECTIONS;
 
 /// How long a service that went away in the middle may take to come back.
 const SERVICE_BACK: Duration = Duration::from_secs(60);
@@ -34,7 +35,7 @@ pub(super) struct MigrateArgs {
     #[arg(long, value_name = "MS")]
     max_downtime: Option<u32>,
     /// Data connections
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=i64::from(MAX_DATA_CONNECTIONS)))]
     connections: Option<u8>,
     /// Send at most MB megabytes of memory a second while the guest runs
     #[arg(long, value_name = "MB")]

@@ -79,7 +79,8 @@ fn values_that_cannot_work_are_refused_by_key() {
         ("name: a", "name: A_b", "A_b"),
         ("bridge: br0", "bridge: a/b", "a/b"),
         ("pods: 3", "pods: 0", "limits.pods"),
-        ("connections: 4", "connections: 99", "migration.connections"),
+        ("connections: 4", "connections: 65", "migration.connections"),
+        ("connections: 4", "connections: 0", "migration.connections"),
         ("10.78.0.1:7078", "10.78.0.1:0", "listen"),
     ] {
         assert!(FULL.contains(from), "{from}");

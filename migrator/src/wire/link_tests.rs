@@ -19,7 +19,7 @@ use super::bulk::{Batch, Data, PacketKind, Urgent};
 use super::conn::{LinkError, Reader, Writer};
 use super::control;
 use super::message::{Control, Grant, StateChunk};
-use super::preamble::{Shape, Turned};
+use super::preamble::{MAX_DATA_CONNECTIONS, Shape, Turned};
 use super::session::{DialError, Limits, Listener, Session, dial, dial_shape};
 use super::tls::{TlsConfig, dns_name};
 
@@ -147,6 +147,26 @@ async fn a_session_is_put_together_and_carries_every_lane() {
     drop(to_a);
     drop(from_a);
     assert!(matches!(from_b.recv().await, Err(LinkError::Closed)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_peers_dial_the_widest_session_at_once() {
+    let ca = Authority::new();
+    let mut listener = listen(ca.node("b"), Limits::default()).await;
+    let addr = listener.local_addr();
+    let (one, other) = (ca.node("a"), ca.node("c"));
+    let most = usize::from(MAX_DATA_CONNECTIONS);
+    let both = async { (listener.accept().await, listener.accept().await) };
+    let (first, second, (x, y)) = tokio::join!(
+        dial(addr, &one, "b", most, LIMIT),
+        dial(addr, &other, "b", most, LIMIT),
+        both
+    );
+    for session in [first.unwrap(), second.unwrap(), x, y] {
+        assert_eq!(session.data.len(), most);
+    }
+    let beyond = dial(addr, &one, "b", most + 1, LIMIT).await;
+    assert!(matches!(beyond, Err(DialError::DataConnections(65))));
 }
 
 #[tokio::test]
