@@ -12,13 +12,29 @@
 //! 3. The last round's scan runs after the VM has stopped, and its barrier follows its last page on
 //!    every connection. The destination is complete when it has seen that barrier on all of them.
 //!
+//! # How often a page is copied
+//!
+//! ```text
+//! source       guest memory -> frame          a volatile copy that looks for zeros on the way (`MemoryView::copy`)
+//!              frame -> TLS record            rustls; encrypted in place there
+//!              record -> socket               the kernel
+//! destination  socket -> rustls's buffer      the kernel; decrypted in place there
+//!              -> plaintext queue             rustls
+//!              -> frame                       `wire::conn::Reader`
+//!              frame -> guest memory          pwrite: into a page of its own, without a fault, and without clearing it first
+//! ```
+//!
+//! Pages of zeros are never copied beyond the source's first step: they cross as a count, and are holes at the destination.
+//!
 //! What is absent: no decision when to go on or to freeze (`migration::rounds`), no VM, no QMP.
 
 mod pace;
 pub mod pageset;
 pub mod receive;
-pub mod runs;
 pub mod send;
 pub mod shard;
 pub mod track;
 pub mod verify;
+
+#[cfg(test)]
+mod tests;

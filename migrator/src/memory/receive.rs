@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use tokio::io::AsyncRead;
 use tokio::sync::mpsc;
 use vm_runtime::memory::GuestMemory;
 use vm_runtime::units::{PAGE_SIZE, PageIndex, PageRange};
@@ -65,11 +66,13 @@ pub struct Target {
 
 /// Starts a task a connection. `target` may be set later, but before the first page comes. The tasks end
 /// with their connection, or when `arrivals` is closed.
-pub fn start(
-    readers: Vec<Reader<Data>>,
+pub fn start<R>(
+    readers: Vec<Reader<Data, R>>,
     target: &Arc<std::sync::OnceLock<Target>>,
     arrivals: &mpsc::Sender<Arrival>,
-) {
+) where
+    R: AsyncRead + Unpin + Send + 'static,
+{
     for (lane, reader) in readers.into_iter().enumerate() {
         let target = Arc::clone(target);
         let arrivals = arrivals.clone();
@@ -83,9 +86,9 @@ pub fn start(
     }
 }
 
-async fn run(
+async fn run<R: AsyncRead + Unpin>(
     lane: usize,
-    mut reader: Reader<Data>,
+    mut reader: Reader<Data, R>,
     target: &std::sync::OnceLock<Target>,
     arrivals: &mpsc::Sender<Arrival>,
 ) -> ReceiveError {

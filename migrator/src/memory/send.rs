@@ -6,15 +6,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
+use tokio::io::AsyncWrite;
 use tokio::sync::{mpsc, oneshot};
-use vm_runtime::memory::GuestMemory;
-use vm_runtime::units::{PAGE_SIZE, PageIndex, PageRange};
+use vm_runtime::memory::{GuestMemory, PageReader};
+use vm_runtime::units::{PageIndex, PageRange};
 
 use super::pace::Pace;
-use super::runs::runs;
 use super::shard;
-use crate::wire::bulk::{Batch, Data};
+use crate::wire::batch::Batch;
+use crate::wire::bulk::Data;
 use crate::wire::conn::{LinkError, Writer};
+
+/// Bytes that are gathered before they are written. What was copied is still in the processor's cache when it is encrypted.
+const BATCH: usize = 256 << 10;
 
 /// Pages or chunks could not be sent.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +57,7 @@ impl std::ops::AddAssign for Sent {
 #[derive(Debug)]
 pub struct PageSender {
     lanes: Vec<mpsc::Sender<Job>>,
+    reader: Arc<PageReader>,
     bytes: Arc<AtomicU64>,
     pace: Arc<Pace>,
 }
@@ -75,11 +80,15 @@ enum Job {
 impl PageSender {
     /// Takes the data connections. The tasks end, and close them, when this is dropped. `limit` bounds the
     /// bytes a second of all connections together, until [`Self::lift_limit`].
-    pub fn start(
+    pub fn start<W>(
         memory: &Arc<GuestMemory>,
-        writers: Vec<Writer<Data>>,
+        writers: Vec<Writer<Data, W>>,
         limit: Option<NonZeroU64>,
-    ) -> Self {
+    ) -> Self
+    where
+        W: AsyncWrite + Unpin + Send + 'static,
+    {
+        let reader = Arc::new(PageReader::new(memory));
         let bytes = Arc::new(AtomicU64::new(0));
         let pace = Arc::new(Pace::new(limit));
         let lanes = writers
@@ -87,7 +96,7 @@ impl PageSender {
             .map(|writer| {
                 let (jobs, queue) = mpsc::channel(4);
                 let lane = Lane {
-                    memory: Arc::clone(memory),
+                    reader: Arc::clone(&reader),
                     writer,
                     batch: Batch::new(),
                     bytes: Arc::clone(&bytes),
@@ -97,12 +106,22 @@ impl PageSender {
                 jobs
             })
             .collect();
-        Self { lanes, bytes, pace }
+        Self {
+            lanes,
+            reader,
+            bytes,
+            pace,
+        }
     }
 
     /// From now on the limit holds no more: the guest stands still, and every millisecond is its downtime.
     pub fn lift_limit(&self) {
         self.pace.lift();
+    }
+
+    /// What it reads pages with: mapped, once the first pass is over, as far as the guest's memory holds data.
+    pub fn reader(&self) -> &Arc<PageReader> {
+        &self.reader
     }
 
     /// Frame bytes written since the start, for progress.
@@ -160,15 +179,15 @@ impl PageSender {
     }
 }
 
-struct Lane {
-    memory: Arc<GuestMemory>,
-    writer: Writer<Data>,
+struct Lane<W> {
+    reader: Arc<PageReader>,
+    writer: Writer<Data, W>,
     batch: Batch,
     bytes: Arc<AtomicU64>,
     pace: Arc<Pace>,
 }
 
-impl Lane {
+impl<W: AsyncWrite + Unpin> Lane<W> {
     async fn run(mut self, mut queue: mpsc::Receiver<Job>) {
         while let Some(job) = queue.recv().await {
             let (result, done) = match job {
@@ -198,13 +217,14 @@ impl Lane {
     ) -> Result<Sent, SendError> {
         let mut sent = Sent::default();
         for piece in pieces {
-            sent += self.load(*piece, skip_zeros)?;
-            if self.batch.len() >= shard::PIECE_PAGES as usize * PAGE_SIZE {
-                sent.bytes += self.write().await?;
+            if skip_zeros {
+                // The first pass reads every page that holds data: later rounds then find it mapped.
+                self.reader.prepare(*piece);
             }
+            self.piece(*piece, skip_zeros, &mut sent).await?;
         }
         self.batch.push(&Data::Barrier { round });
-        sent.bytes += self.write().await?;
+        self.write(&mut sent).await?;
         Ok(sent)
     }
 
@@ -213,51 +233,68 @@ impl Lane {
         Ok(Sent::default())
     }
 
-    async fn write(&mut self) -> Result<u64, SendError> {
+    /// Appends the pages of one piece to the batch, and writes it whenever it is full.
+    async fn piece(
+        &mut self,
+        piece: PageRange,
+        skip_zeros: bool,
+        sent: &mut Sent,
+    ) -> Result<(), SendError> {
+        let reader = Arc::clone(&self.reader);
+        let mut zeros = ZeroRun::default();
+        for page in (piece.start.0..piece.end.0).map(PageIndex) {
+            let kept = self
+                .batch
+                .page(page, |content| reader.copy(page, content).map(|zero| !zero))?;
+            if kept {
+                sent.pages += 1;
+            } else if !skip_zeros {
+                sent.pages += 1;
+                sent.zero_pages += 1;
+                zeros.add(page, &mut self.batch);
+            }
+            if self.batch.len() >= BATCH {
+                self.write(sent).await?;
+            }
+        }
+        zeros.end(&mut self.batch);
+        Ok(())
+    }
+
+    async fn write(&mut self, sent: &mut Sent) -> Result<(), SendError> {
         let bytes = self.batch.len() as u64;
         if bytes > 0 {
             self.pace.wait(bytes).await;
             self.writer.send_batch(&self.batch).await?;
             self.batch.clear();
             self.bytes.fetch_add(bytes, Ordering::Relaxed);
+            sent.bytes += bytes;
         }
-        Ok(bytes)
+        Ok(())
+    }
+}
+
+/// Pages of zeros that follow each other, until they become one frame.
+#[derive(Default)]
+struct ZeroRun(Option<PageRange>);
+
+impl ZeroRun {
+    fn add(&mut self, page: PageIndex, batch: &mut Batch) {
+        match &mut self.0 {
+            Some(run) if run.end == page => run.end.0 += 1,
+            Some(_) | None => {
+                self.end(batch);
+                self.0 = Some(PageRange::new(page.0, page.0 + 1));
+            }
+        }
     }
 
-    /// Appends one piece to the batch: read straight into a frame, and cut up only if it holds zeros.
-    fn load(&mut self, piece: PageRange, skip_zeros: bool) -> Result<Sent, SendError> {
-        let mark = self.batch.mark();
-        let count = piece.len() as u32;
-        let content = self.batch.pages(piece.start, count);
-        self.memory.read(piece.start, content)?;
-        let kinds = runs(content);
-        if let [run] = kinds.as_slice()
-            && !run.zero
-        {
-            return Ok(Sent {
-                pages: piece.len(),
-                ..Sent::default()
+    fn end(&mut self, batch: &mut Batch) {
+        if let Some(run) = self.0.take() {
+            batch.push(&Data::Zeros {
+                first: run.start,
+                count: run.len(),
             });
         }
-        let copy = Bytes::copy_from_slice(content);
-        self.batch.rewind(mark);
-        let mut sent = Sent::default();
-        for run in kinds {
-            let first = PageIndex(piece.start.0 + run.first as u64);
-            let count = run.count as u64;
-            if run.zero {
-                if skip_zeros {
-                    continue;
-                }
-                self.batch.push(&Data::Zeros { first, count });
-                sent.zero_pages += count;
-            } else {
-                let bytes = run.first * PAGE_SIZE..(run.first + run.count) * PAGE_SIZE;
-                let raw = copy.slice(bytes);
-                self.batch.push(&Data::Pages { first, raw });
-            }
-            sent.pages += count;
-        }
-        Ok(sent)
     }
 }

@@ -4,12 +4,12 @@ use bytes::{Buf, Bytes};
 use vm_runtime::units::{PAGE_SIZE, PageIndex};
 
 use crate::wire::codec::{DecodeError, Message, split_u8, split_u32, split_u64};
-use crate::wire::frame::{self, Lane};
+use crate::wire::frame::Lane;
 
 /// Pages that one `Pages` frame may hold: 1 MiB.
 pub const MAX_PAGES: u32 = 256;
 
-const PAGES: u8 = 0x41;
+pub(super) const PAGES: u8 = 0x41;
 const ZEROS: u8 = 0x42;
 const BARRIER: u8 = 0x43;
 const CHUNK: u8 = 0x44;
@@ -17,7 +17,7 @@ const PACKET: u8 = 0x61;
 const PACKET_ACK: u8 = 0x62;
 
 /// Bytes before the raw pages of a `Pages` frame: first page and count.
-const PAGES_HEAD: usize = 8 + 4;
+pub(super) const PAGES_HEAD: usize = 8 + 4;
 
 /// A message of a data connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -232,77 +232,5 @@ impl Message for Urgent {
                 kind,
             }),
         }
-    }
-}
-
-/// Encoded data frames in one buffer, which is filled in place and used again: pages go from the guest's memory
-/// into the frame with one copy, and many small frames leave in one write.
-#[derive(Debug, Default)]
-pub struct Batch {
-    buf: Vec<u8>,
-}
-
-/// A place in a [`Batch`] to go back to.
-#[derive(Clone, Copy, Debug)]
-pub struct Mark(usize);
-
-impl Batch {
-    /// An empty batch with room for one full `Pages` frame.
-    pub fn new() -> Self {
-        Self {
-            buf: Vec::with_capacity(Lane::Data.max_frame() + frame::HEADER),
-        }
-    }
-
-    /// Appends a `Pages` frame and returns its content to be filled: `count * PAGE_SIZE` bytes.
-    ///
-    /// # Panics
-    ///
-    /// When `count` is 0 or above [`MAX_PAGES`].
-    pub fn pages(&mut self, first: PageIndex, count: u32) -> &mut [u8] {
-        assert!((1..=MAX_PAGES).contains(&count), "{count} pages in a frame");
-        let bytes = count as usize * PAGE_SIZE;
-        self.buf
-            .extend_from_slice(&frame::header(PAGES, PAGES_HEAD + bytes));
-        self.buf.extend_from_slice(&first.0.to_le_bytes());
-        self.buf.extend_from_slice(&count.to_le_bytes());
-        let start = self.buf.len();
-        self.buf.resize(start + bytes, 0);
-        &mut self.buf[start..]
-    }
-
-    /// Appends any frame, with a copy.
-    pub fn push(&mut self, message: &Data) {
-        crate::wire::codec::encode(message, &mut self.buf);
-    }
-
-    /// The end of the batch as it is now.
-    pub fn mark(&self) -> Mark {
-        Mark(self.buf.len())
-    }
-
-    /// Takes back what was appended since `mark`: for pages that turned out to be zeros.
-    pub fn rewind(&mut self, mark: Mark) {
-        self.buf.truncate(mark.0);
-    }
-
-    /// Empties the batch and keeps its memory.
-    pub fn clear(&mut self) {
-        self.buf.clear();
-    }
-
-    /// Encoded bytes.
-    pub fn len(&self) -> usize {
-        self.buf.len()
-    }
-
-    /// Whether nothing was appended.
-    pub fn is_empty(&self) -> bool {
-        self.buf.is_empty()
-    }
-
-    /// The encoded frames.
-    pub fn as_bytes(&self) -> &[u8] {
-        &self.buf
     }
 }

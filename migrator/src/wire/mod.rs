@@ -75,6 +75,7 @@
 //!
 //! Either answer is final.
 
+pub mod batch;
 pub mod bulk;
 pub mod codec;
 pub mod conn;
@@ -92,7 +93,8 @@ mod golden;
 #[cfg(test)]
 mod link_tests;
 
-pub use bulk::{Batch, Data, PacketKind, Urgent};
+pub use batch::Batch;
+pub use bulk::{Data, PacketKind, Urgent};
 pub use conn::{Connection, LinkError, Reader, Writer};
 pub use control::{ControlReceiver, ControlSender};
 pub use id::{MigrationId, SessionId};

@@ -9,6 +9,7 @@ mod file;
 mod maps;
 mod page;
 mod pagemap;
+mod reader;
 mod uffd;
 mod view;
 
@@ -16,5 +17,6 @@ pub use dirty::{DirtyError, DirtyTracker};
 pub use file::GuestMemory;
 pub use maps::{Mapping, find_mappings};
 pub use page::{is_zero, page_hash};
+pub use reader::PageReader;
 pub use uffd::{UFFD_FEATURES, handshake};
 pub use view::MemoryView;

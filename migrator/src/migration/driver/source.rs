@@ -12,7 +12,7 @@ use super::link::{Link, LinkEvent};
 use super::report::Figures;
 use super::runner::{JournalFailed, News, Runner, Side};
 use super::source_status::phase_of;
-use super::source_steps::{self as steps, Lanes, View};
+use super::source_steps::{self as steps, Lanes};
 use super::steps::blocking_journal;
 use crate::daemon::migrations::Ticket;
 use crate::daemon::node::Node;
@@ -42,7 +42,6 @@ pub(super) struct Run {
     pub(super) lanes: Option<Lanes>,
     pub(super) urgent: Option<Connection<Urgent>>,
     pub(super) tracking: Tracking,
-    view: View,
     pub(super) held_at_unix_us: u64,
 }
 
@@ -75,7 +74,6 @@ impl Run {
             lanes: None,
             urgent: None,
             tracking: Tracking::new(pages),
-            view: View::default(),
             held_at_unix_us: 0,
         }
     }
@@ -249,23 +247,15 @@ impl Side for Run {
             Output::SaveState => self
                 .runner
                 .step(steps::save_state(self.parts(), self.control())),
-            Output::SendHashes => {
-                let view = Arc::clone(&self.view);
-                self.runner
-                    .step(steps::send_hashes(self.parts(), view, self.control()));
-            }
+            Output::SendHashes => self
+                .runner
+                .step(steps::send_hashes(self.sender(), self.control())),
             Output::SendImages(wants) => {
                 let node = Arc::clone(&self.runner.node);
                 self.runner
                     .step(steps::send_images(node, self.parts(), self.sender(), wants));
             }
             Output::StartTracking => {
-                if self.machine.verifies() {
-                    let view = Arc::clone(&self.view);
-                    self.runner
-                        .helpers
-                        .spawn(steps::map_memory(self.parts(), view));
-                }
                 self.runner
                     .step(steps::start_tracking(self.parts(), self.tracking.clone()));
             }
