@@ -67,6 +67,8 @@ pub(super) async fn start(
             .options
             .max_downtime_ms
             .unwrap_or(defaults.max_downtime_ms),
+        mode: request.options.mode.unwrap_or_default(),
+        on_stall: request.options.on_stall.unwrap_or_default(),
         connections,
         bandwidth: request.options.bandwidth,
     };

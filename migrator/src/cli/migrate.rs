@@ -12,6 +12,7 @@ use super::status::progress;
 use super::{Context, Output, output};
 use crate::api::client::{Client, ClientError, encode};
 use crate::api::types::{MigrateOptions, MigrateRequest, MigrationStarted};
+use crate::migration::mode::{Mode, OnStall};
 use crate::migration::status::{MigrationReport, MigrationStatus, Outcome};
 use crate::wire::preamble::MAX_DATA_CONNECTIONS;
 
@@ -34,6 +35,16 @@ pub(super) struct MigrateArgs {
     /// Freeze the guest only when the predicted downtime is at most MS milliseconds
     #[arg(long, value_name = "MS")]
     max_downtime: Option<u32>,
+    /// When the memory crosses: before the guest moves (precopy), afterwards (postcopy), one pass before and the rest afterwards
+    /// (hybrid), or before as long as that gets on and the rest afterwards (auto)
+    #[arg(long, value_enum)]
+    mode: Option<Mode>,
+    /// With --mode precopy, when rounds do not get on: wait, slow the guest's CPUs in steps, or fail
+    #[arg(long, value_enum)]
+    on_stall: Option<OnStall>,
+    /// Write the report to FILE, as JSON
+    #[arg(long, value_name = "FILE", conflicts_with = "detach")]
+    report: Option<std::path::PathBuf>,
     /// Data connections
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=i64::from(MAX_DATA_CONNECTIONS)))]
     connections: Option<u8>,
@@ -55,6 +66,8 @@ impl MigrateArgs {
             options: MigrateOptions {
                 verify: self.verify,
                 max_downtime_ms: self.max_downtime,
+                mode: self.mode,
+                on_stall: self.on_stall,
                 connections: self.connections,
                 bandwidth: self
                     .bandwidth
@@ -78,6 +91,9 @@ impl MigrateArgs {
                 )));
             }
         };
+        if let Some(path) = &self.report {
+            write_report(path, &report)?;
+        }
         match context.output {
             Output::Json => output::json(&report)?,
             Output::Text => output::bytes(summary(&report).as_bytes())?,
@@ -92,6 +108,15 @@ impl MigrateArgs {
             }
         }
     }
+}
+
+fn write_report(path: &std::path::Path, report: &MigrationReport) -> Result<(), Failure> {
+    let text = serde_json::to_string_pretty(report)
+        .map_err(|error| Failure::new(Exit::Failed, format!("cannot write the report: {error}")))?;
+    std::fs::write(path, text + "\n").map_err(|error| {
+        let what = format!("cannot write the report to {}: {error}", path.display());
+        Failure::new(Exit::Failed, what)
+    })
 }
 
 /// Follows a migration to its end, also across a restart of the service.
@@ -178,6 +203,18 @@ pub(super) fn summary(report: &MigrationReport) -> String {
         out.push_str(&format!(
             ", {} pages verified, {} mismatched",
             memory.pages_verified, memory.mismatched
+        ));
+    }
+    if let Some(faults) = &memory.faults {
+        out.push_str(&format!(
+            "\npages    {} came after the resume, in {:.0} ms; {} waits, p50 {} us, p99 {} us, p99.9 {} us, longest {} us",
+            faults.missing,
+            faults.took_us as f64 / 1e3,
+            faults.count,
+            faults.p50_us,
+            faults.p99_us,
+            faults.p999_us,
+            faults.max_us,
         ));
     }
     out.push_str(&format!(

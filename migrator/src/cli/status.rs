@@ -70,6 +70,7 @@ pub(super) fn phase_name(phase: Phase) -> &'static str {
         Phase::Image => "image",
         Phase::Precopy => "precopy",
         Phase::Switchover => "switchover",
+        Phase::Postcopy => "postcopy",
         Phase::Forwarding => "forwarding",
         Phase::InDoubt => "in doubt",
         Phase::Done => "done",

@@ -120,6 +120,7 @@ impl MigrationRegistry {
             bandwidth_bytes_per_s: 0,
             dirty_bytes_per_s: 0,
             predicted_downtime_ms: 0.0,
+            throttle_percent: 0,
             report: None,
         });
         let cancel = CancellationToken::new();
@@ -168,7 +169,7 @@ impl MigrationRegistry {
         let phase = entry.status.borrow().phase;
         match phase {
             Phase::Done => Err(CancelError::Over),
-            Phase::Forwarding | Phase::InDoubt => Err(CancelError::HandedOver),
+            Phase::Postcopy | Phase::Forwarding | Phase::InDoubt => Err(CancelError::HandedOver),
             Phase::Handshake | Phase::Image | Phase::Precopy | Phase::Switchover => {
                 cancel.cancel();
                 Ok(())

@@ -30,6 +30,7 @@
 
 mod pace;
 pub mod pageset;
+pub mod postcopy;
 pub mod receive;
 pub mod send;
 pub mod shard;

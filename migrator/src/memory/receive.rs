@@ -1,7 +1,7 @@
 //! The destination's half: one task a data connection places pages in the RAM file.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use tokio::io::AsyncRead;
@@ -9,6 +9,7 @@ use tokio::sync::mpsc;
 use vm_runtime::memory::GuestMemory;
 use vm_runtime::units::{PAGE_SIZE, PageIndex, PageRange};
 
+use super::postcopy::{Pager, PagerError};
 use super::verify::PageHashes;
 use crate::wire::bulk::Data;
 use crate::wire::conn::{LinkError, Reader};
@@ -19,6 +20,9 @@ pub enum ReceiveError {
     /// The RAM file could not be written.
     #[error("the guest's RAM file could not be written")]
     Memory(#[source] io::Error),
+    /// A page could not be put in place.
+    #[error("a missing page could not be put in place")]
+    Pager(#[from] PagerError),
     /// The data connection is lost.
     #[error("a data connection from the source is lost")]
     Link(#[from] LinkError),
@@ -62,6 +66,8 @@ pub struct Target {
     pub memory: Arc<GuestMemory>,
     /// Filled beside it when the migration verifies.
     pub hashes: Option<Arc<PageHashes>>,
+    /// From post-copy on pages go this way: the guest may run.
+    pub pager: OnceLock<Arc<Pager>>,
 }
 
 /// Starts a task a connection. `target` may be set later, but before the first page comes. The tasks end
@@ -134,6 +140,13 @@ fn place(
             pages,
         })?;
     let range = PageRange::new(first.0, end);
+    if let Some(pager) = target.pager.get() {
+        match raw {
+            Some(raw) => pager.place(first, raw)?,
+            None => pager.place_zeros(range)?,
+        }
+        return Ok(());
+    }
     match raw {
         Some(raw) => target.memory.write(first, raw),
         None => target.memory.punch(range),

@@ -12,6 +12,7 @@ use vm_runtime::memory::{GuestMemory, PageReader};
 use vm_runtime::units::{PageIndex, PageRange};
 
 use super::pace::Pace;
+use super::postcopy::PushQueue;
 use super::shard;
 use crate::wire::batch::Batch;
 use crate::wire::bulk::Data;
@@ -73,6 +74,10 @@ enum Job {
     Chunk {
         digest: [u8; 32],
         raw: Bytes,
+        done: oneshot::Sender<Result<Sent, SendError>>,
+    },
+    Push {
+        queue: Arc<PushQueue>,
         done: oneshot::Sender<Result<Sent, SendError>>,
     },
 }
@@ -163,6 +168,27 @@ impl PageSender {
         Ok(total)
     }
 
+    /// Sends what the queue hands out, over all connections, until it is empty. The guest stands still: which connection carries which
+    /// page, and in what order, does not matter.
+    ///
+    /// # Errors
+    /// See [`SendError`].
+    pub async fn push(&self, queue: &Arc<PushQueue>) -> Result<Sent, SendError> {
+        let mut waits = Vec::with_capacity(self.lanes.len());
+        for lane in &self.lanes {
+            let (done, wait) = oneshot::channel();
+            let queue = Arc::clone(queue);
+            let job = Job::Push { queue, done };
+            lane.send(job).await.map_err(|_| SendError::Ended)?;
+            waits.push(wait);
+        }
+        let mut total = Sent::default();
+        for wait in waits {
+            total += wait.await.map_err(|_| SendError::Ended)??;
+        }
+        Ok(total)
+    }
+
     /// Sends one chunk of an image, over the connection that `turn` picks, and waits until it is written.
     ///
     /// # Errors
@@ -197,6 +223,7 @@ impl<W: AsyncWrite + Unpin> Lane<W> {
                     skip_zeros,
                     done,
                 } => (self.round(round, &pieces, skip_zeros).await, done),
+                Job::Push { queue, done } => (self.push(&queue).await, done),
                 Job::Chunk { digest, raw, done } => (self.chunk(digest, raw).await, done),
             };
             let failed = result.is_err();
@@ -225,6 +252,15 @@ impl<W: AsyncWrite + Unpin> Lane<W> {
         }
         self.batch.push(&Data::Barrier { round });
         self.write(&mut sent).await?;
+        Ok(sent)
+    }
+
+    async fn push(&mut self, queue: &PushQueue) -> Result<Sent, SendError> {
+        let mut sent = Sent::default();
+        while let Some(piece) = queue.next() {
+            self.piece(piece, false, &mut sent).await?;
+            self.write(&mut sent).await?;
+        }
         Ok(sent)
     }
 

@@ -97,7 +97,8 @@ impl Pair {
             target
                 .set(Target {
                     memory,
-                    hashes: None
+                    hashes: None,
+                    pager: OnceLock::new()
                 })
                 .is_ok()
         );

@@ -34,8 +34,13 @@ pub struct Tracking {
 struct Inner {
     tracker: Option<DirtyTracker>,
     pending: PageSet,
+    /// The pages that a scan found, by scan, the latest last.
+    written: Vec<Vec<PageRange>>,
     scanned_at: Option<Instant>,
 }
+
+/// Scans whose pages count as hot.
+const HOT_SCANS: usize = 8;
 
 impl Tracking {
     /// Nothing is tracked and nothing pending yet.
@@ -44,6 +49,7 @@ impl Tracking {
             inner: Arc::new(Mutex::new(Inner {
                 tracker: None,
                 pending: PageSet::new(pages),
+                written: Vec::new(),
                 scanned_at: None,
             })),
         }
@@ -74,6 +80,15 @@ impl Tracking {
     /// # Errors
     /// See [`TrackError`].
     pub fn scan(&self) -> Result<(u64, u64), TrackError> {
+        let (found, pending) = self.scan_ranges()?;
+        Ok((super::shard::count(&found), pending))
+    }
+
+    /// As [`Self::scan`]; returns the pages themselves.
+    ///
+    /// # Errors
+    /// See [`TrackError`].
+    pub fn scan_ranges(&self) -> Result<(Vec<PageRange>, u64), TrackError> {
         let mut inner = self.lock();
         inner.scanned_at = Some(Instant::now());
         let tracker = inner.tracker.as_mut().ok_or(TrackError::NotTracked)?;
@@ -81,7 +96,31 @@ impl Tracking {
         for range in &found {
             inner.pending.insert(*range);
         }
-        Ok((super::shard::count(&found), inner.pending.len()))
+        if inner.written.len() == HOT_SCANS {
+            inner.written.remove(0);
+        }
+        inner.written.push(found.clone());
+        Ok((found, inner.pending.len()))
+    }
+
+    /// The pending pages, which stay pending.
+    pub fn pending_ranges(&self) -> Vec<PageRange> {
+        self.lock().pending.clone().take()
+    }
+
+    /// The pending pages, by how lately they were written, the latest first: for [`super::postcopy::PushQueue`]. A page
+    /// may be in several classes.
+    pub fn by_heat(&self) -> Vec<Vec<PageRange>> {
+        let inner = self.lock();
+        // What was written and sent since is not pending.
+        let hot = inner
+            .written
+            .iter()
+            .rev()
+            .map(|ranges| inner.pending.intersection(ranges));
+        let mut classes: Vec<_> = hot.collect();
+        classes.push(inner.pending.clone().take());
+        classes
     }
 
     /// When the last scan began.

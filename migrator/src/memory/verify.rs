@@ -136,7 +136,8 @@ pub fn hash_all(reader: &PageReader, threads: usize) -> io::Result<Vec<u64>> {
     Ok(hashes.into_iter().map(AtomicU64::into_inner).collect())
 }
 
-fn hash(page: &[u8]) -> u64 {
+/// The hash that stands for a page's content in [`PageHashes`].
+pub(super) fn hash(page: &[u8]) -> u64 {
     if is_zero(page) {
         ZERO_HASH
     } else {

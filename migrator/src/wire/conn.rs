@@ -70,6 +70,11 @@ impl<M: Message> Connection<M> {
         }
     }
 
+    /// The stream, for whoever reads and writes without the runtime. Nothing has been read from it.
+    pub(crate) fn into_stream(self) -> Stream {
+        self.stream
+    }
+
     /// The two directions, which may go to two tasks.
     pub fn split(self) -> (Reader<M>, Writer<M>) {
         let (read, write) = tokio::io::split(self.stream);
@@ -161,7 +166,7 @@ impl<M: Message, W: AsyncWrite + Unpin> Writer<M, W> {
             staged: Vec::new(),
             stall: match M::LANE {
                 Lane::Control => SILENCE,
-                Lane::Data | Lane::Urgent => STALL,
+                Lane::Data | Lane::Urgent | Lane::Fault => STALL,
             },
             messages: PhantomData,
         }

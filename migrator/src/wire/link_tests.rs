@@ -182,18 +182,20 @@ async fn two_peers_dial_the_widest_session_at_once() {
 }
 
 #[tokio::test]
-async fn resume_and_query_sessions_have_fewer_connections() {
+async fn resume_and_query_sessions_have_the_connections_of_their_shape() {
     let ca = Authority::new();
     let mut listener = listen(ca.node("b"), Limits::default()).await;
     let addr = listener.local_addr();
     let tls = ca.node("a");
-    for shape in [Shape::Resume, Shape::Query] {
+    let shapes = [0, 2].map(|data| Shape::Resume { data });
+    for shape in [shapes[0], shapes[1], Shape::Query] {
         let dialed = dial_shape(addr, &tls, "b", shape, LIMIT).await.unwrap();
         let accepted = listener.accept().await;
         for session in [dialed, accepted] {
             assert_eq!(session.shape, shape);
-            assert!(session.data.is_empty());
-            assert_eq!(session.urgent.is_some(), shape == Shape::Resume);
+            assert_eq!(session.data.len(), usize::from(shape.data()));
+            assert_eq!(session.faults.len(), usize::from(shape.faults()));
+            assert_eq!(session.urgent.is_some(), shape != Shape::Query);
         }
     }
 }

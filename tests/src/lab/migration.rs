@@ -18,8 +18,17 @@ impl TestLab {
     /// # Errors
     /// It was not moved, or the report has a defect.
     pub fn moves(&self, from: Node) -> Result<MigrationReport> {
+        self.moves_with(from, &[])
+    }
+
+    /// As [`TestLab::moves`], with options of `migrate`.
+    ///
+    /// # Errors
+    /// As [`TestLab::moves`].
+    pub fn moves_with(&self, from: Node, options: &[&str]) -> Result<MigrationReport> {
         let to = from.other().name();
         let words = ["--output", "json", "migrate", POD, "--to", to, "--verify"];
+        let words = [&words, options].concat();
         let report: MigrationReport = serde_json::from_str(&self.succeeds(from, &words)?)?;
         let what = || format!("{report:?}");
         ensure!(report.outcome == Outcome::Completed, what());

@@ -4,6 +4,7 @@
 
 mod any_moment;
 mod certificate;
+mod postcopy;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

@@ -99,6 +99,11 @@ impl MemoryView {
         Ok(())
     }
 
+    /// Pages of guest memory.
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
     /// Copies a page, and says whether the copy is all zeros.
     ///
     /// # Errors

@@ -15,6 +15,7 @@ mod error;
 mod inject;
 mod pidfd;
 mod process;
+mod ram;
 mod record;
 mod spawn;
 mod start;
@@ -31,6 +32,7 @@ use tokio::sync::broadcast;
 use tokio::time::{Instant, sleep, timeout};
 
 pub use self::error::{AttachError, ControlError, SpawnError, StateError};
+pub use self::ram::VmRam;
 pub use self::record::{VmRecord, VmmFds};
 pub use self::state::{LoadStats, SaveStats};
 

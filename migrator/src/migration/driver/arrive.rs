@@ -8,6 +8,7 @@ use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender, unbounded_chan
 use tokio::time::timeout;
 
 use super::destination::Run;
+use super::destination_pages::missing_file;
 use super::link::{Link, LinkEvent};
 use super::runner::Side;
 use super::steps::{blocking_journal, owner_to_go_on};
@@ -17,8 +18,9 @@ use crate::migration::destination::{Destination, Input};
 use crate::migration::journal::DestinationRecord;
 use crate::network::Stage;
 use crate::pods::{PodHandle, PodResources};
-use crate::wire::bulk::Urgent;
+use crate::wire::bulk::{Data, Urgent};
 use crate::wire::conn::Connection;
+use crate::wire::fault::Fault;
 use crate::wire::id::MigrationId;
 use crate::wire::message::{Bye, Control, Ledger, QueryReply};
 use crate::wire::session::Session;
@@ -38,6 +40,8 @@ pub(super) struct Relinked {
     pub(super) link: Link,
     pub(super) events: UnboundedReceiver<LinkEvent>,
     pub(super) urgent: Option<Connection<Urgent>>,
+    pub(super) data: Vec<Connection<Data>>,
+    pub(super) faults: Vec<Connection<Fault>>,
     pub(super) first: Control,
 }
 
@@ -57,6 +61,7 @@ pub(super) async fn incoming(node: Arc<Node>, session: Session) {
         control,
         data,
         urgent,
+        faults,
         ..
     } = session;
     let (sender, mut events) = unbounded_channel();
@@ -86,6 +91,7 @@ pub(super) async fn incoming(node: Arc<Node>, session: Session) {
             run.offer = Some(offer);
             run.take_link(link, events);
             run.urgent = urgent;
+            run.faults = faults;
             run.lanes = data.len();
             run.receive(data);
             run.input(Input::Begin).await;
@@ -96,6 +102,8 @@ pub(super) async fn incoming(node: Arc<Node>, session: Session) {
                 link,
                 events,
                 urgent,
+                data,
+                faults,
                 first,
             };
             question(&node, peer, asked).await;
@@ -130,6 +138,11 @@ pub(super) async fn question(node: &Arc<Node>, peer: String, asked: Relinked) {
         },
         None => asked,
     };
+    if missing_file(node, id).exists() {
+        // Only the machine that is about to be there can say what the guest lacks; the source asks again.
+        tracing::info!(peer, migration = %id, "asked too early");
+        return;
+    }
     let mut next = Some(asked.first);
     while let Some(message) = next.take() {
         let answer = match message {
@@ -142,6 +155,7 @@ pub(super) async fn question(node: &Arc<Node>, peer: String, asked: Relinked) {
                     Some(Control::QueryReply(QueryReply {
                         migration: query.migration,
                         verdict,
+                        wants_pages: false,
                     }))
                 })
             }
@@ -203,7 +217,7 @@ pub(super) async fn recover(
             "the network is not told that it lives here"
         );
     }
-    let (machine, first) = Destination::recover(0, record, owner, pod.is_some());
+    let (machine, first) = Destination::recover(0, record, owner, pod.is_some(), false);
     let mut run = Run::new(node, machine);
     run.found = pod;
     run.watch_vm();

@@ -73,6 +73,8 @@ pub(super) async fn outgoing(node: Arc<Node>, job: Outgoing) {
     }
     let mut plan = Plan::new(offer, to.to_string(), pod.view().epoch);
     plan.policy = policy(options);
+    plan.mode = options.mode;
+    plan.on_stall = options.on_stall;
     let mut run = Run::new(
         node,
         pod,
@@ -82,6 +84,7 @@ pub(super) async fn outgoing(node: Arc<Node>, job: Outgoing) {
         Source::new(plan),
         addr,
     );
+    run.connections = options.connections;
     run.attach(session, options.bandwidth);
     run.input(Input::Begin).await;
     run.events().await;
@@ -144,6 +147,7 @@ pub(super) fn figures(node: &Node, ticket: &Ticket, pod: &PodHandle, to: &str) -
         },
         phases: Vec::new(),
         downtime_us: 0,
+        postcopy: false,
         total: None,
     }
 }

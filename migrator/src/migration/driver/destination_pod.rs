@@ -195,6 +195,7 @@ impl Run {
     pub(super) async fn discard(&mut self) {
         self.runner.steps.shutdown().await;
         self.images = Images::default();
+        self.end_pager();
         self.parts = None;
         if let Some(reason) = prepare::discard(&self.prepared).await {
             tracing::error!(reason, "something of a discarded pod is left behind");

@@ -17,6 +17,7 @@ use crate::config::NodeName;
 use crate::daemon::migrations::Ticket;
 use crate::daemon::node::Node;
 use crate::migration::journal::Journal;
+use crate::migration::mode::{Mode, OnStall};
 use crate::pods::recover::OpenMigration;
 use crate::pods::{PodHandle, PodResources};
 use crate::wire::session::Session;
@@ -26,6 +27,7 @@ mod checks;
 mod clock;
 mod depart;
 mod destination;
+mod destination_pages;
 mod destination_pod;
 mod device_state;
 mod handoff;
@@ -37,6 +39,7 @@ mod report;
 mod runner;
 mod source;
 mod source_link;
+mod source_pages;
 mod source_status;
 mod source_steps;
 mod steps;
@@ -50,6 +53,10 @@ pub struct Options {
     pub verify: bool,
     /// Freeze only when the predicted downtime is at most this.
     pub max_downtime_ms: u32,
+    /// When the memory crosses.
+    pub mode: Mode,
+    /// What is done when pre-copy does not get on.
+    pub on_stall: OnStall,
     /// Data connections.
     pub connections: u8,
     /// Bytes a second that memory may take on the wire while the guest runs; none: as fast as it goes.

@@ -214,7 +214,14 @@ pub(super) async fn build(
     })
     .await?;
     let hashes = verify.then(|| Arc::new(PageHashes::new(pages)));
-    if target.set(Target { memory, hashes }).is_err() {
+    if target
+        .set(Target {
+            memory,
+            hashes,
+            pager: OnceLock::new(),
+        })
+        .is_err()
+    {
         return Err("the guest's memory was made twice".to_owned());
     }
     Ok((vm, port))
@@ -227,6 +234,7 @@ pub(super) async fn hash_placed(target: &Arc<OnceLock<Target>>) {
         Some(Target {
             memory,
             hashes: Some(hashes),
+            ..
         }) => hashes.refresh(memory).map_err(|error| error.to_string()),
         Some(Target { hashes: None, .. }) | None => Ok(0),
     });
@@ -244,13 +252,11 @@ pub(super) async fn verify(
         let Some(Target {
             memory,
             hashes: Some(hashes),
+            ..
         }) = target.get()
         else {
             return Err("there is nothing to verify".to_owned());
         };
-        hashes
-            .finish(memory)
-            .map_err(|error| format!("the guest's memory cannot be read: {error}"))?;
         let pages: u64 = theirs.iter().map(|(_, piece)| piece.len() as u64).sum();
         if pages != memory.pages() {
             return Err(format!(
@@ -258,9 +264,24 @@ pub(super) async fn verify(
                 memory.pages()
             ));
         }
+        // What is missing is compared when it comes, and from before it is known what that is: devices that load their state have
+        // pages fetched meanwhile.
+        let pager = target.get().and_then(|target| target.pager.get());
+        let missing = pager.map_or_else(Vec::new, |pager| {
+            pager.expect(in_order(&theirs));
+            pager.missing()
+        });
+        let is_missing = |page: &PageIndex| {
+            let word = missing.get((page.0 / 64) as usize);
+            word.is_some_and(|word| word >> (page.0 % 64) & 1 == 1)
+        };
+        hashes
+            .finish(memory)
+            .map_err(|error| format!("the guest's memory cannot be read: {error}"))?;
         let differ: Vec<PageIndex> = theirs
             .iter()
             .flat_map(|(first, piece)| hashes.compare(*first, piece))
+            .filter(|page| !is_missing(page))
             .collect();
         if let Some(page) = differ.first() {
             tracing::error!(page = page.0, count = differ.len(), "pages differ");
@@ -271,6 +292,17 @@ pub(super) async fn verify(
         })
     })
     .await
+}
+
+/// The hashes of all pages, of which there is one each.
+fn in_order(pieces: &[(PageIndex, Vec<u64>)]) -> Vec<u64> {
+    let mut pieces: Vec<_> = pieces.iter().collect();
+    pieces.sort_by_key(|(first, _)| first.0);
+    pieces
+        .into_iter()
+        .flat_map(|(_, hashes)| hashes)
+        .copied()
+        .collect()
 }
 
 /// Begun before the freeze, so that the VMM listens when the state comes: see [`feed`].

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use vm_runtime::units::PageRange;
 
 use super::clock::unix_us;
 use super::depart::{end_pod, figures};
@@ -16,6 +17,7 @@ use super::source_steps::{self as steps, Lanes};
 use super::steps::blocking_journal;
 use crate::daemon::migrations::Ticket;
 use crate::daemon::node::Node;
+use crate::memory::postcopy::{PageServer, PushQueue};
 use crate::memory::send::PageSender;
 use crate::memory::track::Tracking;
 use crate::migration::source::{Input, Outcome, Output, Rollback, Source};
@@ -24,7 +26,8 @@ use crate::pods::{MigrationEnd, PodHandle, PodResources};
 use crate::wire::bulk::Urgent;
 use crate::wire::conn::Connection;
 use crate::wire::control::ControlSender;
-use crate::wire::message::Ledger;
+use crate::wire::fault::Fault;
+use crate::wire::message::{Control, Ledger};
 use crate::wire::session::Session;
 
 /// One machine and what it works with.
@@ -41,7 +44,18 @@ pub(super) struct Run {
     sessions: UnboundedReceiver<Session>,
     pub(super) lanes: Option<Lanes>,
     pub(super) urgent: Option<Connection<Urgent>>,
+    pub(super) faults: Vec<Connection<Fault>>,
+    /// Answers who waits for pages of the stopped guest.
+    pub(super) server: Option<Arc<PageServer>>,
+    /// What the destination said that its guest lacks.
+    pub(super) wanted: Vec<PageRange>,
     pub(super) tracking: Tracking,
+    /// What is being pushed.
+    pub(super) queue: Option<Arc<PushQueue>>,
+    /// When the round under way began, by the machine's clock.
+    pub(super) round_began: u64,
+    /// Data connections of a link that is dialed again.
+    pub(super) connections: u8,
     pub(super) held_at_unix_us: u64,
 }
 
@@ -57,6 +71,7 @@ impl Run {
     ) -> Self {
         let (dialed, sessions) = unbounded_channel();
         let pages = pod.spec().memory.pages();
+        let connections = node.config.migration.connections;
         let mut runner = Runner::new(node, pod.name().to_owned(), ticket.cancel.clone());
         if let Some(resources) = &resources {
             runner.watch_vm(Arc::clone(&resources.vm));
@@ -73,7 +88,13 @@ impl Run {
             sessions,
             lanes: None,
             urgent: None,
+            faults: Vec::new(),
+            server: None,
+            wanted: Vec::new(),
             tracking: Tracking::new(pages),
+            queue: None,
+            round_began: 0,
+            connections,
             held_at_unix_us: 0,
         }
     }
@@ -83,8 +104,10 @@ impl Run {
             control,
             data,
             urgent,
+            faults,
             ..
         } = session;
+        self.faults = faults;
         let inputs = self.runner.inputs.clone();
         self.runner.link = Some(Link::start(control, inputs, convert));
         self.urgent = urgent;
@@ -124,7 +147,7 @@ impl Run {
         self.resources.clone()
     }
 
-    fn control(&self) -> Option<ControlSender> {
+    pub(super) fn control(&self) -> Option<ControlSender> {
         self.runner.link.as_ref().map(|link| link.control.clone())
     }
 
@@ -134,6 +157,7 @@ impl Run {
 
     async fn roll_back(&mut self, what: Rollback) {
         self.runner.steps.shutdown().await;
+        self.server = None;
         let problems = steps::roll_back(self.resources.as_deref(), &self.tracking, what).await;
         for reason in problems {
             self.runner.tell(Input::Failed { reason });
@@ -190,6 +214,7 @@ impl Run {
         if let Some(sender) = self.sender() {
             self.figures.memory.bytes_sent = sender.bytes_sent();
         }
+        self.figures.memory.throttle_percent = self.machine.throttle_percent();
         self.runner.close().await;
         if let Some(ticket) = self.ticket.take() {
             let figures = std::mem::replace(
@@ -217,6 +242,10 @@ impl Side for Run {
     type Output = Output;
 
     fn handle(&mut self, input: Input) -> Vec<Output> {
+        if let Input::Peer(Control::PageBits(bits)) = &input {
+            self.take_wanted(bits);
+            return Vec::new();
+        }
         self.note(&input);
         self.machine.handle(self.runner.now(), input)
     }
@@ -237,7 +266,10 @@ impl Side for Run {
                 );
             }
             Output::Redial => self.redial(),
-            Output::KillVm => self.kill_vm(),
+            Output::KillVm => {
+                self.server = None;
+                self.kill_vm();
+            }
             Output::Hold => {
                 self.held_at_unix_us = unix_us();
                 self.hold();
@@ -260,6 +292,7 @@ impl Side for Run {
                     .step(steps::start_tracking(self.parts(), self.tracking.clone()));
             }
             Output::SendRound { round } => {
+                self.round_began = self.runner.now();
                 self.runner.step(steps::send_round(
                     self.sender(),
                     self.tracking.clone(),
@@ -278,6 +311,10 @@ impl Side for Run {
                     round,
                 ));
             }
+            Output::SendStale { last } => self.send_stale(last),
+            Output::ServeFaults => self.serve_faults(),
+            Output::PushPages => self.push_pages(),
+            Output::Throttle { percent } => self.throttle(percent),
             Output::Rollback(what) => self.roll_back(what).await,
             Output::Finish(outcome) => self.finish(outcome).await,
         }

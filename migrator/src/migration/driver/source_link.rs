@@ -23,15 +23,20 @@ impl Run {
     pub(super) fn redial(&mut self) {
         self.runner.link = None;
         self.urgent = None;
+        self.server = None;
+        self.lanes = None;
         let (node, to, addr) = (
             Arc::clone(&self.runner.node),
             self.figures.to.clone(),
             self.addr,
         );
+        let shape = Shape::Resume {
+            data: self.connections,
+        };
         let (inputs, sessions) = (self.runner.inputs.clone(), self.dialed.clone());
         self.runner.helpers.spawn(async move {
             // The machine may be done.
-            match session::dial_shape(addr, &node.tls, &to, Shape::Resume, DIAL_DEADLINE).await {
+            match session::dial_shape(addr, &node.tls, &to, shape, DIAL_DEADLINE).await {
                 Ok(session) => drop(sessions.send(session)),
                 Err(error) => {
                     let reason = chain(&error);
@@ -44,6 +49,10 @@ impl Run {
     /// The link is up again: what is parked goes over the new connection from where it is not acknowledged.
     pub(super) async fn relinked(&mut self, session: Session) {
         self.attach(session, None);
+        // The guest stands still: were it not granted away, nobody would dial again.
+        self.server = None;
+        self.wanted.clear();
+        self.serve_faults();
         let Some(resources) = self.parts() else {
             return;
         };

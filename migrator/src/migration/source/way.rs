@@ -5,7 +5,8 @@ use super::{
     SourceState, State,
 };
 use crate::migration::journal::{Entry, OwnerState};
-use crate::migration::rounds::{Decision, RoundSample};
+use crate::migration::mode::{Mode, OnStall, THROTTLE_STEPS};
+use crate::migration::rounds::{Decision, RoundSample, Stall};
 use crate::wire::message::{
     Control, Grant, Handover, ImageDone, Ledger, MemoryDone, Ready, RoundEnd,
 };
@@ -39,6 +40,10 @@ impl Source {
                 acked_at.get_or_insert(now);
                 self.scan_if_round_complete(out);
             }
+            (Control::StaleAck(_), State::Marking { round }) => {
+                let round = *round;
+                self.freeze(round, out);
+            }
             (Control::Ready(ready), State::Sending(sending)) => match doubts(self.verify, ready) {
                 Some(reason) => self.unwind(&reason, out),
                 None => {
@@ -47,11 +52,19 @@ impl Source {
                 }
             },
             (Control::Running(running), State::Granted | State::Doubt(_)) => {
-                self.taken_over(running.failed, out);
+                let pages = match self.postcopy {
+                    true => Pages::Known,
+                    false => Pages::None,
+                };
+                self.taken_over(running.failed, pages, out);
             }
             (Control::QueryReply(reply), _) if reply.migration == self.record.migration => {
-                self.verdict(reply.verdict, out);
+                self.verdict(reply.verdict, reply.wants_pages, out);
             }
+            (Control::Wanted(_), State::Forwarding(_)) if self.pages_due => {
+                out.push(Output::PushPages);
+            }
+            (Control::MemoryComplete(_), _) => self.memory_complete(out),
             (Control::Refuse(refuse), _) => self.refused(&refuse.reason, out),
             (Control::Abort(abort), _) => self.turned_down(&abort.reason, out),
             (Control::Bye(bye), State::Closing(_)) if bye.migration == self.record.migration => {
@@ -71,7 +84,10 @@ impl Source {
             }
             (Input::TrackingStarted, State::Tracking) => {
                 self.scanned_at = now;
-                self.start_round(1, now, out);
+                match self.mode {
+                    Mode::Postcopy => self.mark_stale(1, now, out),
+                    Mode::Precopy | Mode::Hybrid | Mode::Auto => self.start_round(1, now, out),
+                }
             }
             (Input::RoundSent { pages, bytes }, State::Round { round, sent, .. }) => {
                 *sent = Some((pages, bytes));
@@ -126,6 +142,10 @@ impl Source {
                 out.push(Output::Send(MemoryDone { round, pages }.into()));
                 self.grant_if_complete(now, out);
             }
+            (Input::StaleSent { last: true, .. }, State::Sending(sending)) => {
+                sending.pages = true;
+                self.grant_if_complete(now, out);
+            }
             (Input::StateSent, State::Sending(sending)) => {
                 sending.state = true;
                 self.grant_if_complete(now, out);
@@ -167,18 +187,49 @@ impl Source {
     }
 
     pub(super) fn decide(&mut self, round: u32, pending: u64, now: u64, out: &mut Vec<Output>) {
-        match self.rounds.decide(pending) {
+        let decision = self.rounds.decide(pending);
+        if self.mode == Mode::Hybrid && !self.rounds.fits(pending) {
+            return self.mark_stale(round + 1, now, out);
+        }
+        match decision {
             Decision::Round => self.start_round(round + 1, now, out),
             Decision::Freeze => self.freeze(round + 1, out),
             Decision::Stalled(stall) => {
                 self.stall = Some(stall);
-                match (stall.exhausted, self.force) {
-                    (false, _) => self.start_round(round + 1, now, out),
-                    (true, true) => self.freeze(round + 1, out),
-                    (true, false) => self.unwind(&stall.to_string(), out),
-                }
+                self.stalled(round + 1, stall, now, out);
             }
         }
+    }
+
+    /// Rounds do not get on: what the user wants then.
+    fn stalled(&mut self, round: u32, stall: Stall, now: u64, out: &mut Vec<Output>) {
+        match (self.mode, self.on_stall) {
+            (Mode::Auto | Mode::Hybrid | Mode::Postcopy, _) => self.mark_stale(round, now, out),
+            (Mode::Precopy, OnStall::Wait) if !(self.force && stall.exhausted) => {
+                self.start_round(round, now, out);
+            }
+            (Mode::Precopy, OnStall::Throttle) => match THROTTLE_STEPS.get(self.throttled) {
+                Some(percent) => {
+                    self.throttled += 1;
+                    self.begun.unthrottle = true;
+                    self.rounds.eased();
+                    out.push(Output::Throttle { percent: *percent });
+                    self.start_round(round, now, out);
+                }
+                None if self.force => self.freeze(round, out),
+                None => self.unwind(&stall.to_string(), out),
+            },
+            (Mode::Precopy, OnStall::Wait | OnStall::Fail) if self.force => self.freeze(round, out),
+            (Mode::Precopy, OnStall::Wait | OnStall::Fail) => self.unwind(&stall.to_string(), out),
+        }
+    }
+
+    /// The way of post-copy: the destination makes ready to wait for pages while the guest still runs here.
+    fn mark_stale(&mut self, round: u32, now: u64, out: &mut Vec<Output>) {
+        self.postcopy = true;
+        self.state = State::Marking { round };
+        self.deadline = Some(now + ANSWER_LIMIT_US);
+        out.push(Output::SendStale { last: false });
     }
 
     pub(super) fn freeze(&mut self, round: u32, out: &mut Vec<Output>) {
@@ -187,6 +238,7 @@ impl Source {
             agent: None,
             held: false,
         };
+        self.deadline = None;
         self.begun.attach_agent = true;
         out.push(Output::DetachAgent);
     }
@@ -222,8 +274,11 @@ impl Source {
             hashes: !self.verify,
             ready: false,
         });
+        out.extend(match self.postcopy {
+            true => vec![Output::ServeFaults, Output::SendStale { last: true }],
+            false => vec![Output::SendLastPages { round }],
+        });
         out.extend([
-            Output::SendLastPages { round },
             Output::SaveState,
             Output::ReadResidue,
             Output::Send(handover.into()),
@@ -262,18 +317,31 @@ impl Source {
     }
 
     /// The destination runs the guest: this copy must never run again.
-    pub(super) fn taken_over(&mut self, failed: Option<String>, out: &mut Vec<Output>) {
+    pub(super) fn taken_over(
+        &mut self,
+        failed: Option<String>,
+        pages: Pages,
+        out: &mut Vec<Output>,
+    ) {
         self.deadline = None;
-        let released = OwnerState::Released {
-            to: self.record.to.clone(),
-            migration: self.record.migration,
-        };
-        // Packets first: the guest waits for them, and for nothing else here.
+        // Packets first: the guest waits for them.
         if failed.is_none() {
             out.push(Output::Forward);
         }
-        out.push(Output::Note(Entry::Owner(self.owner(released))));
-        out.push(Output::KillVm);
+        match pages {
+            Pages::Told if self.memory_gone => {
+                let reason = "the guest's memory was lost with its VM at the source";
+                out.push(Output::Send(Self::abort_message(reason)));
+                self.let_go(out);
+            }
+            Pages::Known | Pages::Told if failed.is_none() => {
+                self.pages_due = true;
+                if pages == Pages::Known {
+                    out.push(Output::PushPages);
+                }
+            }
+            Pages::None | Pages::Known | Pages::Told => self.let_go(out),
+        }
         let mut dialing = Dialing::default();
         if !self.link {
             self.dial(&mut dialing, out);
@@ -288,7 +356,32 @@ impl Source {
         };
     }
 
+    /// Nothing of this copy is needed any more.
+    fn let_go(&mut self, out: &mut Vec<Output>) {
+        let released = OwnerState::Released {
+            to: self.record.to.clone(),
+            migration: self.record.migration,
+        };
+        out.push(Output::Note(Entry::Owner(self.owner(released))));
+        out.push(Output::KillVm);
+    }
+
+    /// The destination has every page.
+    pub(super) fn memory_complete(&mut self, out: &mut Vec<Output>) {
+        if !std::mem::take(&mut self.pages_due) {
+            return;
+        }
+        self.let_go(out);
+        if self.forwarding_over {
+            self.forwarded(out);
+        }
+    }
+
     pub(super) fn forwarded(&mut self, out: &mut Vec<Output>) {
+        if self.pages_due {
+            self.forwarding_over = true;
+            return;
+        }
         if let State::Forwarding(dialing) = self.state {
             self.state = State::Releasing(dialing);
             out.push(Output::Release);
@@ -315,6 +408,17 @@ impl Source {
             destination,
         }));
     }
+}
+
+/// What the guest at the destination lacks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pages {
+    /// Nothing.
+    None,
+    /// The pages that are pending here.
+    Known,
+    /// Pages that it will tell.
+    Told,
 }
 
 /// What speaks against a grant although the destination is ready.
