@@ -71,6 +71,7 @@ pub(super) async fn start(
         on_stall: request.options.on_stall.unwrap_or_default(),
         connections,
         bandwidth: request.options.bandwidth,
+        compress: request.options.compress.unwrap_or(defaults.compress),
     };
     let id = MigrationId::random();
     // The pod is marked before anybody hears of the migration, so that two cannot take the same one.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
+use crate::memory::compress::Compress;
 use crate::migration::mode::{Mode, OnStall};
 use serde::{Deserialize, Serialize};
 use vm_runtime::pod::PodSpec;
@@ -275,6 +276,8 @@ pub struct MigrateOptions {
     pub connections: Option<u8>,
     /// Bytes a second that memory may take on the wire while the guest runs.
     pub bandwidth: Option<std::num::NonZeroU64>,
+    /// What pages are compressed with.
+    pub compress: Option<Compress>,
 }
 
 /// Answer of `POST /v1/pods/NAME/migrate`.

@@ -24,10 +24,13 @@
 //!              frame -> guest memory          pwrite: into a page of its own, without a fault, and without clearing it first
 //! ```
 //!
+//! A codec adds one copy at each end: the pages wait for it in a buffer of their own, and it writes into the frame, or out of it.
 //! Pages of zeros are never copied beyond the source's first step: they cross as a count, and are holes at the destination.
 //!
 //! What is absent: no decision when to go on or to freeze (`migration::rounds`), no VM, no QMP.
 
+pub mod compress;
+mod lane;
 mod pace;
 pub mod pageset;
 pub mod postcopy;

@@ -9,6 +9,7 @@ use tokio::sync::mpsc;
 use vm_runtime::memory::GuestMemory;
 use vm_runtime::units::{PAGE_SIZE, PageIndex, PageRange};
 
+use super::compress::{Decompressor, UnpackError};
 use super::postcopy::{Pager, PagerError};
 use super::verify::PageHashes;
 use crate::wire::bulk::Data;
@@ -23,6 +24,9 @@ pub enum ReceiveError {
     /// A page could not be put in place.
     #[error("a missing page could not be put in place")]
     Pager(#[from] PagerError),
+    /// Packed pages that are not what they should be.
+    #[error(transparent)]
+    Unpack(#[from] UnpackError),
     /// The data connection is lost.
     #[error("a data connection from the source is lost")]
     Link(#[from] LinkError),
@@ -98,28 +102,39 @@ async fn run<R: AsyncRead + Unpin>(
     target: &std::sync::OnceLock<Target>,
     arrivals: &mpsc::Sender<Arrival>,
 ) -> ReceiveError {
+    let mut decompressor = Decompressor::default();
     loop {
-        let arrival = match reader.next().await {
+        let placed = match reader.next().await {
             Err(error) => return error.into(),
             Ok(Data::Pages { first, raw }) => {
                 let count = (raw.len() / PAGE_SIZE) as u64;
-                match place(target, first, count, Some(&raw)) {
-                    Ok(()) => continue,
-                    Err(error) => return error,
-                }
+                place(target, first, count, Some(&raw))
             }
-            Ok(Data::Zeros { first, count }) => match place(target, first, count, None) {
-                Ok(()) => continue,
-                Err(error) => return error,
-            },
-            Ok(Data::Barrier { round }) => Arrival::Barrier { lane, round },
-            Ok(Data::Chunk { digest, raw }) => Arrival::Chunk { digest, raw },
+            Ok(Data::Packed {
+                first,
+                count,
+                codec,
+                raw,
+            }) => decompressor
+                .unpack(codec, count, &raw)
+                .map_err(ReceiveError::from)
+                .and_then(|pages| place(target, first, u64::from(count), Some(pages))),
+            Ok(Data::Zeros { first, count }) => place(target, first, count, None),
+            Ok(Data::Barrier { round }) => report(arrivals, Arrival::Barrier { lane, round }).await,
+            Ok(Data::Chunk { digest, raw }) => {
+                report(arrivals, Arrival::Chunk { digest, raw }).await
+            }
         };
-        // A closed channel ends the task through the select in `start`.
-        if arrivals.send(arrival).await.is_err() {
-            return LinkError::Closed.into();
+        if let Err(error) = placed {
+            return error;
         }
     }
+}
+
+async fn report(arrivals: &mpsc::Sender<Arrival>, arrival: Arrival) -> Result<(), ReceiveError> {
+    // A closed channel ends the task through the select in `start`.
+    let told = arrivals.send(arrival).await;
+    told.map_err(|_| LinkError::Closed.into())
 }
 
 /// Writes pages, or makes a hole where they are zero.

@@ -1,4 +1,4 @@
-//! The source's half: one task a data connection reads pages and writes frames.
+//! The source's half: what the connections are told to send. What one connection does is in [`super::lane`].
 
 use std::io;
 use std::num::NonZeroU64;
@@ -9,17 +9,15 @@ use bytes::Bytes;
 use tokio::io::AsyncWrite;
 use tokio::sync::{mpsc, oneshot};
 use vm_runtime::memory::{GuestMemory, PageReader};
-use vm_runtime::units::{PageIndex, PageRange};
+use vm_runtime::units::PageRange;
 
+use super::compress::{Choice, Compress};
+use super::lane::Lane;
 use super::pace::Pace;
 use super::postcopy::PushQueue;
 use super::shard;
-use crate::wire::batch::Batch;
 use crate::wire::bulk::Data;
 use crate::wire::conn::{LinkError, Writer};
-
-/// Bytes that are gathered before they are written. What was copied is still in the processor's cache when it is encrypted.
-const BATCH: usize = 256 << 10;
 
 /// Pages or chunks could not be sent.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +42,8 @@ pub struct Sent {
     pub zero_pages: u64,
     /// Bytes of frames, before TLS.
     pub bytes: u64,
+    /// Bytes that compression saved: so many more would the frames have without it.
+    pub saved: u64,
 }
 
 impl std::ops::AddAssign for Sent {
@@ -51,6 +51,7 @@ impl std::ops::AddAssign for Sent {
         self.pages += other.pages;
         self.zero_pages += other.zero_pages;
         self.bytes += other.bytes;
+        self.saved += other.saved;
     }
 }
 
@@ -58,13 +59,20 @@ impl std::ops::AddAssign for Sent {
 #[derive(Debug)]
 pub struct PageSender {
     lanes: Vec<mpsc::Sender<Job>>,
-    reader: Arc<PageReader>,
-    bytes: Arc<AtomicU64>,
-    pace: Arc<Pace>,
+    shared: Arc<Shared>,
+}
+
+/// What the connections share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) reader: PageReader,
+    pub(super) bytes: AtomicU64,
+    pub(super) pace: Pace,
+    pub(super) choice: Choice,
 }
 
 #[derive(Debug)]
-enum Job {
+pub(super) enum Job {
     Round {
         round: u32,
         pieces: Vec<PageRange>,
@@ -89,49 +97,51 @@ impl PageSender {
         memory: &Arc<GuestMemory>,
         writers: Vec<Writer<Data, W>>,
         limit: Option<NonZeroU64>,
+        compress: Compress,
     ) -> Self
     where
         W: AsyncWrite + Unpin + Send + 'static,
     {
-        let reader = Arc::new(PageReader::new(memory));
-        let bytes = Arc::new(AtomicU64::new(0));
-        let pace = Arc::new(Pace::new(limit));
+        let shared = Arc::new(Shared {
+            reader: PageReader::new(memory),
+            bytes: AtomicU64::new(0),
+            pace: Pace::new(limit),
+            choice: Choice::new(compress, writers.len()),
+        });
         let lanes = writers
             .into_iter()
             .map(|writer| {
                 let (jobs, queue) = mpsc::channel(4);
-                let lane = Lane {
-                    reader: Arc::clone(&reader),
-                    writer,
-                    batch: Batch::new(),
-                    bytes: Arc::clone(&bytes),
-                    pace: Arc::clone(&pace),
-                };
-                tokio::spawn(lane.run(queue));
+                tokio::spawn(Lane::new(Arc::clone(&shared), writer).run(queue));
                 jobs
             })
             .collect();
-        Self {
-            lanes,
-            reader,
-            bytes,
-            pace,
-        }
+        Self { lanes, shared }
     }
 
     /// From now on the limit holds no more: the guest stands still, and every millisecond is its downtime.
     pub fn lift_limit(&self) {
-        self.pace.lift();
+        self.shared.pace.lift();
     }
 
     /// What it reads pages with: mapped, once the first pass is over, as far as the guest's memory holds data.
-    pub fn reader(&self) -> &Arc<PageReader> {
-        &self.reader
+    pub fn reader(&self) -> &PageReader {
+        &self.shared.reader
     }
 
     /// Frame bytes written since the start, for progress.
     pub fn bytes_sent(&self) -> u64 {
-        self.bytes.load(Ordering::Relaxed)
+        self.shared.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of the pages that were sent and are not zero: what would have been sent without compression, but for headers.
+    pub fn bytes_raw(&self) -> u64 {
+        self.shared.choice.raw_bytes()
+    }
+
+    /// What most of these pages were compressed with.
+    pub fn compressed_with(&self) -> Compress {
+        self.shared.choice.mostly()
     }
 
     /// Sends the pages of `ranges`, and a barrier behind them on every connection. With `skip_zeros`
@@ -145,6 +155,7 @@ impl PageSender {
         ranges: &[PageRange],
         skip_zeros: bool,
     ) -> Result<Sent, SendError> {
+        self.shared.choice.round();
         let mut waits = Vec::with_capacity(self.lanes.len());
         for (lane, pieces) in self
             .lanes
@@ -202,135 +213,5 @@ impl PageSender {
             .map_err(|_| SendError::Ended)?;
         wait.await.map_err(|_| SendError::Ended)??;
         Ok(())
-    }
-}
-
-struct Lane<W> {
-    reader: Arc<PageReader>,
-    writer: Writer<Data, W>,
-    batch: Batch,
-    bytes: Arc<AtomicU64>,
-    pace: Arc<Pace>,
-}
-
-impl<W: AsyncWrite + Unpin> Lane<W> {
-    async fn run(mut self, mut queue: mpsc::Receiver<Job>) {
-        while let Some(job) = queue.recv().await {
-            let (result, done) = match job {
-                Job::Round {
-                    round,
-                    pieces,
-                    skip_zeros,
-                    done,
-                } => (self.round(round, &pieces, skip_zeros).await, done),
-                Job::Push { queue, done } => (self.push(&queue).await, done),
-                Job::Chunk { digest, raw, done } => (self.chunk(digest, raw).await, done),
-            };
-            let failed = result.is_err();
-            // The asker may have given up; the connection's state is what counts.
-            let _ = done.send(result);
-            if failed {
-                return;
-            }
-        }
-        let _ = self.writer.close().await;
-    }
-
-    async fn round(
-        &mut self,
-        round: u32,
-        pieces: &[PageRange],
-        skip_zeros: bool,
-    ) -> Result<Sent, SendError> {
-        let mut sent = Sent::default();
-        for piece in pieces {
-            if skip_zeros {
-                // The first pass reads every page that holds data: later rounds then find it mapped.
-                self.reader.prepare(*piece);
-            }
-            self.piece(*piece, skip_zeros, &mut sent).await?;
-        }
-        self.batch.push(&Data::Barrier { round });
-        self.write(&mut sent).await?;
-        Ok(sent)
-    }
-
-    async fn push(&mut self, queue: &PushQueue) -> Result<Sent, SendError> {
-        let mut sent = Sent::default();
-        while let Some(piece) = queue.next() {
-            self.piece(piece, false, &mut sent).await?;
-            self.write(&mut sent).await?;
-        }
-        Ok(sent)
-    }
-
-    async fn chunk(&mut self, digest: [u8; 32], raw: Bytes) -> Result<Sent, SendError> {
-        self.writer.send(&Data::Chunk { digest, raw }).await?;
-        Ok(Sent::default())
-    }
-
-    /// Appends the pages of one piece to the batch, and writes it whenever it is full.
-    async fn piece(
-        &mut self,
-        piece: PageRange,
-        skip_zeros: bool,
-        sent: &mut Sent,
-    ) -> Result<(), SendError> {
-        let reader = Arc::clone(&self.reader);
-        let mut zeros = ZeroRun::default();
-        for page in (piece.start.0..piece.end.0).map(PageIndex) {
-            let kept = self
-                .batch
-                .page(page, |content| reader.copy(page, content).map(|zero| !zero))?;
-            if kept {
-                sent.pages += 1;
-            } else if !skip_zeros {
-                sent.pages += 1;
-                sent.zero_pages += 1;
-                zeros.add(page, &mut self.batch);
-            }
-            if self.batch.len() >= BATCH {
-                self.write(sent).await?;
-            }
-        }
-        zeros.end(&mut self.batch);
-        Ok(())
-    }
-
-    async fn write(&mut self, sent: &mut Sent) -> Result<(), SendError> {
-        let bytes = self.batch.len() as u64;
-        if bytes > 0 {
-            self.pace.wait(bytes).await;
-            self.writer.send_batch(&self.batch).await?;
-            self.batch.clear();
-            self.bytes.fetch_add(bytes, Ordering::Relaxed);
-            sent.bytes += bytes;
-        }
-        Ok(())
-    }
-}
-
-/// Pages of zeros that follow each other, until they become one frame.
-#[derive(Default)]
-struct ZeroRun(Option<PageRange>);
-
-impl ZeroRun {
-    fn add(&mut self, page: PageIndex, batch: &mut Batch) {
-        match &mut self.0 {
-            Some(run) if run.end == page => run.end.0 += 1,
-            Some(_) | None => {
-                self.end(batch);
-                self.0 = Some(PageRange::new(page.0, page.0 + 1));
-            }
-        }
-    }
-
-    fn end(&mut self, batch: &mut Batch) {
-        if let Some(run) = self.0.take() {
-            batch.push(&Data::Zeros {
-                first: run.start,
-                count: run.len(),
-            });
-        }
     }
 }

@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 use vm_runtime::memory::GuestMemory;
 use vm_runtime::units::{Bytes, PAGE_SIZE, PageIndex, PageRange};
 
+use super::compress::Compress;
 use super::pageset::PageSet;
 use super::receive::{self, Arrival, Target};
 use super::send::{PageSender, Sent};
@@ -81,7 +82,7 @@ struct Pair {
 }
 
 impl Pair {
-    fn new(source: Arc<GuestMemory>, lanes: usize) -> Self {
+    fn new(source: Arc<GuestMemory>, lanes: usize, compress: Compress) -> Self {
         let destination = memory();
         let (mut writers, mut readers) = (Vec::new(), Vec::new());
         for _ in 0..lanes {
@@ -104,7 +105,7 @@ impl Pair {
         );
         receive::start(readers, &target, &sender);
         Self {
-            sender: PageSender::start(&source, writers, None::<NonZeroU64>),
+            sender: PageSender::start(&source, writers, None::<NonZeroU64>, compress),
             source,
             destination,
             arrivals,
@@ -184,6 +185,7 @@ proptest! {
         before in prop::collection::vec((0..PAGES, content()), 0..500),
         writes in prop::collection::vec(prop::collection::vec((0..PAGES, content()), 1..300), 1..3),
         lanes in 1usize..6,
+        compress in prop::sample::select(&[Compress::None, Compress::Lz4, Compress::Zstd, Compress::Auto][..]),
     ) {
         let source = memory();
         for (page, content) in before {
@@ -207,7 +209,7 @@ proptest! {
             })
             .collect();
         let differs = runtime().block_on(async {
-            let mut pair = Pair::new(Arc::clone(&source), lanes);
+            let mut pair = Pair::new(Arc::clone(&source), lanes, compress);
             // As the driver does: what holds data first, then what was written meanwhile, until nothing is.
             let mut pending = source.data_ranges().unwrap();
             go.store(true, Ordering::SeqCst);
@@ -234,7 +236,7 @@ async fn pages_that_became_zero_or_holes_arrive_as_zeros() {
         put(&source, page, Content::Noise(page));
     }
     put(&source, 8, Content::Zeros);
-    let mut pair = Pair::new(Arc::clone(&source), 2);
+    let mut pair = Pair::new(Arc::clone(&source), 2, Compress::Lz4);
     // Between what a first pass is told to send and its reading, one page becomes a hole and one is zeroed.
     let first = source.data_ranges().unwrap();
     assert_eq!(first, [PageRange::new(0, 9)]);
@@ -268,12 +270,13 @@ async fn what_a_round_sends_is_counted() {
     put(&source, 10, Content::Noise(1));
     put(&source, 11, Content::Noise(2));
     put(&source, 300, Content::Noise(3));
-    let mut pair = Pair::new(source, 1);
+    let mut pair = Pair::new(source, 1, Compress::None);
     let sent = pair.round(1, &[PageRange::new(0, PAGES)]).await;
     assert_eq!((sent.pages, sent.zero_pages), (3, 0));
     // Two frames of pages with 17 bytes before each, and a barrier of 9.
     assert_eq!(sent.bytes, 3 * PAGE_SIZE as u64 + 2 * 17 + 9);
     assert_eq!(pair.sender.bytes_sent(), sent.bytes);
+    assert_eq!(pair.sender.bytes_raw(), 3 * PAGE_SIZE as u64);
     // Without leave to skip them, zeros are two frames of 21 bytes between.
     let sent = pair.round(2, &[PageRange::new(9, 13)]).await;
     assert_eq!((sent.pages, sent.zero_pages), (4, 2));
@@ -285,7 +288,7 @@ async fn pages_beyond_the_memory_end_the_connection() {
     let large = Bytes((PAGES + 1) * PAGE_SIZE as u64);
     let source = Arc::new(GuestMemory::create("memory-test", large).unwrap());
     put(&source, PAGES, Content::Even(1));
-    let mut pair = Pair::new(source, 1);
+    let mut pair = Pair::new(source, 1, Compress::None);
     let beyond = [PageRange::new(PAGES, PAGES + 1)];
     let sent = pair.sender.round(1, &beyond, true);
     let (_, arrival) = tokio::join!(sent, pair.arrivals.recv());
@@ -297,4 +300,34 @@ async fn pages_beyond_the_memory_end_the_connection() {
         ),
         "{ended:?}"
     );
+}
+
+#[tokio::test]
+async fn what_compression_saves_is_counted() {
+    for (compress, ends) in [(Compress::Lz4, 1), (Compress::Zstd, 1), (Compress::None, 0)] {
+        let source = memory();
+        for page in 0..200 {
+            put(&source, page, Content::Even(page as u8 | 1));
+        }
+        for page in 400..500 {
+            put(&source, page, Content::Noise(page << 32));
+        }
+        let mut pair = Pair::new(source, 2, compress);
+        let ranges = pair.source.data_ranges().unwrap();
+        let sent = pair.round(1, &ranges).await;
+        assert_eq!(pair.first_difference(), None);
+        assert_eq!(pair.sender.bytes_sent(), sent.bytes);
+        assert_eq!(pair.sender.bytes_raw(), 300 * PAGE_SIZE as u64);
+        assert_eq!(pair.sender.compressed_with(), compress);
+        let saved = 200 * PAGE_SIZE as u64 * ends;
+        assert!(
+            sent.saved <= saved && sent.saved >= saved * 9 / 10,
+            "{sent:?}"
+        );
+        let all = 300 * PAGE_SIZE as u64;
+        assert!(
+            (all..all + 400).contains(&(sent.bytes + sent.saved)),
+            "{sent:?}"
+        );
+    }
 }

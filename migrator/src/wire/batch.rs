@@ -3,7 +3,7 @@
 
 use vm_runtime::units::{PAGE_SIZE, PageIndex};
 
-use crate::wire::bulk::{Data, MAX_PAGES, PAGES, PAGES_HEAD};
+use crate::wire::bulk::{Codec, Data, MAX_PAGES, PACKED, PACKED_HEAD, PAGES, PAGES_HEAD};
 use crate::wire::codec;
 use crate::wire::frame;
 
@@ -69,6 +69,37 @@ impl Batch {
             self.open = Some(open);
         }
         Ok(kept)
+    }
+
+    /// Lets `fill` write the packed content of `count` pages from `first` on, in `room` bytes, and appends it if `fill` says how many
+    /// bytes it wrote: at least one, and fewer than the pages have. Returns what `fill` did.
+    pub fn packed(
+        &mut self,
+        first: PageIndex,
+        count: u32,
+        codec: Codec,
+        room: usize,
+        fill: impl FnOnce(&mut [u8]) -> Option<usize>,
+    ) -> Option<usize> {
+        const HEAD: usize = frame::HEADER + PACKED_HEAD;
+        let start = self.len;
+        let packed = fill(self.room(start + HEAD, room))?;
+        let (header, rest) = self.buf[start..start + HEAD].split_at_mut(frame::HEADER);
+        header.copy_from_slice(&frame::header(PACKED, PACKED_HEAD + packed));
+        rest[..8].copy_from_slice(&first.0.to_le_bytes());
+        rest[8..12].copy_from_slice(&count.to_le_bytes());
+        rest[12] = codec.byte();
+        self.len = start + HEAD + packed;
+        self.open = None;
+        Some(packed)
+    }
+
+    /// The content of the last frame, if it is one of pages.
+    pub fn last_pages(&self) -> &[u8] {
+        match self.open {
+            Some(open) => &self.buf[open.start + HEAD..self.len],
+            None => &[],
+        }
     }
 
     /// Appends any frame, with a copy.

@@ -1,5 +1,6 @@
 //! The bytes of every message, pinned; [`properties`] is what must hold for any bytes at all.
 
+mod pages;
 mod properties;
 
 use std::collections::BTreeMap;
@@ -9,8 +10,7 @@ use vm_runtime::pod::{PodNet, PodSpec};
 use vm_runtime::spec::{Accel, VmSpec};
 use vm_runtime::units::{self, Epoch, PAGE_SIZE, PageIndex};
 
-use super::batch::Batch;
-use super::bulk::{Data, PacketKind, Urgent};
+use super::bulk::{Codec, Data, PacketKind, Urgent};
 use super::codec::{DecodeError, Message, encode};
 use super::fault::Fault;
 use super::frame::{Lane, take_frame};
@@ -311,6 +311,18 @@ fn data_and_urgent_messages_have_these_bytes() {
         raw: Bytes::from_static(b"x"),
     };
     golden::<Data>(chunk, &format!("22000000 44 {} 78", "cd".repeat(32)));
+    for (codec, byte) in [(Codec::Lz4, "01"), (Codec::Zstd, "02")] {
+        let packed = Data::Packed {
+            first,
+            count: 2,
+            codec,
+            raw: Bytes::from_static(b"xyz"),
+        };
+        golden::<Data>(
+            packed,
+            &format!("11000000 45 0201000000000000 02000000 {byte} 78797a"),
+        );
+    }
     for (kind, byte) in [
         (PacketKind::Residue, "01"),
         (PacketKind::Frame, "02"),
@@ -326,64 +338,6 @@ fn data_and_urgent_messages_have_these_bytes() {
         golden::<Urgent>(packet, &format!("0b000000 61 0900000000000000 {byte} 66"));
     }
     golden::<Urgent>(Urgent::PacketAck { seq: 9 }, "09000000 62 0900000000000000");
-}
-
-/// Appends a page of that byte, or leaves it out.
-fn page(batch: &mut Batch, page: u64, byte: u8, keep: bool) {
-    let filled = batch.page(PageIndex(page), |content| {
-        content.fill(byte);
-        Ok::<bool, ()>(keep)
-    });
-    assert_eq!(filled, Ok(keep));
-}
-
-#[test]
-fn a_batch_has_the_bytes_of_its_messages() {
-    let mut batch = Batch::new();
-    let zeros = Data::Zeros {
-        first: PageIndex(6),
-        count: 1,
-    };
-    let pages = |first, count, byte| {
-        let raw = Bytes::from(vec![byte; count * PAGE_SIZE]);
-        let first = PageIndex(first);
-        bytes(&Data::Pages { first, raw })
-    };
-    for _ in 0..2 {
-        page(&mut batch, 4, 5, true);
-        page(&mut batch, 5, 5, true);
-        page(&mut batch, 6, 9, false);
-        page(&mut batch, 7, 6, true);
-        batch.push(&zeros);
-        page(&mut batch, 8, 7, true);
-        page(&mut batch, 6, 9, false);
-        let failed: Result<bool, &str> = batch.page(PageIndex(9), |_| Err("failed"));
-        assert_eq!(failed, Err("failed"));
-        page(&mut batch, 9, 7, true);
-        let expected = [
-            pages(4, 2, 5),
-            pages(7, 1, 6),
-            bytes(&zeros),
-            pages(8, 2, 7),
-        ];
-        assert_eq!(batch.as_bytes(), expected.concat());
-        batch.clear();
-        assert!(batch.is_empty());
-    }
-}
-
-#[test]
-fn a_frame_of_a_batch_is_never_longer_than_the_wire_allows() {
-    let mut batch = Batch::new();
-    for index in 0..300 {
-        page(&mut batch, index, 1, true);
-    }
-    let pages = |first, count| {
-        let raw = Bytes::from(vec![1; count * PAGE_SIZE]);
-        let first = PageIndex(first);
-        bytes(&Data::Pages { first, raw })
-    };
-    assert_eq!(batch.as_bytes(), [pages(0, 256), pages(256, 44)].concat());
 }
 
 #[test]

@@ -17,6 +17,7 @@ use super::source_steps::{self as steps, Lanes};
 use super::steps::blocking_journal;
 use crate::daemon::migrations::Ticket;
 use crate::daemon::node::Node;
+use crate::memory::compress::Compress;
 use crate::memory::postcopy::{PageServer, PushQueue};
 use crate::memory::send::PageSender;
 use crate::memory::track::Tracking;
@@ -56,6 +57,7 @@ pub(super) struct Run {
     pub(super) round_began: u64,
     /// Data connections of a link that is dialed again.
     pub(super) connections: u8,
+    pub(super) compress: Compress,
     pub(super) held_at_unix_us: u64,
 }
 
@@ -71,7 +73,8 @@ impl Run {
     ) -> Self {
         let (dialed, sessions) = unbounded_channel();
         let pages = pod.spec().memory.pages();
-        let connections = node.config.migration.connections;
+        let defaults = &node.config.migration;
+        let (connections, compress) = (defaults.connections, defaults.compress);
         let mut runner = Runner::new(node, pod.name().to_owned(), ticket.cancel.clone());
         if let Some(resources) = &resources {
             runner.watch_vm(Arc::clone(&resources.vm));
@@ -95,6 +98,7 @@ impl Run {
             queue: None,
             round_began: 0,
             connections,
+            compress,
             held_at_unix_us: 0,
         }
     }
@@ -118,7 +122,7 @@ impl Run {
                 data.into_iter().map(Connection::split).unzip();
             let memory = resources.vm.memory();
             self.lanes = Some(Lanes {
-                sender: Arc::new(PageSender::start(&memory, writers, limit)),
+                sender: Arc::new(PageSender::start(&memory, writers, limit, self.compress)),
                 _readers: readers,
             });
         }
@@ -213,6 +217,8 @@ impl Run {
         }
         if let Some(sender) = self.sender() {
             self.figures.memory.bytes_sent = sender.bytes_sent();
+            self.figures.memory.bytes_raw = sender.bytes_raw();
+            self.figures.memory.compress = sender.compressed_with();
         }
         self.figures.memory.throttle_percent = self.machine.throttle_percent();
         self.runner.close().await;

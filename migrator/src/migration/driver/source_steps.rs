@@ -111,7 +111,8 @@ pub(super) async fn send_round(sender: Sender, tracking: Tracking, round: u32) -
         .map_err(|error| chain(&error))?;
     Ok(Input::RoundSent {
         pages: sent.pages,
-        bytes: sent.bytes,
+        // As many as its pages have: what is left is predicted in pages, which will be compressed as well.
+        bytes: sent.bytes + sent.saved,
     })
 }
 
