@@ -7,6 +7,7 @@
 
 mod dirty;
 mod file;
+mod lz4;
 mod maps;
 mod missing;
 mod page;
@@ -19,6 +20,7 @@ mod view;
 
 pub use dirty::{DirtyError, DirtyTracker};
 pub use file::GuestMemory;
+pub use lz4::{lz4_pack, lz4_room, lz4_unpack};
 pub use maps::{Mapping, find_mappings};
 pub use missing::{MissingError, MissingPages};
 pub use page::{is_zero, page_hash};

@@ -6,8 +6,8 @@ mod pack;
 
 use std::io;
 
-use lz4_flex::block::{compress_into, decompress_into, get_maximum_output_size};
 use serde::{Deserialize, Serialize};
+use vm_runtime::memory::{lz4_pack, lz4_room, lz4_unpack};
 use vm_runtime::units::PAGE_SIZE;
 use zstd::zstd_safe;
 
@@ -57,7 +57,7 @@ impl Compressor {
     /// Bytes that [`Self::pack`] must be given for `raw` bytes, however badly they compress.
     pub fn room(codec: Codec, raw: usize) -> usize {
         match codec {
-            Codec::Lz4 => get_maximum_output_size(raw),
+            Codec::Lz4 => lz4_room(raw),
             Codec::Zstd => zstd_safe::compress_bound(raw),
         }
     }
@@ -66,7 +66,7 @@ impl Compressor {
     /// sixteenth is saved.
     pub fn pack(&mut self, codec: Codec, raw: &[u8], out: &mut [u8]) -> Option<usize> {
         let packed = match codec {
-            Codec::Lz4 => compress_into(raw, out).ok()?,
+            Codec::Lz4 => lz4_pack(raw, out)?,
             Codec::Zstd => {
                 let zstd = match &mut self.zstd {
                     Some(zstd) => zstd,
@@ -122,8 +122,7 @@ impl Decompressor {
         }
         let out = &mut self.raw[..said];
         let found = match codec {
-            Codec::Lz4 => decompress_into(packed, out)
-                .map_err(|error| UnpackError::Damaged(io::Error::other(error)))?,
+            Codec::Lz4 => lz4_unpack(packed, out).map_err(UnpackError::Damaged)?,
             Codec::Zstd => {
                 let zstd = match &mut self.zstd {
                     Some(zstd) => zstd,
