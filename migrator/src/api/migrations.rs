@@ -147,8 +147,8 @@ pub(super) async fn cancel(
     match node.migrations.cancel(parse(&id)?) {
         Ok(()) => Ok(Json(json!({ "cancelling": id }))),
         Err(CancelError::Unknown) => Err(ApiError::not_found("migration", &id)),
-        Err(error @ (CancelError::Over | CancelError::HandedOver)) => {
-            Err(ApiError::caused(ErrorCode::Busy, &error))
-        }
+        Err(
+            error @ (CancelError::Over | CancelError::HandedOver | CancelError::Postcopy { .. }),
+        ) => Err(ApiError::caused(ErrorCode::Busy, &error)),
     }
 }

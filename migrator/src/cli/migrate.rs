@@ -125,7 +125,11 @@ fn write_report(path: &std::path::Path, report: &MigrationReport) -> Result<(), 
 }
 
 /// Follows a migration to its end, also across a restart of the service.
-async fn wait(client: &Client, id: &str, watch: bool) -> Result<MigrationReport, Failure> {
+pub(super) async fn wait(
+    client: &Client,
+    id: &str,
+    watch: bool,
+) -> Result<MigrationReport, Failure> {
     let path = format!("/v1/migrations/{}?watch=1", encode(id));
     let mut gone: Option<Instant> = None;
     let mut last = String::new();

@@ -74,6 +74,26 @@ pub struct Target {
     pub pager: OnceLock<Arc<Pager>>,
 }
 
+impl Target {
+    /// A RAM file whose guest does not run yet.
+    pub fn new(memory: Arc<GuestMemory>, hashes: Option<Arc<PageHashes>>) -> Self {
+        Self {
+            memory,
+            hashes,
+            pager: OnceLock::new(),
+        }
+    }
+
+    /// The RAM file of a guest that lacks pages.
+    pub fn paged(memory: Arc<GuestMemory>, pager: Arc<Pager>) -> Self {
+        Self {
+            memory,
+            hashes: None,
+            pager: OnceLock::from(pager),
+        }
+    }
+}
+
 /// Starts a task a connection. `target` may be set later, but before the first page comes. The tasks end
 /// with their connection, or when `arrivals` is closed.
 pub fn start<R>(

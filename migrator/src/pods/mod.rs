@@ -17,6 +17,7 @@
 pub mod error;
 pub mod handle;
 pub mod incoming;
+mod lacking;
 pub mod logs;
 pub mod plan;
 pub mod recover;

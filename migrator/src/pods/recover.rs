@@ -8,6 +8,7 @@
 //! | owner, containers never started | removed: whoever asked was told of a failure |
 //! | a migration from here is open | attached as migrating; the driver ends the migration |
 //! | granted to this node, not settled with the source | attached as migrating; the driver resumes it if need be |
+//! | the same, and its guest lacks pages | attached as soon as its VMM answers, which may itself wait for a page |
 //! | anything else | the VM is killed and everything removed |
 //! | damaged | left alone; its name and slot stay taken |
 
@@ -22,6 +23,7 @@ use super::agent::{AgentSlot, attach_later};
 use super::boot;
 use super::error::PodError;
 use super::handle::{Facts, PodHandle, PodResources};
+use super::lacking::LackingPod;
 use super::logs::LogStore;
 use super::state::{self, PodFile};
 use crate::api::error::chain;
@@ -49,6 +51,13 @@ pub enum OpenMigration {
         record: DestinationRecord,
         /// The pod, marked as migrating, and its parts; absent if its VM is gone.
         pod: Option<(PodHandle, Arc<PodResources>)>,
+    },
+    /// It brought a pod here, and the grant came; the guest lacks pages.
+    Lacking {
+        /// As journaled.
+        record: DestinationRecord,
+        /// The pod, to be found.
+        pod: Box<LackingPod>,
     },
     /// It was to bring a pod here, and no grant had come: nothing of it is left, and the driver answers so.
     Discarded {
@@ -189,8 +198,22 @@ async fn find(
         .or(granted.map(|r| r.migration));
     let containers = file.record.containers.clone();
     let facts = facts(node, dir, file)?;
-    let found = attach(node, &facts, migration.is_some(), granted.is_some()).await;
     let epoch = owner.epoch;
+    if let Some(record) = granted
+        && node.arrivals.is_paged(record.migration)
+    {
+        return Ok(Some(OpenMigration::Lacking {
+            record: record.clone(),
+            pod: Box::new(LackingPod {
+                reservation,
+                facts,
+                epoch,
+                containers,
+                migration: record.migration.to_string(),
+            }),
+        }));
+    }
+    let found = attach(node, &facts, migration.is_some(), granted.is_some()).await;
     let birth = match (&found, migration) {
         (Err(reason), _) => Birth::Dead(reason.clone()),
         (Ok(resources), None) => Birth::Running(Arc::clone(resources)),
@@ -250,7 +273,7 @@ fn facts(node: &Node, dir: &Path, file: PodFile) -> Result<Facts, PodError> {
 }
 
 /// Takes VM, port and agent back. The error is the reason that the pod is shown as failed with.
-async fn attach(
+pub(super) async fn attach(
     node: &Arc<Node>,
     facts: &Facts,
     migrating: bool,
@@ -293,7 +316,7 @@ async fn attach(
     Ok(resources)
 }
 
-async fn find_vm(dir: &Path) -> Result<Vm, AttachError> {
+pub(super) async fn find_vm(dir: &Path) -> Result<Vm, AttachError> {
     let record = VmRecord::load(dir).map_err(|_| AttachError::Gone { pid: 0 })?;
     Vm::attach(&record).await
 }

@@ -3,8 +3,11 @@
 #![allow(missing_docs, unreachable_pub)]
 
 mod any_moment;
+mod cancel;
 mod certificate;
+mod policies;
 mod postcopy;
+mod soak;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

@@ -1,6 +1,6 @@
-//! A guest of 300 bytes: PID 1 writes to memory and counts on the console.
+//! Guests of 300 bytes: PID 1 counts on the console, and writes to memory or keeps a processor busy.
 //!
-//! It is assembled into this test itself, so that the VM is tested without the agent, an image
+//! They are assembled into this test itself, so that the VM is tested without the agent, an image
 //! or any tool.
 
 use std::arch::global_asm;
@@ -64,30 +64,80 @@ tiny_guest_end:
     "#
 );
 
+// Round after round: five million turns of a loop, `tick N` to the console, no sleep.
+global_asm!(
+    r#"
+    .pushsection .rodata
+    .globl busy_guest_start
+    .globl busy_guest_end
+busy_guest_start:
+    xor r12d, r12d
+2:  inc r12
+    mov ecx, 5000000
+3:  dec ecx
+    jnz 3b
+    mov rsi, rsp
+    dec rsi
+    mov byte ptr [rsi], 10
+    mov rax, r12
+    mov r8d, 10
+4:  xor edx, edx
+    div r8
+    add dl, 48
+    dec rsi
+    mov [rsi], dl
+    test rax, rax
+    jnz 4b
+    sub rsi, 5
+    mov dword ptr [rsi], 0x6b636974
+    mov byte ptr [rsi + 4], 32
+    mov rdx, rsp
+    sub rdx, rsi
+    mov edi, 1
+    mov eax, 1
+    syscall
+    jmp 2b
+busy_guest_end:
+    .popsection
+    "#
+);
+
 unsafe extern "C" {
     static tiny_guest_start: u8;
     static tiny_guest_end: u8;
+    static busy_guest_start: u8;
+    static busy_guest_end: u8;
 }
 
-fn code() -> &'static [u8] {
-    let start = &raw const tiny_guest_start;
-    let end = &raw const tiny_guest_end;
+/// What a guest does.
+#[derive(Clone, Copy, Debug)]
+pub enum Program {
+    /// Writes a word into each of [`WRITTEN_PAGES`], counts, and sleeps for 10 ms.
+    Writes,
+    /// Keeps one processor busy, and counts.
+    Busy,
+}
+
+fn code(program: Program) -> &'static [u8] {
+    let (start, end) = match program {
+        Program::Writes => (&raw const tiny_guest_start, &raw const tiny_guest_end),
+        Program::Busy => (&raw const busy_guest_start, &raw const busy_guest_end),
+    };
     // SAFETY: both symbols bound one run of read-only bytes of this very binary.
     unsafe { std::slice::from_raw_parts(start, end as usize - start as usize) }
 }
 
 /// Writes an initramfs (newc cpio, see the kernel's buffer-format.rst) whose `/init` it is.
-pub fn write_initramfs(path: &Path) -> std::io::Result<()> {
+pub fn write_initramfs(path: &Path, program: Program) -> std::io::Result<()> {
     let mut archive = Vec::new();
     entry(&mut archive, "dev", 0o04_0755, (0, 0), &[]);
     entry(&mut archive, "dev/console", 0o02_0600, (5, 1), &[]);
-    entry(&mut archive, "init", 0o10_0755, (0, 0), &elf());
+    entry(&mut archive, "init", 0o10_0755, (0, 0), &elf(code(program)));
     entry(&mut archive, "TRAILER!!!", 0, (0, 0), &[]);
     std::fs::write(path, archive)
 }
 
-fn elf() -> Vec<u8> {
-    let code = code();
+fn elf(code: &[u8]) -> Vec<u8> {
     let file = HEADERS + code.len() as u64;
     let mut elf = Vec::new();
     // ELF64, little endian, System V; executable, x86-64.

@@ -15,7 +15,7 @@ use vm_runtime::units::{Bytes, PAGE_SIZE, PageIndex};
 use vm_runtime::vm::{CONSOLE, Vm, VmRecord, VmResources};
 use xtask::process::poll_until;
 
-use crate::guest;
+use crate::guest::{self, Program};
 
 /// Under emulation on a busy machine a kernel takes this long at the very most.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
@@ -31,6 +31,11 @@ pub struct Lab {
 
 impl Lab {
     pub async fn new() -> anyhow::Result<Self> {
+        Self::with(Program::Writes).await
+    }
+
+    /// As [`Lab::new`], with guests that do something else.
+    pub async fn with(program: Program) -> anyhow::Result<Self> {
         let one = ONE.lock().await;
         let guest = std::env::var_os("MIGRATOR_GUEST_DIR").context(
             "MIGRATOR_GUEST_DIR is not set: run these tests with `cargo xtask test`, or let it name \
@@ -41,7 +46,7 @@ impl Lab {
             bail!("{} is not there: run `cargo xtask setup`", kernel.display());
         }
         let dir = tempfile::Builder::new().prefix("vm-test-").tempdir()?;
-        guest::write_initramfs(&dir.path().join("initramfs"))?;
+        guest::write_initramfs(&dir.path().join("initramfs"), program)?;
         Ok(Self {
             dir,
             qemu: QemuBinary::find(None).await?,

@@ -20,6 +20,7 @@ mod record;
 mod spawn;
 mod start;
 mod state;
+pub mod throttle;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -129,7 +130,8 @@ pub struct Vm {
     uffd: OwnedFd,
     tap: OwnedFd,
     park: Option<OwnedFd>,
-    qmp: Qmp,
+    qmp: Arc<Qmp>,
+    throttle: Arc<throttle::Slot>,
 }
 
 impl Vm {
@@ -157,7 +159,7 @@ impl Vm {
         Ok(vm)
     }
 
-    /// Finds the VM again that an earlier service started, in whatever state it is.
+    /// Finds the VM again that an earlier service started, in whatever state it is; but not slowed down.
     ///
     /// # Errors
     /// Its process is gone, its descriptors cannot be taken, or its monitor is silent. The VM,
@@ -168,6 +170,7 @@ impl Vm {
         let process = match Process::find(pid, record.start_time) {
             Ok(process) => process,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                throttle::forget(&record.dir);
                 return Err(AttachError::Gone { pid });
             }
             Err(source) => return Err(failed("process")(source)),
@@ -179,15 +182,18 @@ impl Vm {
         let park = record.fds.park.map(|fd| take("park", fd)).transpose()?;
         let uffd = take("userfaultfd", record.fds.uffd)?;
         let qmp = Qmp::connect(&record.dir.join(QMP_SOCKET), QMP_DEADLINE).await?;
-        Ok(Self {
+        let vm = Self {
             record: record.clone(),
             process: Arc::new(process),
             memory: Arc::new(memory),
             uffd,
             tap,
             park,
-            qmp,
-        })
+            qmp: Arc::new(qmp),
+            throttle: Arc::default(),
+        };
+        throttle::clear(&vm).await;
+        Ok(vm)
     }
 
     /// What a later service needs for [`Vm::attach`]; also in the VM's folder, see
@@ -253,6 +259,8 @@ impl Vm {
     /// # Errors
     /// QEMU is gone or silent; in the latter case the guest may run or not.
     pub async fn stop(&self) -> Result<(), ControlError> {
+        let mut halted = self.throttle.halted.lock().await;
+        *halted = true;
         self.command("stop").await.map(drop)
     }
 
@@ -261,6 +269,7 @@ impl Vm {
     /// # Errors
     /// QEMU refuses, is gone or silent.
     pub async fn cont(&self) -> Result<(), ControlError> {
+        let mut halted = self.throttle.halted.lock().await;
         let until = Instant::now() + QMP_DEADLINE;
         let mut settled = false;
         loop {
@@ -272,7 +281,10 @@ impl Vm {
                     settled = self.query_status().await? != RunState::Saving;
                     sleep(state::SETTLE_PERIOD).await;
                 }
-                result => return result.map(drop),
+                result => {
+                    *halted &= result.is_err();
+                    return result.map(drop);
+                }
             }
         }
     }

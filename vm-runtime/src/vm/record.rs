@@ -79,6 +79,7 @@ impl VmRecord {
 
     /// Removes the record from the VM's folder, once the VMM is gone.
     pub(super) fn remove(dir: &Path) {
+        super::throttle::forget(dir);
         // Gone already is fine, and a stale record is recognised by pid and start time.
         let _ = std::fs::remove_file(dir.join(FILE));
     }

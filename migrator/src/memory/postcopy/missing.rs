@@ -13,6 +13,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_runtime::units::{PageIndex, PageRange};
 
+use super::bits::Bits;
+
 /// First bytes of the file: its kind and version.
 const MAGIC: &[u8; 8] = b"mmiss1\n\0";
 /// Bytes before the first word: the magic and the number of pages.
@@ -45,11 +47,10 @@ pub enum SetError {
 /// Pages that are missing. All methods may be called from several threads.
 #[derive(Debug)]
 pub struct MissingSet {
-    missing: Vec<AtomicU64>,
+    missing: Bits,
     /// Asked for over the present link.
-    asked: Vec<AtomicU64>,
+    asked: Bits,
     left: AtomicU64,
-    pages: u64,
     file: File,
     path: PathBuf,
 }
@@ -71,7 +72,7 @@ impl MissingSet {
         let set = Self::empty(path, pages, file);
         let mut head = MAGIC.to_vec();
         head.extend_from_slice(&pages.to_le_bytes());
-        head.resize(HEAD as usize + set.missing.len() * 8, 0);
+        head.resize(HEAD as usize + words(pages) * 8, 0);
         set.file.write_all_at(&head, 0).map_err(failed)?;
         Ok(set)
     }
@@ -88,7 +89,7 @@ impl MissingSet {
             Err(source) => return Err(failed(source)),
         };
         let set = Self::empty(path, pages, file);
-        let mut content = vec![0; HEAD as usize + set.missing.len() * 8];
+        let mut content = vec![0; HEAD as usize + words(pages) * 8];
         set.file.read_exact_at(&mut content, 0).map_err(failed)?;
         let (head, words) = content.split_at(HEAD as usize);
         if head[..8] != *MAGIC || head[8..] != pages.to_le_bytes() {
@@ -96,35 +97,28 @@ impl MissingSet {
             return Err(SetError::Damaged { path, pages });
         }
         let (words, _) = words.as_chunks::<8>();
-        let mut left = 0;
-        for (slot, word) in set.missing.iter().zip(words) {
-            let word = u64::from_le_bytes(*word);
-            left += u64::from(word.count_ones());
-            slot.store(word, Ordering::SeqCst);
-        }
+        let left = set
+            .missing
+            .set_words(words.iter().map(|word| u64::from_le_bytes(*word)));
         set.left.store(left, Ordering::SeqCst);
         Ok(Some(set))
     }
 
     fn empty(path: &Path, pages: u64, file: File) -> Self {
-        let zeros = || (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
         Self {
-            missing: zeros(),
-            asked: zeros(),
+            missing: Bits::new(pages),
+            asked: Bits::new(pages),
             left: AtomicU64::new(0),
-            pages,
             file,
             path: path.to_owned(),
         }
     }
 
-    /// Adds the pages of `range` that lie within RAM. In the file they are after [`Self::store`].
+    /// Adds the pages of `range` that lie within RAM. In the file they are after [`Self::store`]. Not beside [`Self::remove`]: the file
+    /// could forget them.
     pub fn insert(&self, range: PageRange) {
-        self.each_word(range, |word, mask| {
-            let before = self.missing[word].fetch_or(mask, Ordering::SeqCst);
-            let new = u64::from((mask & !before).count_ones());
-            self.left.fetch_add(new, Ordering::SeqCst);
-        });
+        let new = self.missing.insert(range);
+        self.left.fetch_add(new, Ordering::SeqCst);
     }
 
     /// Writes the whole set to the file.
@@ -143,12 +137,10 @@ impl MissingSet {
     /// # Errors
     /// The file cannot be written; the set is right all the same.
     pub fn remove(&self, range: PageRange) -> Result<u64, SetError> {
-        let (mut removed, mut words) = (0, Vec::new());
-        self.each_word(range, |word, mask| {
-            let before = self.missing[word].fetch_and(!mask, Ordering::SeqCst);
-            removed += u64::from((before & mask).count_ones());
-            words.extend_from_slice(&(before & !mask).to_le_bytes());
-        });
+        let mut words = Vec::new();
+        let removed = self
+            .missing
+            .remove(range, |word| words.extend_from_slice(&word.to_le_bytes()));
         if removed == 0 {
             return Ok(0);
         }
@@ -163,21 +155,17 @@ impl MissingSet {
 
     /// Whether a page is missing.
     pub fn contains(&self, page: PageIndex) -> bool {
-        self.bit(&self.missing, page)
-            .is_some_and(|(word, mask)| word.load(Ordering::SeqCst) & mask != 0)
+        self.missing.contains(page)
     }
 
     /// Notes that a page is asked for; whether nobody had over this link.
     pub fn ask(&self, page: PageIndex) -> bool {
-        self.bit(&self.asked, page)
-            .is_some_and(|(word, mask)| word.fetch_or(mask, Ordering::SeqCst) & mask == 0)
+        self.asked.insert(PageRange::new(page.0, page.0 + 1)) == 1
     }
 
     /// The link is a new one, over which nothing has been asked for.
     pub fn forget_asked(&self) {
-        for word in &self.asked {
-            word.store(0, Ordering::SeqCst);
-        }
+        self.asked.clear();
     }
 
     /// How many pages are missing.
@@ -187,10 +175,7 @@ impl MissingSet {
 
     /// The set as words of 64 pages, lowest bit first.
     pub fn words(&self) -> Vec<u64> {
-        self.missing
-            .iter()
-            .map(|word| word.load(Ordering::SeqCst))
-            .collect()
+        self.missing.words()
     }
 
     /// Removes the file: nothing is missing, or the guest is gone.
@@ -199,23 +184,11 @@ impl MissingSet {
             tracing::debug!(path = %self.path.display(), %error, "the file of missing pages is not removed");
         }
     }
+}
 
-    fn bit<'a>(&self, words: &'a [AtomicU64], page: PageIndex) -> Option<(&'a AtomicU64, u64)> {
-        let word = words.get((page.0 / 64) as usize)?;
-        Some((word, 1 << (page.0 % 64)))
-    }
-
-    fn each_word(&self, range: PageRange, mut part: impl FnMut(usize, u64)) {
-        let end = range.end.0.min(self.pages);
-        let mut at = range.start.0;
-        while at < end {
-            let word_end = (at / 64 + 1) * 64;
-            let len = end.min(word_end) - at;
-            let mask = (u64::MAX >> (64 - len)) << (at % 64);
-            part((at / 64) as usize, mask);
-            at += len;
-        }
-    }
+/// Words of a set for so many pages.
+fn words(pages: u64) -> usize {
+    pages.div_ceil(64) as usize
 }
 
 fn file_error(verb: &'static str, path: &Path, source: io::Error) -> SetError {

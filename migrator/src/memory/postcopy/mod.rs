@@ -12,14 +12,26 @@
 //! Why none is lost: the missing pages are a set that only a placed page leaves ([`missing`]); it outlives the service in a
 //! file, and after a lost link the destination says what is left of it.
 //!
+//! Where threads meet ([`bits`], [`waits`]), every order of their steps is tried by a test.
+//!
 //! What is absent: the decision to go this way (`migration::source`), and who runs the guest.
 
+mod bits;
 mod histogram;
 mod link;
 mod missing;
+#[cfg(test)]
+mod model;
 mod pager;
 mod push;
 mod serve;
+mod waits;
+
+/// What [`model`](self) replaces.
+mod sync {
+    pub(super) use std::sync::atomic::{AtomicU64, Ordering};
+    pub(super) use std::sync::{Mutex, MutexGuard, PoisonError};
+}
 
 pub use histogram::quantile;
 pub use missing::{MissingSet, SetError};

@@ -1,6 +1,5 @@
 //! The destination's half: hears who waits for which page, asks for it, and puts in place what comes.
 
-use std::collections::HashMap;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -17,6 +16,7 @@ use vm_runtime::vm::VmRam;
 use super::histogram::Histogram;
 use super::link::FaultLink;
 use super::missing::{MissingSet, SetError};
+use super::waits::Waits;
 use crate::memory::verify::hash;
 use crate::wire::conn::Connection;
 use crate::wire::fault::Fault;
@@ -59,8 +59,7 @@ struct Shared {
     memory: Arc<GuestMemory>,
     set: MissingSet,
     links: Mutex<Vec<Arc<FaultLink>>>,
-    /// Since when somebody waits for a page.
-    waiting: Mutex<HashMap<PageIndex, Instant>>,
+    waiting: Waits,
     waits: Histogram,
     wait_count: AtomicU64,
     /// What the source's pages must hash to, if the migration verifies.
@@ -105,7 +104,7 @@ impl Pager {
             memory,
             set,
             links: Mutex::default(),
-            waiting: Mutex::default(),
+            waiting: Waits::default(),
             waits: Histogram::new(),
             wait_count: AtomicU64::new(0),
             hashes: OnceLock::new(),
@@ -292,12 +291,12 @@ impl Shared {
             self.pages.place_zeros(one)?;
             return Ok(());
         }
-        lock(&self.waiting).entry(page).or_insert_with(Instant::now);
-        if !self.set.contains(page) {
-            self.arrived(one);
-            return Ok(());
-        }
-        if self.set.ask(page) {
+        let is_missing = || self.set.contains(page);
+        if self
+            .waiting
+            .begin(page, is_missing, |wait| self.count(wait))
+            && self.set.ask(page)
+        {
             self.ask(index, page);
         }
         Ok(())
@@ -376,27 +375,17 @@ impl Shared {
 
     /// Pages are in place, and whoever waited for them goes on.
     fn placed(&self, range: PageRange) -> Result<(), PagerError> {
-        self.arrived(range);
-        if self.set.remove(range)? > 0 {
+        let leave = || self.set.remove(range);
+        let left = self.waiting.placed(range, leave, |wait| self.count(wait))?;
+        if left > 0 {
             self.left.send_replace(self.set.left());
         }
-        // One that came to wait between the two.
-        self.arrived(range);
         Ok(())
     }
 
-    /// Counts the waits that are over.
-    fn arrived(&self, range: PageRange) {
-        let mut waiting = lock(&self.waiting);
-        if waiting.is_empty() {
-            return;
-        }
-        for page in range.start.0..range.end.0 {
-            if let Some(since) = waiting.remove(&PageIndex(page)) {
-                self.waits.add(since.elapsed().as_micros() as u64);
-                self.wait_count.fetch_add(1, Ordering::Relaxed);
-            }
-        }
+    fn count(&self, wait: Duration) {
+        self.waits.add(wait.as_micros() as u64);
+        self.wait_count.fetch_add(1, Ordering::Relaxed);
     }
 }
 

@@ -256,9 +256,14 @@ impl Run {
     pub(super) fn pump(&mut self) {
         let Some(port) = self.port() else { return };
         if let Some(urgent) = self.urgent.take() {
+            let target = Arc::clone(&self.target);
             self.runner.helpers.spawn(async move {
                 let lost = packets::pump_in(urgent, port.clone()).await;
-                port.source_is_away();
+                // A guest that lacks pages cannot go on without the source: its packets wait for the log as well.
+                let pager = target.get().and_then(|target| target.pager.get());
+                if pager.is_none_or(|pager| pager.left() == 0) {
+                    port.source_is_away();
+                }
                 // The control connection tells when that matters.
                 tracing::debug!(error = chain(&lost), "the packet log's connection ended");
             });

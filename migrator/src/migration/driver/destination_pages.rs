@@ -17,10 +17,17 @@ use crate::wire::fault::Fault;
 use crate::wire::id::MigrationId;
 use crate::wire::message::{PageBits, Wanted};
 
-/// Where a migration's missing pages are kept, beside the spools: in memory, as the guest is.
+/// How the names of these files end.
+pub(super) const SUFFIX: &str = ".missing";
+
+/// A folder in memory, as the guest is.
+pub(super) fn spool(node: &Node) -> PathBuf {
+    node.config.state_dir.join("spool")
+}
+
+/// Where a migration's missing pages are kept.
 pub(super) fn missing_file(node: &Node, migration: MigrationId) -> PathBuf {
-    let spool = node.config.state_dir.join("spool");
-    spool.join(format!("{migration}.missing"))
+    spool(node).join(format!("{migration}{SUFFIX}"))
 }
 
 impl Run {

@@ -17,7 +17,7 @@ use crate::config::NodeName;
 use crate::daemon::migrations::Ticket;
 use crate::daemon::node::Node;
 use crate::memory::compress::Compress;
-use crate::migration::journal::Journal;
+use crate::migration::journal::{Journal, Recovery};
 use crate::migration::mode::{Mode, OnStall};
 use crate::pods::recover::OpenMigration;
 use crate::pods::{PodHandle, PodResources};
@@ -31,6 +31,7 @@ mod destination;
 mod destination_pages;
 mod destination_pod;
 mod device_state;
+mod early_pages;
 mod handoff;
 mod link;
 mod offer;
@@ -43,6 +44,7 @@ mod source_link;
 mod source_pages;
 mod source_status;
 mod source_steps;
+mod source_throttle;
 mod steps;
 
 pub use arrive::Arrivals;
@@ -93,6 +95,11 @@ pub async fn incoming(node: Arc<Node>, session: Session) {
     arrive::incoming(node, session).await;
 }
 
+/// Begins to page for guests that lack pages, before anything else is done with them.
+pub async fn page_early(node: &Arc<Node>, journal: &Recovery) {
+    early_pages::page_early(node, journal).await;
+}
+
 /// Ends a migration that an earlier service left open.
 pub async fn recover(node: Arc<Node>, migration: OpenMigration) {
     match migration {
@@ -102,6 +109,10 @@ pub async fn recover(node: Arc<Node>, migration: OpenMigration) {
             pod,
         } => depart::recover(node, record, handed_over, pod).await,
         OpenMigration::Destination { record, pod } => arrive::recover(node, record, pod).await,
+        OpenMigration::Lacking { record, pod } => {
+            let pod = pod.find(&node).await;
+            arrive::recover(node, record, pod).await;
+        }
         OpenMigration::Discarded { record } => {
             tracing::info!(migration = %record.migration, pod = record.pod, "discarded: no grant had come");
             // From here on the journal answers for it, and may forget it.

@@ -214,14 +214,7 @@ pub(super) async fn build(
     })
     .await?;
     let hashes = verify.then(|| Arc::new(PageHashes::new(pages)));
-    if target
-        .set(Target {
-            memory,
-            hashes,
-            pager: OnceLock::new(),
-        })
-        .is_err()
-    {
+    if target.set(Target::new(memory, hashes)).is_err() {
         return Err("the guest's memory was made twice".to_owned());
     }
     Ok((vm, port))

@@ -12,8 +12,10 @@ use super::depart::{end_pod, figures};
 use super::link::{Link, LinkEvent};
 use super::report::Figures;
 use super::runner::{JournalFailed, News, Runner, Side};
+use super::source_link::Loss;
 use super::source_status::phase_of;
 use super::source_steps::{self as steps, Lanes};
+use super::source_throttle::{self, Slowed};
 use super::steps::blocking_journal;
 use crate::daemon::migrations::Ticket;
 use crate::daemon::node::Node;
@@ -41,6 +43,8 @@ pub(super) struct Run {
     pub(super) ticket: Option<Ticket>,
     pub(super) figures: Figures,
     pub(super) addr: std::net::SocketAddr,
+    /// Of the link that is up, or was last.
+    pub(super) loss: Loss,
     pub(super) dialed: UnboundedSender<Session>,
     sessions: UnboundedReceiver<Session>,
     pub(super) lanes: Option<Lanes>,
@@ -51,6 +55,7 @@ pub(super) struct Run {
     /// What the destination said that its guest lacks.
     pub(super) wanted: Vec<PageRange>,
     pub(super) tracking: Tracking,
+    pub(super) slowed: Slowed,
     /// What is being pushed.
     pub(super) queue: Option<Arc<PushQueue>>,
     /// When the round under way began, by the machine's clock.
@@ -80,6 +85,7 @@ impl Run {
             runner.watch_vm(Arc::clone(&resources.vm));
         }
         Self {
+            loss: Loss::new(runner.inputs.clone()),
             runner,
             machine,
             pod,
@@ -95,6 +101,7 @@ impl Run {
             server: None,
             wanted: Vec::new(),
             tracking: Tracking::new(pages),
+            slowed: Slowed::default(),
             queue: None,
             round_began: 0,
             connections,
@@ -113,6 +120,12 @@ impl Run {
         } = session;
         self.faults = faults;
         let inputs = self.runner.inputs.clone();
+        self.loss = Loss::new(inputs.clone());
+        let loss = self.loss.clone();
+        let convert = move |event| match event {
+            LinkEvent::Message(message) => Some(Input::Peer(message)),
+            LinkEvent::Lost(reason) => loss.input(reason),
+        };
         self.runner.link = Some(Link::start(control, inputs, convert));
         self.urgent = urgent;
         if let Some(resources) = &self.resources
@@ -162,6 +175,11 @@ impl Run {
     async fn roll_back(&mut self, what: Rollback) {
         self.runner.steps.shutdown().await;
         self.server = None;
+        if what.unthrottle
+            && let Err(reason) = source_throttle::end(&self.slowed).await
+        {
+            self.runner.tell(Input::Failed { reason });
+        }
         let problems = steps::roll_back(self.resources.as_deref(), &self.tracking, what).await;
         for reason in problems {
             self.runner.tell(Input::Failed { reason });
@@ -308,7 +326,10 @@ impl Side for Run {
             Output::Scan => self.runner.step(steps::scan(self.tracking.clone())),
             Output::DetachAgent => self.runner.step(steps::detach_agent(self.parts())),
             Output::DrainTap => self.runner.step(steps::drain_tap(self.parts())),
-            Output::StopVm => self.runner.step(steps::stop_vm(self.parts())),
+            Output::StopVm => {
+                let slowed = Arc::clone(&self.slowed);
+                self.runner.step(steps::stop_vm(self.parts(), slowed));
+            }
             Output::ReadResidue => self.runner.step(steps::read_residue(self.parts())),
             Output::SendLastPages { round } => {
                 self.runner.step(steps::send_last_pages(
@@ -341,12 +362,5 @@ impl From<News> for Input {
             News::Failed { reason } => Self::Failed { reason },
             News::JournalFailed { reason } => Self::JournalFailed { reason },
         }
-    }
-}
-
-fn convert(event: LinkEvent) -> Input {
-    match event {
-        LinkEvent::Message(message) => Input::Peer(message),
-        LinkEvent::Lost(reason) => Input::LinkLost { reason },
     }
 }

@@ -1,6 +1,7 @@
 //! The source's link and its packets: what is begun at once and reports later.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
@@ -19,8 +20,42 @@ use crate::wire::session::{self, Session};
 /// How long the resumed guest has the machine to itself.
 const AFTER_RESUME: Duration = Duration::from_millis(250);
 
+/// The loss of one link, which several of its connections may notice: the machine hears of it once.
+#[derive(Clone, Debug)]
+pub(super) struct Loss {
+    inputs: UnboundedSender<Input>,
+    told: Arc<AtomicBool>,
+}
+
+impl Loss {
+    pub(super) fn new(inputs: UnboundedSender<Input>) -> Self {
+        Self {
+            inputs,
+            told: Arc::default(),
+        }
+    }
+
+    /// What to tell the machine; nothing if it has been told, or has given the link up.
+    pub(super) fn input(&self, reason: String) -> Option<Input> {
+        (!self.told.swap(true, Ordering::SeqCst)).then_some(Input::LinkLost { reason })
+    }
+
+    pub(super) fn tell(&self, reason: String) {
+        if let Some(input) = self.input(reason) {
+            // The machine may be done.
+            drop(self.inputs.send(input));
+        }
+    }
+
+    /// The link is given up: that it ends is no news.
+    fn forget(&self) {
+        self.told.store(true, Ordering::SeqCst);
+    }
+}
+
 impl Run {
     pub(super) fn redial(&mut self) {
+        self.loss.forget();
         self.runner.link = None;
         self.urgent = None;
         self.server = None;
@@ -68,11 +103,10 @@ impl Run {
     pub(super) fn pump(&mut self, resources: &PodResources) -> UnboundedSender<LogItem> {
         let (log, items) = unbounded_channel();
         if let Some(urgent) = self.urgent.take() {
-            let (port, inputs) = (resources.port.clone(), self.runner.inputs.clone());
+            let (port, loss) = (resources.port.clone(), self.loss.clone());
             self.runner.helpers.spawn(async move {
                 if let Err(error) = packets::pump_out(urgent, port, items).await {
-                    let reason = chain(&error);
-                    drop(inputs.send(Input::LinkLost { reason }));
+                    loss.tell(chain(&error));
                 }
             });
         }

@@ -10,7 +10,6 @@ use super::steps::blocking;
 use crate::api::error::chain;
 use crate::memory::pageset::PageSet;
 use crate::memory::postcopy::{PageServer, PushQueue};
-use crate::memory::send::PageSender;
 use crate::memory::track::Tracking;
 use crate::migration::source::Input;
 use crate::wire::control::ControlSender;
@@ -23,20 +22,13 @@ impl Run {
         let Some(resources) = self.parts().filter(|_| !connections.is_empty()) else {
             return;
         };
-        let inputs = self.runner.inputs.clone();
-        let lost = move |error| {
-            // The machine may be done.
-            let reason = chain(&error);
-            drop(inputs.send(Input::LinkLost { reason }));
-        };
+        let loss = self.loss.clone();
+        let lost = move |error| loss.tell(chain(&error));
         let served = MemoryView::new(&resources.vm.memory())
             .and_then(|view| PageServer::start(view, connections, lost));
         match served {
             Ok(server) => self.server = Some(Arc::new(server)),
-            Err(error) => {
-                let reason = chain(&error);
-                self.runner.tell(Input::LinkLost { reason });
-            }
+            Err(error) => self.loss.tell(chain(&error)),
         }
     }
 
@@ -72,13 +64,14 @@ impl Run {
             server.set_queue(Arc::clone(&queue));
         }
         if let Some(sender) = self.sender() {
-            self.runner.step(push(sender, queue));
+            let loss = self.loss.clone();
+            self.runner.helpers.spawn(async move {
+                // What is left, the destination says over the next link.
+                if let Err(error) = sender.push(&queue).await {
+                    loss.tell(chain(&error));
+                }
+            });
         }
-    }
-
-    /// Slows the guest's CPUs.
-    pub(super) fn throttle(&mut self, percent: u8) {
-        tracing::info!(pod = self.pod.name(), percent, "the guest is slowed");
     }
 
     /// The destination says what its guest lacks.
@@ -117,14 +110,4 @@ async fn send_stale(
     }
     control.send(StaleEnd { last }).await.map_err(lost)?;
     Ok(Input::StaleSent { last, pages: left })
-}
-
-async fn push(sender: Arc<PageSender>, queue: Arc<PushQueue>) -> Result<Input, String> {
-    match sender.push(&queue).await {
-        Ok(sent) => Ok(Input::PagesPushed { pages: sent.pages }),
-        // What is left, the destination says over the next link.
-        Err(error) => Ok(Input::LinkLost {
-            reason: chain(&error),
-        }),
-    }
 }

@@ -14,6 +14,7 @@ use vm_runtime::vm::RunState;
 use super::clock::unix_us;
 use super::device_state;
 use super::handoff::{Handoff, LOG_TAIL};
+use super::source_throttle::{Slowed, at_full_speed};
 use super::steps::{blocking, wire_ledger};
 use crate::api::error::chain;
 use crate::daemon::node::Node;
@@ -178,8 +179,9 @@ pub(super) async fn drain_tap(parts: Parts) -> Step {
     Ok(Input::Drained)
 }
 
-pub(super) async fn stop_vm(parts: Parts) -> Step {
+pub(super) async fn stop_vm(parts: Parts, slowed: Slowed) -> Step {
     let parts = need(parts, "the pod")?;
+    at_full_speed(&slowed).await?;
     let at_unix_us = unix_us();
     parts.vm.stop().await.map_err(|error| chain(&error))?;
     Ok(Input::Stopped { at_unix_us })

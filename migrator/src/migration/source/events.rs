@@ -122,11 +122,6 @@ pub enum Input {
     StateSent,
     /// [`Output::SendHashes`] is done, `HashesEnd` is queued.
     HashesSent,
-    /// [`Output::PushPages`] is done: everything that nobody had asked for is on its way.
-    PagesPushed {
-        /// Pages, zero pages included.
-        pages: u64,
-    },
     /// [`Output::Rollback`] is done, as well as it could be.
     RolledBack,
     /// [`Output::Forward`] has ended: the log is acknowledged and the neighbours have learned.
