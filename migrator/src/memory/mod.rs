@@ -9,6 +9,7 @@
 //! 2. A page always takes the same connection ([`shard::lane_of`] looks at nothing but its index), and a
 //!    connection keeps order. So two versions of a page arrive in the order in which they were read,
 //!    with nothing to wait for between rounds.
+//!    What the guest gives back to the host is a hole from one moment to the other, written or not: [`holes`] finds it.
 //! 3. The last round's scan runs after the VM has stopped, and its barrier follows its last page on
 //!    every connection. The destination is complete when it has seen that barrier on all of them.
 //!
@@ -30,6 +31,7 @@
 //! What is absent: no decision when to go on or to freeze (`migration::rounds`), no VM, no QMP.
 
 pub mod compress;
+mod holes;
 mod lane;
 mod pace;
 pub mod pageset;

@@ -247,6 +247,7 @@ fn offer() -> Offer {
             vcpus: 1,
             mac,
             disks: Vec::new(),
+            free_page_reporting: true,
             cmdline: "quiet".to_owned(),
             kernel_sha256: String::new(),
             initramfs_sha256: String::new(),
