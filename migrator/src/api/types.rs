@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
+use crate::memory::compress::Compress;
 use crate::migration::mode::{Mode, OnStall};
 use serde::{Deserialize, Serialize};
 use vm_runtime::pod::PodSpec;
@@ -271,10 +272,12 @@ pub struct MigrateOptions {
     pub mode: Option<Mode>,
     /// What is done when pre-copy does not get on; `throttle` if absent.
     pub on_stall: Option<OnStall>,
-    /// Data connections, 1 to 16.
+    /// Data connections, 1 to 64.
     pub connections: Option<u8>,
     /// Bytes a second that memory may take on the wire while the guest runs.
     pub bandwidth: Option<std::num::NonZeroU64>,
+    /// What pages are compressed with.
+    pub compress: Option<Compress>,
 }
 
 /// Answer of `POST /v1/pods/NAME/migrate`.

@@ -12,8 +12,10 @@ use super::status::progress;
 use super::{Context, Output, output};
 use crate::api::client::{Client, ClientError, encode};
 use crate::api::types::{MigrateOptions, MigrateRequest, MigrationStarted};
+use crate::memory::compress::Compress;
 use crate::migration::mode::{Mode, OnStall};
 use crate::migration::status::{MigrationReport, MigrationStatus, Outcome};
+use crate::wire::preamble::MAX_DATA_CONNECTIONS;
 
 /// How long a service that went away in the middle may take to come back.
 const SERVICE_BACK: Duration = Duration::from_secs(60);
@@ -45,11 +47,14 @@ pub(super) struct MigrateArgs {
     #[arg(long, value_name = "FILE", conflicts_with = "detach")]
     report: Option<std::path::PathBuf>,
     /// Data connections
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=i64::from(MAX_DATA_CONNECTIONS)))]
     connections: Option<u8>,
     /// Send at most MB megabytes of memory a second while the guest runs
     #[arg(long, value_name = "MB")]
     bandwidth: Option<std::num::NonZeroU32>,
+    /// Compress pages: not, with LZ4, with zstd, or with what link and processor make best (auto)
+    #[arg(long, value_enum)]
+    compress: Option<Compress>,
     /// Print the migration's id and return at once
     #[arg(long, conflicts_with = "watch")]
     detach: bool,
@@ -71,6 +76,7 @@ impl MigrateArgs {
                 bandwidth: self
                     .bandwidth
                     .map(|mb| NonZeroU64::from(mb).saturating_mul(MEGABYTE)),
+                compress: self.compress,
             },
         };
         let path = format!("/v1/pods/{}/migrate", encode(&self.pod));
@@ -202,6 +208,12 @@ pub(super) fn summary(report: &MigrationReport) -> String {
         Bytes(memory.bytes_sent),
         memory.rounds
     ));
+    match memory.compress {
+        Compress::None => {}
+        codec @ (Compress::Lz4 | Compress::Zstd | Compress::Auto) => {
+            out.push_str(&format!(" (by {codec}, from {})", Bytes(memory.bytes_raw)))
+        }
+    }
     if memory.pages_verified > 0 {
         out.push_str(&format!(
             ", {} pages verified, {} mismatched",

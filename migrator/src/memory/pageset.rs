@@ -57,6 +57,15 @@ impl PageSet {
         out
     }
 
+    /// The pages that it holds and `other` does not, as ranges in order that do not touch. Both are sets of the same RAM.
+    pub fn minus(&self, other: &Self) -> Vec<PageRange> {
+        let mut left = self.clone();
+        for (word, other) in left.words.iter_mut().zip(&other.words) {
+            *word &= !other;
+        }
+        left.take()
+    }
+
     /// Its words of 64 pages, lowest bit first.
     pub fn words(&self) -> &[u64] {
         &self.words
@@ -102,7 +111,12 @@ mod tests {
             let half = [PageRange::new(0, 100), PageRange::new(200, 300)];
             let within: Vec<u64> = set.intersection(&half).iter().flat_map(|r| r.start.0..r.end.0).collect();
             let expected: Vec<u64> = model.iter().copied().filter(|p| *p < 100 || (200..300).contains(p)).collect();
-            prop_assert_eq!(within, expected);
+            prop_assert_eq!(&within, &expected);
+            let mut other = PageSet::new(512);
+            half.iter().for_each(|range| other.insert(*range));
+            let without: Vec<u64> = set.minus(&other).iter().flat_map(|r| r.start.0..r.end.0).collect();
+            let rest: Vec<u64> = model.iter().copied().filter(|p| !expected.contains(p)).collect();
+            prop_assert_eq!(without, rest);
             let bits: u32 = set.words().iter().map(|word| word.count_ones()).sum();
             prop_assert_eq!(u64::from(bits), set.len());
             let out = set.take();

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::memory::compress::Compress;
+
 /// Where a migration is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -43,6 +45,12 @@ pub struct MemoryReport {
     pub bytes_ram: u64,
     /// Page bytes sent, headers included.
     pub bytes_sent: u64,
+    /// Bytes of the pages that they stand for, those of zeros left out: what would have been sent without compression.
+    #[serde(default)]
+    pub bytes_raw: u64,
+    /// What most of these pages were compressed with; `none` if they were not.
+    #[serde(default = "uncompressed")]
+    pub compress: Compress,
     /// Rounds, the first pass and the last one included.
     pub rounds: u32,
     /// Each round, in order.
@@ -58,6 +66,10 @@ pub struct MemoryReport {
     pub pages_verified: u64,
     /// Pages that differed: anything but 0 aborts the migration.
     pub mismatched: u64,
+}
+
+fn uncompressed() -> Compress {
+    Compress::None
 }
 
 /// One round.

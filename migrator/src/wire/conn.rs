@@ -10,7 +10,8 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsStream;
 
-use crate::wire::bulk::{Batch, Data};
+use crate::wire::batch::Batch;
+use crate::wire::bulk::Data;
 use crate::wire::codec::{DecodeError, Message, encode_head};
 use crate::wire::frame::{FrameError, HEADER, Lane, frame_size, take_frame};
 

@@ -1,5 +1,6 @@
 //! The bytes of every message, pinned; [`properties`] is what must hold for any bytes at all.
 
+mod pages;
 mod properties;
 
 use std::collections::BTreeMap;
@@ -9,7 +10,7 @@ use vm_runtime::pod::{PodNet, PodSpec};
 use vm_runtime::spec::{Accel, VmSpec};
 use vm_runtime::units::{self, Epoch, PAGE_SIZE, PageIndex};
 
-use super::bulk::{Batch, Data, PacketKind, Urgent};
+use super::bulk::{Codec, Data, PacketKind, Urgent};
 use super::codec::{DecodeError, Message, encode};
 use super::fault::Fault;
 use super::frame::{Lane, take_frame};
@@ -246,6 +247,7 @@ fn offer() -> Offer {
             vcpus: 1,
             mac,
             disks: Vec::new(),
+            free_page_reporting: true,
             cmdline: "quiet".to_owned(),
             kernel_sha256: String::new(),
             initramfs_sha256: String::new(),
@@ -310,6 +312,18 @@ fn data_and_urgent_messages_have_these_bytes() {
         raw: Bytes::from_static(b"x"),
     };
     golden::<Data>(chunk, &format!("22000000 44 {} 78", "cd".repeat(32)));
+    for (codec, byte) in [(Codec::Lz4, "01"), (Codec::Zstd, "02")] {
+        let packed = Data::Packed {
+            first,
+            count: 2,
+            codec,
+            raw: Bytes::from_static(b"xyz"),
+        };
+        golden::<Data>(
+            packed,
+            &format!("11000000 45 0201000000000000 02000000 {byte} 78797a"),
+        );
+    }
     for (kind, byte) in [
         (PacketKind::Residue, "01"),
         (PacketKind::Frame, "02"),
@@ -325,24 +339,6 @@ fn data_and_urgent_messages_have_these_bytes() {
         golden::<Urgent>(packet, &format!("0b000000 61 0900000000000000 {byte} 66"));
     }
     golden::<Urgent>(Urgent::PacketAck { seq: 9 }, "09000000 62 0900000000000000");
-}
-
-#[test]
-fn a_batch_has_the_bytes_of_its_messages() {
-    let mut batch = Batch::new();
-    batch.pages(PageIndex(4), 2).fill(5);
-    let mark = batch.mark();
-    batch.pages(PageIndex(6), 1);
-    batch.rewind(mark);
-    let zeros = Data::Zeros {
-        first: PageIndex(6),
-        count: 1,
-    };
-    batch.push(&zeros);
-    let raw = Bytes::from(vec![5; 2 * PAGE_SIZE]);
-    let first = PageIndex(4);
-    let expected = [bytes(&Data::Pages { first, raw }), bytes(&zeros)].concat();
-    assert_eq!(batch.as_bytes(), expected);
 }
 
 #[test]

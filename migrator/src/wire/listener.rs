@@ -17,7 +17,9 @@ use tracing::{debug, warn};
 
 use crate::wire::conn::{Connection, Stream};
 use crate::wire::id::SessionId;
-use crate::wire::preamble::{PREAMBLE_LEN, Preamble, Reply, Role, Shape, Turned};
+use crate::wire::preamble::{
+    FAULT_CONNECTIONS, MAX_DATA_CONNECTIONS, PREAMBLE_LEN, Preamble, Reply, Role, Shape, Turned,
+};
 use crate::wire::session::{Session, tune};
 use crate::wire::tls::{TlsConfig, explain, name_of};
 
@@ -39,7 +41,8 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            handshakes: 64,
+            // Two peers that dial the widest session at the same time: its data connections come all at once.
+            handshakes: 2 * (2 + MAX_DATA_CONNECTIONS as usize + FAULT_CONNECTIONS as usize),
             handshake_deadline: Duration::from_secs(5),
             pending_per_peer: 8,
             session_deadline: Duration::from_secs(10),

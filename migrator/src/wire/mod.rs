@@ -27,7 +27,7 @@
 //! | lane | types | payload |
 //! |---|---|---|
 //! | control | `0x01`-`0x1d` ([`message`]) | postcard; `StateChunk`, `PageHashes` and `PageBits` raw |
-//! | data | `0x41` Pages, `0x42` Zeros, `0x43` Barrier, `0x44` Chunk ([`bulk`]) | fixed header, raw bytes |
+//! | data | `0x41` Pages, `0x42` Zeros, `0x43` Barrier, `0x44` Chunk, `0x45` Packed ([`bulk`]) | fixed header, raw bytes |
 //! | urgent | `0x61` Packet, `0x62` PacketAck ([`bulk`]) | fixed header, raw bytes |
 //! | fault | `0x71` Request, `0x72` Pages ([`mod@fault`]) | fixed header, raw bytes |
 //!
@@ -95,6 +95,7 @@
 //!
 //! Either answer is final.
 
+pub mod batch;
 pub mod bulk;
 pub mod codec;
 pub mod conn;
@@ -113,7 +114,8 @@ mod golden;
 #[cfg(test)]
 mod link_tests;
 
-pub use bulk::{Batch, Data, PacketKind, Urgent};
+pub use batch::Batch;
+pub use bulk::{Data, PacketKind, Urgent};
 pub use conn::{Connection, LinkError, Reader, Writer};
 pub use control::{ControlReceiver, ControlSender};
 pub use fault::Fault;

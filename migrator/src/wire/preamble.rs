@@ -8,8 +8,9 @@ pub const MAGIC: [u8; 8] = *b"migratr\0";
 pub const VERSION_MIN: u16 = 1;
 /// The newest version this program speaks.
 pub const VERSION_MAX: u16 = 1;
-/// Data connections that one session may have.
-pub const MAX_DATA_CONNECTIONS: u8 = 16;
+/// Data connections that one session may have: what it takes to fill a long path whose single streams are held down by loss.
+/// The command line, the API and the configuration have the same bound.
+pub const MAX_DATA_CONNECTIONS: u8 = 64;
 /// Fault connections of a session that has data connections: whoever waits for a page on one of them does not wait for those
 /// on the other.
 pub const FAULT_CONNECTIONS: u8 = 2;

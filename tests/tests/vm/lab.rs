@@ -84,6 +84,7 @@ impl Lab {
                 image_digest: String::new(),
                 size: Bytes::mib(1),
             }],
+            free_page_reporting: true,
             cmdline: format!("{KERNEL_CMDLINE} quiet"),
             kernel_sha256: String::new(),
             initramfs_sha256: String::new(),

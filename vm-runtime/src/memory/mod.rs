@@ -7,10 +7,12 @@
 
 mod dirty;
 mod file;
+mod lz4;
 mod maps;
 mod missing;
 mod page;
 mod pagemap;
+mod reader;
 #[cfg(test)]
 mod testing;
 mod uffd;
@@ -18,8 +20,10 @@ mod view;
 
 pub use dirty::{DirtyError, DirtyTracker};
 pub use file::GuestMemory;
+pub use lz4::{lz4_pack, lz4_room, lz4_unpack};
 pub use maps::{Mapping, find_mappings};
 pub use missing::{MissingError, MissingPages};
 pub use page::{is_zero, page_hash};
+pub use reader::PageReader;
 pub use uffd::{UFFD_FEATURES, handshake};
 pub use view::MemoryView;

@@ -12,6 +12,7 @@ use super::{Options, Outgoing};
 use crate::api::error::chain;
 use crate::daemon::migrations::Ticket;
 use crate::daemon::node::Node;
+use crate::memory::compress::Compress;
 use crate::migration::journal::SourceRecord;
 use crate::migration::rounds::Policy;
 use crate::migration::source::{Input, Plan, Source};
@@ -85,6 +86,7 @@ pub(super) async fn outgoing(node: Arc<Node>, job: Outgoing) {
         addr,
     );
     run.connections = options.connections;
+    run.compress = options.compress;
     run.attach(session, options.bandwidth);
     run.input(Input::Begin).await;
     run.events().await;
@@ -143,6 +145,7 @@ pub(super) fn figures(node: &Node, ticket: &Ticket, pod: &PodHandle, to: &str) -
         frozen_at_unix_us: 0,
         memory: status::MemoryReport {
             bytes_ram: pod.spec().memory.0,
+            compress: Compress::None,
             ..status::MemoryReport::default()
         },
         phases: Vec::new(),

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use crate::config::NodeName;
 use crate::daemon::migrations::Ticket;
 use crate::daemon::node::Node;
+use crate::memory::compress::Compress;
 use crate::migration::journal::{Journal, Recovery};
 use crate::migration::mode::{Mode, OnStall};
 use crate::pods::recover::OpenMigration;
@@ -63,6 +64,8 @@ pub struct Options {
     pub connections: u8,
     /// Bytes a second that memory may take on the wire while the guest runs; none: as fast as it goes.
     pub bandwidth: Option<NonZeroU64>,
+    /// What pages are compressed with.
+    pub compress: Compress,
 }
 
 /// A migration away from here, to be driven. The pod is marked as migrating.

@@ -14,11 +14,12 @@ use super::report::Figures;
 use super::runner::{JournalFailed, News, Runner, Side};
 use super::source_link::Loss;
 use super::source_status::phase_of;
-use super::source_steps::{self as steps, Lanes, View};
+use super::source_steps::{self as steps, Lanes};
 use super::source_throttle::{self, Slowed};
 use super::steps::blocking_journal;
 use crate::daemon::migrations::Ticket;
 use crate::daemon::node::Node;
+use crate::memory::compress::Compress;
 use crate::memory::postcopy::{PageServer, PushQueue};
 use crate::memory::send::PageSender;
 use crate::memory::track::Tracking;
@@ -54,7 +55,6 @@ pub(super) struct Run {
     /// What the destination said that its guest lacks.
     pub(super) wanted: Vec<PageRange>,
     pub(super) tracking: Tracking,
-    view: View,
     pub(super) slowed: Slowed,
     /// What is being pushed.
     pub(super) queue: Option<Arc<PushQueue>>,
@@ -62,6 +62,7 @@ pub(super) struct Run {
     pub(super) round_began: u64,
     /// Data connections of a link that is dialed again.
     pub(super) connections: u8,
+    pub(super) compress: Compress,
     pub(super) held_at_unix_us: u64,
 }
 
@@ -77,7 +78,8 @@ impl Run {
     ) -> Self {
         let (dialed, sessions) = unbounded_channel();
         let pages = pod.spec().memory.pages();
-        let connections = node.config.migration.connections;
+        let defaults = &node.config.migration;
+        let (connections, compress) = (defaults.connections, defaults.compress);
         let mut runner = Runner::new(node, pod.name().to_owned(), ticket.cancel.clone());
         if let Some(resources) = &resources {
             runner.watch_vm(Arc::clone(&resources.vm));
@@ -99,11 +101,11 @@ impl Run {
             server: None,
             wanted: Vec::new(),
             tracking: Tracking::new(pages),
-            view: View::default(),
             slowed: Slowed::default(),
             queue: None,
             round_began: 0,
             connections,
+            compress,
             held_at_unix_us: 0,
         }
     }
@@ -133,7 +135,7 @@ impl Run {
                 data.into_iter().map(Connection::split).unzip();
             let memory = resources.vm.memory();
             self.lanes = Some(Lanes {
-                sender: Arc::new(PageSender::start(&memory, writers, limit)),
+                sender: Arc::new(PageSender::start(&memory, writers, limit, self.compress)),
                 _readers: readers,
             });
         }
@@ -233,6 +235,8 @@ impl Run {
         }
         if let Some(sender) = self.sender() {
             self.figures.memory.bytes_sent = sender.bytes_sent();
+            self.figures.memory.bytes_raw = sender.bytes_raw();
+            self.figures.memory.compress = sender.compressed_with();
         }
         self.figures.memory.throttle_percent = self.machine.throttle_percent();
         self.runner.close().await;
@@ -299,23 +303,15 @@ impl Side for Run {
             Output::SaveState => self
                 .runner
                 .step(steps::save_state(self.parts(), self.control())),
-            Output::SendHashes => {
-                let view = Arc::clone(&self.view);
-                self.runner
-                    .step(steps::send_hashes(self.parts(), view, self.control()));
-            }
+            Output::SendHashes => self
+                .runner
+                .step(steps::send_hashes(self.sender(), self.control())),
             Output::SendImages(wants) => {
                 let node = Arc::clone(&self.runner.node);
                 self.runner
                     .step(steps::send_images(node, self.parts(), self.sender(), wants));
             }
             Output::StartTracking => {
-                if self.machine.verifies() {
-                    let view = Arc::clone(&self.view);
-                    self.runner
-                        .helpers
-                        .spawn(steps::map_memory(self.parts(), view));
-                }
                 self.runner
                     .step(steps::start_tracking(self.parts(), self.tracking.clone()));
             }

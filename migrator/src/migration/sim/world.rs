@@ -148,6 +148,7 @@ fn offer(verify: bool) -> Offer {
             vcpus: 1,
             mac,
             disks: Vec::new(),
+            free_page_reporting: true,
             cmdline: String::new(),
             kernel_sha256: String::new(),
             initramfs_sha256: String::new(),
