@@ -186,6 +186,11 @@ impl Destination {
         self.record.epoch
     }
 
+    /// Whether the guest lacks pages, or will when it runs.
+    pub fn wants_pages(&self) -> bool {
+        self.wants_pages
+    }
+
     /// Whether the grant was taken.
     pub fn granted(&self) -> bool {
         self.record.verdict() == Some(Verdict::Running)

@@ -95,7 +95,11 @@ fn a_cancel_while_pages_cross_is_refused_with_what_is_still_to_come() -> Result<
         said.contains("pages of its memory are still to come"),
         "{said}"
     );
+    // Neither is it moved on before it has everything.
+    let again = test.says(Node::B, &["migrate", POD, "--to", "a"])?;
+    ensure!(again.code == Some(4), "{again:?}");
     test.runs_on(Node::B)?;
     test.nothing_is_left_on(Node::A)?;
+    test.moves(Node::B)?;
     test.end()
 }

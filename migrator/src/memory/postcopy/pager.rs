@@ -68,6 +68,7 @@ struct Shared {
     /// Pages that were missing when it began to be counted, and when that was.
     began: OnceLock<(u64, Instant)>,
     left: watch::Sender<u64>,
+    ended: watch::Sender<bool>,
     ending: AtomicBool,
 }
 
@@ -111,6 +112,7 @@ impl Pager {
             mismatched: AtomicU64::new(0),
             began: OnceLock::new(),
             left,
+            ended: watch::Sender::new(false),
             ending: AtomicBool::new(false),
         });
         // From here on an error ends the threads that have begun.
@@ -218,6 +220,13 @@ impl Pager {
         let _ = left.wait_for(|left| *left == 0).await;
     }
 
+    /// Waits until [`Self::end`] is done: from then on the guest's memory is that of any guest.
+    pub async fn ended(&self) {
+        let mut ended = self.shared.ended.subscribe();
+        // The sender lives as long as we do.
+        let _ = ended.wait_for(|ended| *ended).await;
+    }
+
     /// What it cost the guest so far.
     pub fn figures(&self) -> FaultFigures {
         let shared = &self.shared;
@@ -239,6 +248,7 @@ impl Pager {
     pub fn end(&self) {
         self.shared.ending.store(true, Ordering::SeqCst);
         self.shared.pages.end();
+        self.shared.ended.send_replace(true);
         self.shared.set.remove_file();
     }
 }

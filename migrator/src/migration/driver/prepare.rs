@@ -5,6 +5,7 @@ use std::sync::{Arc, OnceLock};
 use bytes::Bytes;
 use tokio::io::{AsyncWriteExt, DuplexStream};
 use tokio::sync::{Mutex, mpsc};
+use tokio_util::sync::CancellationToken;
 use vm_runtime::units::{Epoch, PageIndex, PageRange};
 use vm_runtime::vm::{RunState, Vm, VmExit};
 
@@ -12,18 +13,20 @@ use std::time::Duration;
 
 use super::checks::{self, Facts};
 use super::clock::unix_us;
+use super::depart::end_pod;
 use super::handoff::Handoff;
 use super::steps::blocking;
 use crate::api::error::chain;
 use crate::daemon::node::Node;
 use crate::image::{Digest, ImageRecord, Incoming};
+use crate::memory::postcopy::Pager;
 use crate::memory::receive::Target;
 use crate::memory::verify::PageHashes;
 use crate::migration::destination::Input;
 use crate::network::Port;
 use crate::pods::incoming::IncomingPod;
 use crate::pods::plan::VMM_OVERHEAD;
-use crate::pods::{PodError, PodRecord};
+use crate::pods::{MigrationEnd, PodError, PodHandle, PodRecord};
 use crate::wire::message::{Handover, ImageWant, Offer, Refuse, RefuseCode};
 
 /// How long the end of a VMM may take to show, after its monitor has gone silent.
@@ -344,11 +347,15 @@ pub(super) async fn resume(vm: Option<Arc<Vm>>) -> Step {
     })
 }
 
-/// Makes the resumed pod one of this node's: its logs, its agent, its clock.
-pub(super) async fn adopt(prepared: &Shared, handover: Option<Handover>, epoch: Epoch) {
-    let Some(pod) = prepared.lock().await.take() else {
-        return;
-    };
+/// Makes the resumed pod one of this node's: its logs, its agent, its clock. With a pager it counts as migrating.
+pub(super) async fn adopt(
+    prepared: &Shared,
+    handover: Option<Handover>,
+    epoch: Epoch,
+    pager: &Option<Arc<Pager>>,
+    migration: String,
+) -> Option<PodHandle> {
+    let pod = prepared.lock().await.take()?;
     let name = pod.spec().name.clone();
     let state = handover.and_then(|handover| {
         Handoff::decode(&handover.agent)
@@ -358,8 +365,23 @@ pub(super) async fn adopt(prepared: &Shared, handover: Option<Handover>, epoch: 
     });
     // The guest's first moments, when an emulator has everything to translate anew, belong to its own work.
     tokio::time::sleep(AFTER_RESUME).await;
-    if let Err(pod) = pod.adopt(epoch, state) {
-        tracing::error!(pod = pod.spec().name, "resumed before it was built");
+    let migration = pager.as_ref().map(|_| migration);
+    pod.adopt(epoch, state, migration)
+        .inspect_err(|pod| tracing::error!(pod = pod.spec().name, "resumed before it was built"))
+        .ok()
+}
+
+/// The pod may be moved on, or stopped, once its guest lacks no page.
+pub(super) async fn kept_when_whole(
+    pod: &PodHandle,
+    pager: &Pager,
+    epoch: Epoch,
+    shutdown: &CancellationToken,
+) {
+    tokio::select! {
+        () = pager.ended() => end_pod(pod, MigrationEnd::Kept { epoch }).await,
+        // The next service finds it, and what it lacks.
+        () = shutdown.cancelled() => {}
     }
 }
 
