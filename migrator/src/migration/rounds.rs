@@ -241,10 +241,11 @@ impl Convergence {
         self.predict_memory_us(pages_left) <= self.policy.memory_limit_us
     }
 
-    /// The guest was slowed: progress is measured from here on, and as many rounds are allowed as at the beginning.
+    /// The guest was slowed: progress is measured from here on, a single round without it is a stall, and as many rounds are allowed as
+    /// at the beginning.
     pub fn eased(&mut self) {
-        self.best_left = None;
-        self.without_progress = 0;
+        self.best_left = self.last_left;
+        self.without_progress = STALL_ROUNDS - 1;
         self.dirty = None;
         self.policy.max_rounds = self.policy.max_rounds.saturating_add(self.rounds);
     }

@@ -23,6 +23,7 @@ use crate::migration::rounds::{Convergence, Policy, Stall};
 use crate::wire::message::{Abort, Control, Ledger, Offer, Query, Released};
 
 mod events;
+mod late;
 mod recover;
 mod unwind;
 mod way;

@@ -4,8 +4,8 @@ use anyhow::{Context, Result, ensure};
 use migrator_tests::lab::{POD, TestLab};
 use xtask::lab::Node;
 
-/// Writes 48 MiB of memory over and over, with contents that change, until its file is removed.
-const WRITES: &str = "touch /tmp/on; (while [ -e /tmp/on ]; do dd if=/dev/urandom of=/tmp/load bs=1M count=48 conv=notrunc \
+/// Writes 24 MiB of memory over and over, with contents that change, until its file is removed.
+const WRITES: &str = "touch /tmp/on; (while [ -e /tmp/on ]; do dd if=/dev/urandom of=/tmp/load bs=1M count=24 conv=notrunc \
                       2>/dev/null; done) >/dev/null 2>&1 &";
 /// Less than it writes, and enough for a first pass in some seconds.
 const BANDWIDTH: [&str; 2] = ["--bandwidth", "8"];

@@ -1,6 +1,6 @@
 //! Everything that is not the straight way: failures before the grant, doubt after it, lost links, time.
 
-use super::way::Pages;
+use super::late::Pages;
 use super::{
     ASK_EVERY_US, Dialing, Outcome, Output, REDIAL_MAX_US, Rollback, Source, SourceState, State,
 };

@@ -139,6 +139,7 @@ mod tests {
             cmdline: KERNEL_CMDLINE.to_owned(),
             kernel_sha256: String::new(),
             initramfs_sha256: String::new(),
+            free_page_reporting: true,
         };
         let local = Local {
             mode: BootMode::Boot,
