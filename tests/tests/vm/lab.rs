@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use nix::sched::{CloneFlags, unshare};
+use vm_runtime::initramfs::find_modules;
 use vm_runtime::memory::{GuestMemory, is_zero, page_hash};
 use vm_runtime::qemu::{QemuBinary, QemuConfig};
 use vm_runtime::spec::{Accel, CPU, DiskSpec, KERNEL_CMDLINE, MACHINE, VmSpec};
@@ -26,6 +27,7 @@ pub struct Lab {
     pub dir: tempfile::TempDir,
     pub qemu: QemuBinary,
     kernel: PathBuf,
+    memory: Bytes,
     _one: tokio::sync::MutexGuard<'static, ()>,
 }
 
@@ -46,9 +48,17 @@ impl Lab {
             bail!("{} is not there: run `cargo xtask setup`", kernel.display());
         }
         let dir = tempfile::Builder::new().prefix("vm-test-").tempdir()?;
-        guest::write_initramfs(&dir.path().join("initramfs"), program)?;
+        let modules = match program {
+            Program::Hog => find_modules(&Path::new(&guest).join("modules"))?,
+            Program::Writes | Program::Busy => Vec::new(),
+        };
+        guest::write_initramfs(&dir.path().join("initramfs"), program, &modules)?;
         Ok(Self {
             dir,
+            memory: match program {
+                Program::Hog => Bytes(2 * guest::HOG_BYTES),
+                Program::Writes | Program::Busy => Bytes::mib(128),
+            },
             qemu: QemuBinary::find(None).await?,
             kernel,
             _one: one,
@@ -76,7 +86,7 @@ impl Lab {
             machine: MACHINE.to_owned(),
             cpu: CPU.to_owned(),
             accel: Accel::Tcg,
-            memory: Bytes::mib(128),
+            memory: self.memory,
             vcpus: 2,
             mac: "52:54:00:00:00:02".parse().unwrap(),
             disks: vec![DiskSpec {

@@ -4,6 +4,7 @@
 //! test` sets it.
 #![allow(missing_docs, unreachable_pub)]
 
+mod balloon;
 mod guest;
 mod lab;
 mod throttle;

@@ -71,6 +71,7 @@ impl Ground {
                 image_digest: String::new(),
                 size: Bytes(size),
             }],
+            free_page_reporting: true,
             cmdline: KERNEL_CMDLINE.to_owned(),
             kernel_sha256: String::new(),
             initramfs_sha256: String::new(),
