@@ -75,8 +75,6 @@ impl Ground {
             cmdline: KERNEL_CMDLINE.to_owned(),
             kernel_sha256: String::new(),
             initramfs_sha256: String::new(),
-            // As ours has it.
-            free_page_reporting: true,
         })
     }
 }
