@@ -110,6 +110,11 @@ impl MissingPages {
                 tracing::debug!(pid = self.pid, %error, "missing pages were not unregistered");
             }
         }
+        // The kernel wakes who waits before it takes the registration back (userfaultfd_unregister): whoever touches a page between
+        // the two falls asleep for ever. From here on nobody does, so one more wake is enough.
+        if let Err(error) = self.wake() {
+            tracing::debug!(pid = self.pid, %error, "nobody was woken");
+        }
     }
 
     /// Waits, for `limit` at most, until somebody waits for a page, and adds all such pages to `pages`. Each wait is
@@ -307,6 +312,37 @@ mod tests {
             missing.end();
             assert_eq!(reader.join().unwrap(), 0);
         });
+    }
+
+    #[test]
+    fn whoever_comes_at_the_end_goes_on() {
+        const PAGES: u64 = 512;
+        for _ in 0..300 {
+            let own = Own::new(PAGES);
+            let missing = MissingPages::start(own.uffd(), own.pid(), own.memory()).unwrap();
+            thread::scope(|scope| {
+                for first in 0..2 {
+                    let own = &own;
+                    // One wait after the other, so that some begin in the very moment of the end.
+                    scope.spawn(move || {
+                        (first..PAGES).step_by(2).for_each(|page| {
+                            own.read(PageIndex(page));
+                        });
+                    });
+                }
+                let (mut pages, mut served) = (Vec::new(), 0);
+                while served < 50 {
+                    missing.wait(SOON, &mut pages).unwrap();
+                    for page in pages.drain(..) {
+                        missing
+                            .place_zeros(PageRange::new(page.0, page.0 + 1))
+                            .unwrap();
+                        served += 1;
+                    }
+                }
+                missing.end();
+            });
+        }
     }
 
     #[test]
