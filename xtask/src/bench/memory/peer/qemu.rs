@@ -76,7 +76,6 @@ impl Ground {
             kernel_sha256: String::new(),
             initramfs_sha256: String::new(),
             // As ours has it.
-            free_page_reporting: true,
         })
     }
 }
