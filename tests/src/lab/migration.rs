@@ -55,7 +55,7 @@ impl TestLab {
     /// # Errors
     /// It does not come to that.
     pub fn is_in_precopy(&self) -> Result<String> {
-        let id = self.begins(Node::A, &["--bandwidth", "2"])?;
+        let id = self.begins(Node::A, &["--bandwidth", "2", "--compress", "none"])?;
         self.comes_to(Node::A, &id, "the first pages", |status| {
             status.phase == Phase::Precopy && status.bytes_sent > 0
         })?;

@@ -45,7 +45,7 @@ fn tracked(test: &TestLab) -> Result<bool> {
 fn a_cancel_before_the_grant_leaves_the_source_as_it_was_and_says_so() -> Result<()> {
     let test = TestLab::with_pod()?;
     ensure!(!tracked(&test)?, "tracked before any migration");
-    let slow = ["--bandwidth", "2"];
+    let slow = ["--bandwidth", "2", "--compress", "none"];
     for (phase, options) in [(Phase::Handshake, &slow[..]), (Phase::Precopy, &slow[..])] {
         let (code, said, _) = cancelled(&test, options, phase)?;
         ensure!(code == Some(0), "{phase:?}: {code:?}: {said}");
@@ -87,7 +87,14 @@ fn a_cancel_in_the_switchover_ends_on_one_side_or_the_other() -> Result<()> {
 #[test]
 fn a_cancel_while_pages_cross_is_refused_with_what_is_still_to_come() -> Result<()> {
     let test = TestLab::with_pod()?;
-    let options = ["--mode", "postcopy", "--bandwidth", "20"];
+    let options = [
+        "--mode",
+        "postcopy",
+        "--bandwidth",
+        "20",
+        "--compress",
+        "none",
+    ];
     let (code, said, _) = cancelled(&test, &options, Phase::Postcopy)?;
     ensure!(code == Some(4), "{code:?}: {said}");
     ensure!(said.contains("the guest runs at b already"), "{said}");

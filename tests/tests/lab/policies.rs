@@ -8,7 +8,7 @@ use xtask::lab::Node;
 const WRITES: &str = "touch /tmp/on; (while [ -e /tmp/on ]; do dd if=/dev/urandom of=/tmp/load bs=1M count=24 conv=notrunc \
                       2>/dev/null; done) >/dev/null 2>&1 &";
 /// Less than it writes, and enough for a first pass in some seconds.
-const BANDWIDTH: [&str; 2] = ["--bandwidth", "8"];
+const BANDWIDTH: [&str; 4] = ["--bandwidth", "8", "--compress", "none"];
 
 fn busy() -> Result<TestLab> {
     let test = TestLab::with_pod()?;

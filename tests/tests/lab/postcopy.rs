@@ -41,6 +41,15 @@ enum Break {
     Link,
 }
 
+/// Slowly, so that there is time to break something.
+const PUSHED: [&str; 6] = [
+    "--mode",
+    "postcopy",
+    "--bandwidth",
+    "30",
+    "--compress",
+    "none",
+];
 /// Milliseconds after the guest's resume.
 const MOMENTS: [u64; 4] = [0, 50, 400, 1_500];
 
@@ -50,7 +59,7 @@ fn whatever_breaks_while_pages_cross_is_made_good() -> Result<()> {
     let mut from = Node::A;
     for broken in [Break::Link, Break::Destination, Break::Source, Break::Both] {
         for ms in MOMENTS {
-            let id = test.begins(from, &["--mode", "postcopy", "--bandwidth", "30"])?;
+            let id = test.begins(from, &PUSHED)?;
             test.comes_to(from, &id, "post-copy", |status| {
                 status.phase == Phase::Postcopy
             })?;

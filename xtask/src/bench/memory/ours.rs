@@ -143,7 +143,7 @@ impl Ours {
         let megabytes = (bytes_per_s / 1_000_000).to_string();
         let to = self.at.other().name();
         let mut words = vec!["migrate", self.guest.name, "--to", to, "--detach"];
-        words.extend(["--bandwidth", &megabytes]);
+        words.extend(["--bandwidth", &megabytes, "--compress", "none"]);
         words.extend(precopy_only(&self.lab));
         let Started { id } = self.json(&words, VERB_WITHIN)?;
         let result = self.copies(&id).and_then(|()| {
