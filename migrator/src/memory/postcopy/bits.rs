@@ -1,4 +1,4 @@
-//! A set of pages that threads change without a lock, one bit each. Compiled twice: for use, and for the tests of [`super::model`].
+//! A set of pages that threads change without a lock, one bit each. Compiled twice: for use, and for the tests in `model.rs`.
 
 use vm_runtime::units::{PageIndex, PageRange};
 

@@ -27,7 +27,7 @@ mod push;
 mod serve;
 mod waits;
 
-/// What [`model`](self) replaces.
+/// What `model.rs` replaces.
 mod sync {
     pub(super) use std::sync::atomic::{AtomicU64, Ordering};
     pub(super) use std::sync::{Mutex, MutexGuard, PoisonError};

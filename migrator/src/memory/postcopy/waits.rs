@@ -1,4 +1,4 @@
-//! Who waits for which page, and since when. Compiled twice: for use, and for the tests of [`super::model`].
+//! Who waits for which page, and since when. Compiled twice: for use, and for the tests in `model.rs`.
 //!
 //! A wait is noted by one thread and ended by another, and the page may come in between: so whoever notes a wait looks once more
 //! whether the page is missing, and whoever places a page ends its waits once more after it has left the set.
