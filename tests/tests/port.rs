@@ -151,8 +151,11 @@ fn a_pod_gets_its_frames_while_no_service_runs_and_the_next_one_takes_over() -> 
     sender.wait_for(3_000)?;
     // Something was parked before, and something is when the service ends.
     let port = at_a.clone();
+    lab.a
+        .call(async move { port.hold(mpsc::unbounded_channel().0).await })??;
+    sender.wait_for(4_000)?;
+    let port = at_a.clone();
     lab.a.call(async move {
-        port.hold(mpsc::unbounded_channel().0).await?;
         port.rollback().await?;
         port.reached(Stage::Local).await
     })??;
