@@ -20,7 +20,7 @@
 //!              frame -> TLS record            rustls; encrypted in place there
 //!              record -> socket               the kernel
 //! destination  socket -> rustls's buffer      the kernel; decrypted in place there
-//!              -> plaintext queue             rustls
+//!              -> plaintext queue             rustls, beside it the copy from `wire::inflow`'s buffer into its own
 //!              -> frame                       `wire::conn::Reader`
 //!              frame -> guest memory          pwrite: into a page of its own, without a fault, and without clearing it first
 //! ```

@@ -103,6 +103,7 @@ pub mod control;
 pub mod fault;
 pub mod frame;
 pub mod id;
+pub mod inflow;
 mod listener;
 pub mod message;
 pub mod preamble;

@@ -117,7 +117,7 @@ impl Run {
         let (arrivals, mut arrived) = mpsc::channel(ARRIVALS);
         let (to_images, chunks) = mpsc::channel(ARRIVALS);
         self.chunks = Some(chunks);
-        let readers = data.into_iter().map(|connection| connection.split().0);
+        let readers = data.into_iter().map(Connection::into_reader);
         receive::start(readers.collect(), &self.target, &arrivals);
         let (lanes, inputs) = (self.lanes, self.runner.inputs.clone());
         let target = Arc::clone(&self.target);

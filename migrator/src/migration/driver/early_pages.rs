@@ -19,6 +19,7 @@ use crate::daemon::node::Node;
 use crate::memory::postcopy::Pager;
 use crate::memory::receive::{self, Target};
 use crate::migration::journal::{DestinationRecord, Recovery};
+use crate::wire::conn::Connection;
 use crate::wire::id::MigrationId;
 use crate::wire::message::{Control, PageBits, QueryReply, Verdict, Wanted};
 
@@ -128,7 +129,7 @@ async fn answer(migration: MigrationId, target: &Arc<OnceLock<Target>>, asked: &
     // Pages alone come: who reports and who ends is of no interest here.
     let (arrivals, mut arrived) = tokio::sync::mpsc::channel(1);
     let data = std::mem::take(&mut asked.data);
-    let readers = data.into_iter().map(|connection| connection.split().0);
+    let readers = data.into_iter().map(Connection::into_reader);
     receive::start(readers.collect(), target, &arrivals);
     tokio::spawn(async move { while arrived.recv().await.is_some() {} });
     if let Err(error) = pager.attach(std::mem::take(&mut asked.faults)) {

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use migrator::memory::compress::Compress;
 use migrator::memory::receive::{self, Arrival, Target};
 use migrator::memory::send::PageSender;
-use migrator::wire::{Data, Limits, Listener, Reader, TlsConfig, Writer, dial};
+use migrator::wire::{Connection, Data, Limits, Listener, Reader, TlsConfig, Writer, dial};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
@@ -32,7 +32,7 @@ pub(super) async fn listen_tls(args: &Args, side: &TcpListener) -> Result<()> {
     let peers = vec![SENDER.to_owned()];
     let mut listener = Listener::bind(args.address, tls, peers, Limits::default()).await?;
     let session = listener.accept().await;
-    let readers = session.data.into_iter().map(|data| data.split().0);
+    let readers = session.data.into_iter().map(Connection::into_reader);
     listen(side, readers.collect()).await
 }
 
