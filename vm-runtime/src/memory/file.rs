@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
@@ -11,6 +12,11 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{Whence, lseek};
 
 use crate::units::{Bytes, PAGE_SIZE, PageIndex, PageRange};
+
+/// How long [`GuestMemory::make_hole`] waits for whoever uses a page: who reads or moves one does so for microseconds.
+const HOLE_WITHIN: Duration = Duration::from_millis(200);
+/// How often it tries.
+const HOLE_AGAIN: Duration = Duration::from_micros(200);
 
 /// Guest RAM: a memfd of a whole number of pages.
 ///
@@ -109,6 +115,44 @@ impl GuestMemory {
             to_offset(bytes)?,
         )?;
         Ok(())
+    }
+
+    /// Makes holes, where [`Self::punch`] need not: of a transparent huge page that somebody uses in that moment, the kernel clears
+    /// the range, and keeps it. Waits for that user, 200 ms at most.
+    ///
+    /// # Errors
+    /// As [`Self::punch`]; `ResourceBusy` if the kernel keeps a page: then it reads as zeros.
+    pub fn make_hole(&self, range: PageRange) -> io::Result<()> {
+        let began = Instant::now();
+        loop {
+            self.punch(range)?;
+            if self.is_hole(range)? {
+                return Ok(());
+            }
+            if began.elapsed() >= HOLE_WITHIN {
+                return Err(io::Error::new(
+                    io::ErrorKind::ResourceBusy,
+                    "the kernel does not let go of a huge page",
+                ));
+            }
+            std::thread::sleep(HOLE_AGAIN);
+        }
+    }
+
+    fn is_hole(&self, range: PageRange) -> io::Result<bool> {
+        if range.is_empty() {
+            return Ok(true);
+        }
+        match lseek(
+            &self.file,
+            to_offset(range.start.offset())?,
+            Whence::SeekData,
+        ) {
+            Ok(data) => Ok(data as u64 >= range.end.offset()),
+            // No data behind this offset, lseek(2).
+            Err(Errno::ENXIO) => Ok(true),
+            Err(errno) => Err(errno.into()),
+        }
     }
 
     /// Pages that the host keeps for the guest: those that are no holes.
@@ -210,6 +254,9 @@ mod tests {
         memory.punch(PageRange::new(3, 16)).unwrap();
         assert_eq!(memory.data_ranges().unwrap(), [PageRange::new(2, 3)]);
         memory.punch(PageRange::new(5, 5)).unwrap();
+        memory.make_hole(PageRange::new(0, 5)).unwrap();
+        memory.make_hole(PageRange::new(5, 5)).unwrap();
+        assert_eq!(memory.data_ranges().unwrap(), []);
     }
 
     #[test]

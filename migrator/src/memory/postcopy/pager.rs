@@ -134,12 +134,12 @@ impl Pager {
         for range in ranges {
             shared.set.insert(*range);
         }
-        // Known as missing before it is: a hole that is not in the set is filled with zeros.
+        // Known as missing before it is: a hole that is not in the set is filled with zeros. And nothing but a hole is waited for.
         shared.set.store()?;
         for range in ranges {
             shared
                 .memory
-                .punch(*range)
+                .make_hole(*range)
                 .map_err(|source| system("make the guest's old pages missing", source))?;
         }
         shared.left.send_replace(shared.set.left());
