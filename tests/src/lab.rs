@@ -114,8 +114,16 @@ impl TestLab {
     /// # Errors
     /// It does not answer.
     pub fn run_pod(&mut self) -> Result<()> {
+        self.run_pod_of(&pod_yaml(POD, POD_IPV4, POD_IPV6))
+    }
+
+    /// As [`TestLab::run_pod`], with a variant of [`pod_yaml`].
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn run_pod_of(&mut self, yaml: &str) -> Result<()> {
         self.import_demo(Node::A)?;
-        self.run(Node::A, &pod_yaml(POD, POD_IPV4, POD_IPV6), &[])?;
+        self.run(Node::A, yaml, &[])?;
         let echo: SocketAddr = ECHO.parse()?;
         ensure!(
             probe::answers(&self.lab.client(), echo, BOOTS_WITHIN)?,

@@ -160,12 +160,13 @@ impl Args {
             "-smp",
             format!("cpus={cores},sockets=1,cores={cores},threads=1,maxcpus={cores}"),
         );
+        // Aligned as huge pages are, or the kernel could map none of them.
         let size = spec.memory.0;
         self.pair("-m", format!("size={}M", size >> 20));
         self.pair(
             "-object",
             format!(
-                "memory-backend-file,id=ram,size={size},mem-path=/proc/self/fd/{memory},share=on"
+                "memory-backend-file,id=ram,size={size},mem-path=/proc/self/fd/{memory},share=on,align=2M"
             ),
         );
         self.pair("-uuid", &spec.uuid);
@@ -289,7 +290,7 @@ mod tests {
 -cpu qemu64-v1,-svm,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16,+lahf-lm,+rdrand,enforce
 -smp cpus=2,sockets=1,cores=2,threads=1,maxcpus=2
 -m size=256M
--object memory-backend-file,id=ram,size=268435456,mem-path=/proc/self/fd/200,share=on
+-object memory-backend-file,id=ram,size=268435456,mem-path=/proc/self/fd/200,share=on,align=2M
 -uuid 8a5e2f0c-0000-4000-8000-000000000001
 -kernel /g/vmlinuz
 -initrd /g/initramfs

@@ -91,6 +91,10 @@ pub struct VmSpec {
     /// specs of VMs that were started before there was one.
     #[serde(default)]
     pub free_page_reporting: bool,
+    /// Whether its RAM is made of huge pages, on either node. Such a guest does not tell what it frees: the pages stay its own, and the
+    /// kernel forgets that one was written when it is punched.
+    #[serde(default)]
+    pub hugepages: bool,
     /// Kernel command line.
     pub cmdline: String,
     /// SHA-256 of the kernel image: the destination must have the same.
@@ -162,6 +166,9 @@ impl VmSpec {
         if memory > 1 << 42 {
             return bad("memory", "must be at most 4 TiB");
         }
+        if self.hugepages && self.free_page_reporting {
+            return bad("free_page_reporting", "must be off with huge pages");
+        }
         if self.vcpus == 0 || self.vcpus > MAX_VCPUS {
             return bad("vcpus", "must be 1 to 64");
         }
@@ -209,6 +216,7 @@ pub(crate) mod tests {
                 size: Bytes::mib(8),
             }],
             free_page_reporting: true,
+            hugepages: false,
             cmdline: "console=ttyS0 panic=-1".to_owned(),
             kernel_sha256: String::new(),
             initramfs_sha256: String::new(),
@@ -223,15 +231,17 @@ pub(crate) mod tests {
     #[test]
     fn a_spec_of_a_vm_without_a_balloon_is_still_read() {
         let mut text = serde_json::to_value(example()).unwrap();
-        text.as_object_mut().unwrap().remove("free_page_reporting");
+        let fields = text.as_object_mut().unwrap();
+        fields.remove("free_page_reporting");
+        fields.remove("hugepages");
         let spec: VmSpec = serde_json::from_value(text).unwrap();
-        assert!(!spec.free_page_reporting);
+        assert!(!spec.free_page_reporting && !spec.hugepages);
     }
 
     #[test]
     fn each_field_is_checked_because_a_peer_may_have_written_it() {
         type Change = fn(&mut VmSpec);
-        let changes: [(&str, Change); 11] = [
+        let changes: [(&str, Change); 12] = [
             ("name", |s| s.name = "Web,debug-threads=off".to_owned()),
             ("uuid", |s| s.uuid = "1".to_owned()),
             ("machine", |s| s.machine = "pc-q35-7.2,accel=kvm".to_owned()),
@@ -239,6 +249,7 @@ pub(crate) mod tests {
             ("cpu", |s| s.cpu = "qemu64 -monitor stdio".to_owned()),
             ("memory", |s| s.memory = Bytes(Bytes::mib(256).0 + 1)),
             ("memory", |s| s.memory = Bytes(!0x1f_ffff)),
+            ("free_page_reporting", |s| s.hugepages = true),
             ("vcpus", |s| s.vcpus = 0),
             ("disks", |s| s.disks = vec![s.disks[0].clone(); 21]),
             ("disk serial", |s| s.disks.push(s.disks[0].clone())),

@@ -12,12 +12,14 @@ use bytes::Bytes;
 use futures::stream;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use vm_runtime::pod::PodSpec;
 
 use super::error::ApiError;
 use super::types::{ErrorCode, MigrateRequest, MigrationList, MigrationStarted};
 use crate::daemon::migrations::CancelError;
 use crate::daemon::node::Node;
 use crate::migration::driver;
+use crate::migration::mode::Mode;
 use crate::migration::status::MigrationStatus;
 use crate::wire::id::MigrationId;
 use crate::wire::preamble::MAX_DATA_CONNECTIONS;
@@ -61,13 +63,14 @@ pub(super) async fn start(
             format!("connections must be between 1 and {MAX_DATA_CONNECTIONS}"),
         ));
     }
+    let mode = mode_for(pod.spec(), request.options.mode.unwrap_or_default())?;
     let options = driver::Options {
         verify: request.options.verify,
         max_downtime_ms: request
             .options
             .max_downtime_ms
             .unwrap_or(defaults.max_downtime_ms),
-        mode: request.options.mode.unwrap_or_default(),
+        mode,
         on_stall: request.options.on_stall.unwrap_or_default(),
         connections,
         bandwidth: request.options.bandwidth,
@@ -90,6 +93,21 @@ pub(super) async fn start(
     node.tasks.spawn(driver::outgoing(Arc::clone(&node), job));
     let started = MigrationStarted { id: id.to_string() };
     Ok((StatusCode::ACCEPTED, Json(started)).into_response())
+}
+
+/// How the pod's memory crosses, of what was asked for. A missing page is filled in 4 KiB at a time, which huge pages are not made of.
+fn mode_for(pod: &PodSpec, mode: Mode) -> Result<Mode, ApiError> {
+    match (pod.hugepages, mode) {
+        (false, mode) => Ok(mode),
+        (true, Mode::Precopy | Mode::Auto) => Ok(Mode::Precopy),
+        (true, Mode::Postcopy | Mode::Hybrid) => {
+            let text = format!(
+                "pod `{}` has huge pages, which all cross before the guest moves",
+                pod.name
+            );
+            Err(ApiError::new(ErrorCode::Invalid, text).hint("use --mode precopy"))
+        }
+    }
 }
 
 pub(super) async fn list(State(node): State<Arc<Node>>) -> Json<MigrationList> {
@@ -150,5 +168,24 @@ pub(super) async fn cancel(
         Err(
             error @ (CancelError::Over | CancelError::HandedOver | CancelError::Postcopy { .. }),
         ) => Err(ApiError::caused(ErrorCode::Busy, &error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::golden::offer;
+
+    #[test]
+    fn huge_pages_cross_before_the_guest_moves_or_not_at_all() {
+        let mut pod = offer().pod;
+        let all = [Mode::Precopy, Mode::Postcopy, Mode::Hybrid, Mode::Auto];
+        for mode in all {
+            assert_eq!(mode_for(&pod, mode).unwrap(), mode);
+        }
+        pod.hugepages = true;
+        let chosen = all.map(|mode| mode_for(&pod, mode).ok());
+        let before = Some(Mode::Precopy);
+        assert_eq!(chosen, [before, None, None, before]);
     }
 }

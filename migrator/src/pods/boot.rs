@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use vm_runtime::agent_client::AgentClient;
 use vm_runtime::agent_client::Configuration;
-use vm_runtime::memory::GuestMemory;
+use vm_runtime::memory::{GuestMemory, huge_pages_available};
 use vm_runtime::pod::PodSpec;
 use vm_runtime::spec::VmSpec;
 use vm_runtime::units::Bytes;
@@ -134,8 +134,12 @@ pub(super) async fn resources(
     parts: &mut Parts,
 ) -> Result<(Port, VmResources), PodError> {
     let name = facts.spec.name.as_str();
-    let memory = GuestMemory::create(name, facts.vm_spec.memory)
-        .map_err(|e| PodError::step(name, "make its memory", e))?;
+    let size = facts.vm_spec.memory;
+    let memory = match facts.vm_spec.hugepages {
+        false => GuestMemory::create(name, size),
+        true => GuestMemory::create_huge(name, size),
+    };
+    let memory = memory.map_err(|e| PodError::step(name, "make its memory", e))?;
     let port = node
         .network
         .attach(&net_id(&facts.spec), facts.slot, role, None)
@@ -208,9 +212,22 @@ pub(super) async fn disk_paths(
 /// Refuses a pod that this node has no memory for.
 ///
 /// # Errors
-/// [`PodError::Memory`].
+/// [`PodError::Memory`], [`PodError::HugePages`].
 pub(super) fn check_memory(spec: &PodSpec) -> Result<(), PodError> {
-    let need = Bytes(spec.memory.0 + VMM_OVERHEAD.0);
+    // Huge pages are not part of the memory that is available.
+    let (ordinary, huge) = match spec.hugepages {
+        false => (spec.memory, Bytes(0)),
+        true => (Bytes(0), spec.memory),
+    };
+    let available = huge_pages_available();
+    if available < huge {
+        return Err(PodError::HugePages {
+            pod: spec.name.clone(),
+            need: huge,
+            available,
+        });
+    }
+    let need = Bytes(ordinary.0 + VMM_OVERHEAD.0);
     let available = crate::doctor::available_memory();
     if available < need {
         return Err(PodError::Memory {

@@ -78,6 +78,16 @@ pub enum PodError {
         /// `MemAvailable`.
         available: Bytes,
     },
+    /// Not enough huge pages.
+    #[error("pod `{pod}` needs {need} of huge pages and this node has {available} available")]
+    HugePages {
+        /// The pod.
+        pod: String,
+        /// Guest RAM.
+        need: Bytes,
+        /// Those that nobody has or has reserved.
+        available: Bytes,
+    },
     /// No such pod.
     #[error("there is no pod `{0}` on this node")]
     NotFound(String),
@@ -161,7 +171,7 @@ impl PodError {
         match self {
             Self::Spec(_) | Self::NameTooLong { .. } | Self::Plan { .. } => ErrorCode::Invalid,
             Self::NameTaken(_) | Self::AddressTaken { .. } => ErrorCode::Conflict,
-            Self::TooMany(_) | Self::Memory { .. } => ErrorCode::Exhausted,
+            Self::TooMany(_) | Self::Memory { .. } | Self::HugePages { .. } => ErrorCode::Exhausted,
             Self::NoImage { .. } | Self::NotFound(_) | Self::NoContainer { .. } => {
                 ErrorCode::NotFound
             }
@@ -192,6 +202,10 @@ impl PodError {
             Self::TooMany(_) => "stop a pod, or raise limits.pods".to_owned(),
             Self::Memory { .. } => {
                 "stop something, or lower the containers' memory limits".to_owned()
+            }
+            Self::HugePages { .. } => {
+                "raise vm.nr_hugepages (`sysctl`), or leave the annotation `migrator/hugepages` out"
+                    .to_owned()
             }
             Self::NoAgent(_) => "try again in a moment; its console is in its folder".to_owned(),
             Self::Slow { console, .. } if !console.is_empty() => {

@@ -15,6 +15,7 @@ fn spec(name: &str, last: u8) -> PodSpec {
             gateway6: None,
         },
         memory: Bytes::mib(128),
+        hugepages: false,
         vcpus: 1,
         containers: Vec::new(),
     }

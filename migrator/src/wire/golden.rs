@@ -217,7 +217,8 @@ fn refusal_codes_have_these_numbers() {
     }
 }
 
-fn offer() -> Offer {
+/// An offer of a pod of 512 MiB.
+pub(crate) fn offer() -> Offer {
     let mac = "52:54:00:12:34:56".parse().unwrap();
     Offer {
         migration: ID,
@@ -234,6 +235,7 @@ fn offer() -> Offer {
                 gateway6: None,
             },
             memory: units::Bytes::mib(512),
+            hugepages: false,
             vcpus: 1,
             containers: Vec::new(),
         },
@@ -248,6 +250,7 @@ fn offer() -> Offer {
             mac,
             disks: Vec::new(),
             free_page_reporting: true,
+            hugepages: false,
             cmdline: "quiet".to_owned(),
             kernel_sha256: String::new(),
             initramfs_sha256: String::new(),

@@ -111,7 +111,7 @@ pub mod session;
 pub mod tls;
 
 #[cfg(test)]
-mod golden;
+pub(crate) mod golden;
 #[cfg(test)]
 mod link_tests;
 

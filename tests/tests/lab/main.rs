@@ -5,6 +5,7 @@
 mod any_moment;
 mod cancel;
 mod certificate;
+mod large_pages;
 mod policies;
 mod postcopy;
 mod soak;

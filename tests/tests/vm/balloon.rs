@@ -1,17 +1,10 @@
 //! A guest that gives memory back: the host gets it, and the destination of a move does too.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use migrator::memory::compress::Compress;
-use migrator::memory::receive::{self, Arrival, Target};
-use migrator::memory::send::{PageSender, Sent};
+use anyhow::{Result, ensure};
 use migrator::memory::track::Tracking;
-use migrator::wire::{Reader, Writer};
-use tokio::io::duplex;
-use tokio::sync::mpsc;
-use tokio::time::timeout;
 use vm_runtime::memory::GuestMemory;
 use vm_runtime::units::{Bytes, PAGE_SIZE};
 use vm_runtime::vm::Vm;
@@ -19,6 +12,7 @@ use xtask::process::poll_until;
 
 use crate::guest::{HOG_BYTES, Program};
 use crate::lab::{Lab, counts_past, hashes};
+use crate::link::Link;
 
 /// The guest tells of free memory two seconds after it became so (`PAGE_REPORTING_DELAY` in Linux), and has to boot.
 const SOON: Duration = Duration::from_secs(60);
@@ -45,46 +39,6 @@ async fn shrinks(memory: &Arc<GuestMemory>, limit: u64) -> Result<()> {
     Ok(())
 }
 
-/// What a migration has between two nodes.
-struct Link {
-    sender: PageSender,
-    arrivals: mpsc::Receiver<Arrival>,
-    destination: Arc<GuestMemory>,
-    round: u32,
-}
-
-impl Link {
-    fn new(source: &Arc<GuestMemory>) -> Result<Self> {
-        let destination = Arc::new(GuestMemory::create("destination", source.len())?);
-        let (near, far) = duplex(1 << 20);
-        let target = Arc::new(OnceLock::new());
-        let set = target.set(Target::new(Arc::clone(&destination), None));
-        ensure!(set.is_ok(), "it was empty");
-        let (sender, arrivals) = mpsc::channel(8);
-        receive::start(vec![Reader::new(far)], &target, &sender);
-        let writers = vec![Writer::new(near)];
-        Ok(Self {
-            sender: PageSender::start(source, writers, None, Compress::Auto),
-            arrivals,
-            destination,
-            round: 0,
-        })
-    }
-
-    /// Sends everything pending, and waits until it is placed.
-    async fn round(&mut self, tracking: &Tracking) -> Result<Sent> {
-        self.round += 1;
-        let pending = tracking.take();
-        let sent = self.sender.round(self.round, &pending, self.round == 1);
-        let (sent, placed) = tokio::join!(sent, timeout(SOON, self.arrivals.recv()));
-        match placed?.context("the receiver is there")? {
-            Arrival::Barrier { round, .. } => ensure!(round == self.round, "round {round}"),
-            other => anyhow::bail!("{other:?}"),
-        }
-        Ok(sent?)
-    }
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn memory_that_the_guest_gives_back_is_a_hole_soon_and_is_not_sent() -> Result<()> {
     let lab = Lab::with(Program::Hog).await?;
@@ -101,7 +55,7 @@ async fn memory_that_the_guest_gives_back_is_a_hole_soon_and_is_not_sent() -> Re
     vm.stop().await?;
     let tracking = Tracking::new(memory.pages());
     tracking.start(&vm)?;
-    let mut link = Link::new(&memory)?;
+    let mut link = Link::new(&memory, GuestMemory::create("destination", memory.len())?)?;
     let sent = link.round(&tracking).await?;
     ensure!(
         sent.bytes <= full - HOG_BYTES + KEPT,
@@ -126,7 +80,7 @@ async fn what_was_sent_and_then_given_back_is_zero_at_the_destination() -> Resul
     counts_past(vm.dir(), 0).await?;
     let tracking = Tracking::new(memory.pages());
     tracking.start(&vm)?;
-    let mut link = Link::new(&memory)?;
+    let mut link = Link::new(&memory, GuestMemory::create("destination", memory.len())?)?;
     // Everything crosses while the guest has it, and the guest gives it back.
     let full = data(&memory)?;
     link.round(&tracking).await?;

@@ -28,6 +28,8 @@ pub struct Lab {
     pub qemu: QemuBinary,
     kernel: PathBuf,
     memory: Bytes,
+    /// Whether its VMs are made of huge pages, which must have been reserved.
+    pub hugepages: bool,
     _one: tokio::sync::MutexGuard<'static, ()>,
 }
 
@@ -59,6 +61,7 @@ impl Lab {
                 Program::Hog => Bytes(2 * guest::HOG_BYTES),
                 Program::Writes | Program::Busy => Bytes::mib(128),
             },
+            hugepages: false,
             qemu: QemuBinary::find(None).await?,
             kernel,
             _one: one,
@@ -94,7 +97,8 @@ impl Lab {
                 image_digest: String::new(),
                 size: Bytes::mib(1),
             }],
-            free_page_reporting: true,
+            free_page_reporting: !self.hugepages,
+            hugepages: self.hugepages,
             cmdline: format!("{KERNEL_CMDLINE} quiet"),
             kernel_sha256: String::new(),
             initramfs_sha256: String::new(),
@@ -108,7 +112,10 @@ impl Lab {
         File::create(&disk)?.set_len(Bytes::mib(1).0)?;
         Ok(VmResources {
             dir,
-            memory: Arc::new(GuestMemory::create("test", self.spec().memory)?),
+            memory: Arc::new(match self.hugepages {
+                false => GuestMemory::create("test", self.memory)?,
+                true => GuestMemory::create_huge("test", self.memory)?,
+            }),
             tap: tap("tap0")?,
             park: Some(tap("park0")?),
             qemu: qemu.clone(),

@@ -7,6 +7,8 @@
 mod balloon;
 mod guest;
 mod lab;
+mod large_pages;
+mod link;
 mod throttle;
 
 use std::collections::HashSet;

@@ -4,13 +4,16 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek};
 
+use super::huge::{HUGE_PAGE, HugeWindow};
 use crate::units::{Bytes, PAGE_SIZE, PageIndex, PageRange};
 
 /// How long [`GuestMemory::make_hole`] waits for whoever uses a page: who reads or moves one does so for microseconds.
@@ -20,13 +23,20 @@ const HOLE_AGAIN: Duration = Duration::from_micros(200);
 
 /// Guest RAM: a memfd of a whole number of pages.
 ///
+/// It may be made of reserved huge pages. Then all of it counts as data, whether it is there or not; what is punched stays reserved
+/// for this guest; and the dirty tracker tells of 512 pages where the guest has written one.
+///
 /// Reads and writes are copies. While the guest runs, a read may see a page half written; the
 /// dirty scan that follows names that page again, so the last copy is whole.
 #[derive(Debug)]
 pub struct GuestMemory {
     file: File,
     len: u64,
+    huge: Option<Huge>,
 }
+
+/// The mapping through which huge pages are written, once it is needed.
+type Huge = OnceLock<HugeWindow>;
 
 impl GuestMemory {
     /// Makes a memfd of `size` bytes, all holes. `name` shows in `/proc/PID/maps`.
@@ -36,13 +46,28 @@ impl GuestMemory {
     /// # Errors
     /// `InvalidInput` if `size` is zero or no multiple of the page size; else what the kernel says.
     pub fn create(name: &str, size: Bytes) -> io::Result<Self> {
-        check_size(size.0)?;
-        let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
-        let file = File::from(fd);
-        file.set_len(size.0)?;
-        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-        fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
-        Ok(Self { file, len: size.0 })
+        check_size(size.0, PAGE_SIZE as u64)?;
+        Ok(Self {
+            file: sealed(name, size, MFdFlags::empty())?,
+            len: size.0,
+            huge: None,
+        })
+    }
+
+    /// The same of huge pages of 2 MiB, all of which are reserved: the guest never waits for one, nor dies for want of one.
+    ///
+    /// # Errors
+    /// `InvalidInput` if `size` is zero or no multiple of 2 MiB; `StorageFull` if the host has too few huge pages; else
+    /// what the kernel says.
+    pub fn create_huge(name: &str, size: Bytes) -> io::Result<Self> {
+        check_size(size.0, HUGE_PAGE)?;
+        let file = sealed(name, size, MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB)?;
+        let window = HugeWindow::new(file.as_fd(), size.0)?;
+        Ok(Self {
+            file,
+            len: size.0,
+            huge: Some(OnceLock::from(window)),
+        })
     }
 
     /// Takes a memfd that exists, such as one that a running VMM holds.
@@ -52,8 +77,18 @@ impl GuestMemory {
     pub fn from_fd(fd: OwnedFd) -> io::Result<Self> {
         let file = File::from(fd);
         let len = file.metadata()?.len();
-        check_size(len)?;
-        Ok(Self { file, len })
+        check_size(len, PAGE_SIZE as u64)?;
+        let huge = fstatfs(&file)?.filesystem_type() == HUGETLBFS_MAGIC;
+        Ok(Self {
+            file,
+            len,
+            huge: huge.then(Huge::new),
+        })
+    }
+
+    /// Whether it is made of huge pages.
+    pub fn is_huge(&self) -> bool {
+        self.huge.is_some()
     }
 
     /// Size of guest RAM.
@@ -92,13 +127,24 @@ impl GuestMemory {
     /// `UnexpectedEof` if the range leaves guest RAM; `StorageFull` if the host has no memory left.
     pub fn write(&self, first: PageIndex, bytes: &[u8]) -> io::Result<()> {
         self.check_range(first, bytes.len())?;
-        self.file.write_all_at(bytes, first.offset())
+        let Some(huge) = &self.huge else {
+            return self.file.write_all_at(bytes, first.offset());
+        };
+        if let Some(window) = huge.get() {
+            return window.write(first.offset(), bytes);
+        }
+        // Taken from a VMM. A second mapping, made beside this one, is as good.
+        let window = HugeWindow::new(self.file.as_fd(), self.len)?;
+        window.write(first.offset(), bytes)?;
+        let _ = huge.set(window);
+        Ok(())
     }
 
-    /// Gives the pages back to the host: they read as zeros, and are holes.
+    /// Gives the pages back to the host: they read as zeros, and are holes. Of huge pages, those that lie within the range as a whole
+    /// are given back, and stay reserved.
     ///
     /// # Errors
-    /// `UnexpectedEof` if the range leaves guest RAM.
+    /// `UnexpectedEof` if the range leaves guest RAM; `StorageFull` if somebody else took the huge pages in that moment.
     pub fn punch(&self, range: PageRange) -> io::Result<()> {
         if range.is_empty() {
             return Ok(());
@@ -114,6 +160,10 @@ impl GuestMemory {
             to_offset(range.start.offset())?,
             to_offset(bytes)?,
         )?;
+        if self.huge.is_some() && bytes >= HUGE_PAGE {
+            // A page that is punched is not reserved any more, and a mapping reserves what is not there.
+            HugeWindow::new(self.file.as_fd(), self.len)?;
+        }
         Ok(())
     }
 
@@ -203,11 +253,21 @@ impl AsFd for GuestMemory {
     }
 }
 
-fn check_size(size: u64) -> io::Result<()> {
-    if size == 0 || !size.is_multiple_of(PAGE_SIZE as u64) {
+/// A memfd of that size, which nobody can change.
+fn sealed(name: &str, size: Bytes, flags: MFdFlags) -> io::Result<File> {
+    let flags = flags | MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let file = File::from(memfd_create(name, flags)?);
+    file.set_len(size.0)?;
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
+    Ok(file)
+}
+
+fn check_size(size: u64, page: u64) -> io::Result<()> {
+    if size == 0 || !size.is_multiple_of(page) {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
-            format!("guest memory of {size} bytes is not a whole number of {PAGE_SIZE}-byte pages"),
+            format!("guest memory of {size} bytes is not a whole number of {page}-byte pages"),
         ));
     }
     Ok(())
@@ -271,6 +331,15 @@ mod tests {
         }
         assert!(memory.write(PageIndex(3), &[0; 2 * PAGE_SIZE]).is_err());
         assert!(memory.punch(PageRange::new(0, 5)).is_err());
+    }
+
+    #[test]
+    fn more_huge_pages_than_any_host_has_are_refused_with_what_to_do() {
+        let error = GuestMemory::create_huge("test", Bytes(1 << 44)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull, "{error}");
+        assert!(error.to_string().contains("vm.nr_hugepages"), "{error}");
+        let odd = GuestMemory::create_huge("test", Bytes(HUGE_PAGE + PAGE_SIZE as u64));
+        assert_eq!(odd.unwrap_err().kind(), io::ErrorKind::InvalidInput);
     }
 
     #[test]

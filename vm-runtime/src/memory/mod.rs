@@ -7,6 +7,7 @@
 
 mod dirty;
 mod file;
+mod huge;
 mod lz4;
 mod maps;
 mod missing;
@@ -20,6 +21,7 @@ mod view;
 
 pub use dirty::{DirtyError, DirtyTracker};
 pub use file::GuestMemory;
+pub use huge::{HUGE_PAGE, huge_pages_available};
 pub use lz4::{lz4_pack, lz4_room, lz4_unpack};
 pub use maps::{Mapping, find_mappings};
 pub use missing::{MissingError, MissingPages};

@@ -14,13 +14,16 @@ pub struct PageReader {
 }
 
 impl PageReader {
-    /// Maps the memory. The mapping counts as shared memory of this process, and ends with this value.
+    /// Maps the memory, if it is not of huge pages: there, nobody knows which of them are holes, and to read a hole through a
+    /// mapping would take a huge page for it. The mapping counts as shared memory of this process, and ends with this value.
     pub fn new(memory: &Arc<GuestMemory>) -> Self {
-        let view = MemoryView::new(memory)
-            .inspect_err(
+        let mapped = (!memory.is_huge()).then(|| MemoryView::new(memory));
+        let view = mapped.and_then(|view| {
+            view.inspect_err(
                 |error| tracing::debug!(%error, "guest memory is not mapped, but read by pread"),
             )
-            .ok();
+            .ok()
+        });
         Self {
             memory: Arc::clone(memory),
             view,

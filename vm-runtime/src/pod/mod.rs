@@ -15,6 +15,7 @@
 //!     migrator/gateway6: fd77::1
 //!     migrator/mac: 52:54:00:12:34:56   # derived from the name if missing
 //!     migrator/vm-memory: 512Mi         # else the sum of the limits and 128Mi for the guest itself
+//!     migrator/hugepages: "true"        # guest RAM of huge pages (2 MiB), which each node must have reserved
 //! spec:
 //!   restartPolicy: Never                # the only one so far
 //!   containers:
@@ -55,6 +56,9 @@ pub struct PodSpec {
     pub net: PodNet,
     /// Guest RAM: the annotation `migrator/vm-memory`, or the containers' limits plus the guest's own need.
     pub memory: Bytes,
+    /// Whether guest RAM is made of huge pages: the annotation `migrator/hugepages`.
+    #[serde(default)]
+    pub hugepages: bool,
     /// Virtual CPUs: the sum of the containers' cpu limits, rounded up, at least 1.
     pub vcpus: u32,
     /// The containers, started in this order.

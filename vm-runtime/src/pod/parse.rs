@@ -54,6 +54,7 @@ pub(super) fn pod(text: &str) -> Result<PodSpec, PodError> {
         Some((path, text)) => bytes(&path, &text)?,
         None => needed_memory(&containers)?,
     };
+    let hugepages = annotations.parse("hugepages", "true or false")?;
     annotations.finish()?;
     let milli: u64 = containers
         .iter()
@@ -66,6 +67,7 @@ pub(super) fn pod(text: &str) -> Result<PodSpec, PodError> {
         labels,
         net,
         memory: Bytes::mib(memory.0.div_ceil(1 << 20)),
+        hugepages: hugepages.unwrap_or(false),
         vcpus,
         containers,
     };

@@ -86,6 +86,18 @@ fn the_annotation_decides_the_memory() {
 }
 
 #[test]
+fn the_annotation_makes_the_memory_of_huge_pages() {
+    let huge = |annotation| {
+        PodSpec::from_yaml(&pod("", annotation, ""))
+            .unwrap()
+            .hugepages
+    };
+    assert!(!huge(""));
+    assert!(!huge("    migrator/hugepages: \"false\"\n"));
+    assert!(huge("    migrator/hugepages: \"true\"\n"));
+}
+
+#[test]
 fn fields_that_would_be_ignored_are_refused_by_path() {
     for (text, expected) in [
         (
@@ -179,6 +191,7 @@ fn wrong_values_are_refused_with_a_hint() {
         (annotation("mac: 01:00:5e:00:00:01"), "unicast MAC"),
         (annotation("vm-memory: 1Mi"), "not between"),
         (annotation("vm-memory: 99999Ti"), "not between"),
+        (annotation("hugepages: 2Mi"), "true or false"),
         (
             "metadata: {name: a}\nspec: {containers: []}".to_owned(),
             "a pod needs an address",

@@ -24,6 +24,8 @@ pub(super) struct Facts {
     pub initramfs_sha256: String,
     /// Memory that is available now.
     pub(super) memory_available: Bytes,
+    /// Huge pages that are available now.
+    pub(super) huge_available: Bytes,
     /// What QEMU takes beside guest RAM.
     pub(super) vmm_overhead: Bytes,
     /// Kernel features that are missing, by name; empty when all are there.
@@ -39,6 +41,7 @@ pub(super) fn check(offer: &Offer, here: &Facts) -> Result<(), Refuse> {
     let refuse = |code, reason: String| Err(Refuse { code, reason });
     if offer.ram != offer.vm.memory
         || offer.vm.memory != offer.pod.memory
+        || offer.vm.hugepages != offer.pod.hugepages
         || offer.vm.name != offer.pod.name
     {
         let reason =
@@ -50,7 +53,18 @@ pub(super) fn check(offer: &Offer, here: &Facts) -> Result<(), Refuse> {
         let reason = format!("{node}'s kernel lacks {missing}; run `migrator doctor` there");
         return refuse(RefuseCode::KernelFeature, reason);
     }
-    let need = Bytes(offer.ram.0.saturating_add(here.vmm_overhead.0));
+    let (ordinary, huge) = match offer.vm.hugepages {
+        false => (offer.ram, Bytes(0)),
+        true => (Bytes(0), offer.ram),
+    };
+    if here.huge_available < huge {
+        let available = here.huge_available;
+        let reason = format!(
+            "the pod needs {huge} of huge pages, and {node} has {available} available; raise vm.nr_hugepages there, or choose another node"
+        );
+        return refuse(RefuseCode::Memory, reason);
+    }
+    let need = Bytes(ordinary.0.saturating_add(here.vmm_overhead.0));
     if here.memory_available < need {
         let available = here.memory_available;
         let reason = format!(
@@ -114,4 +128,56 @@ fn accel(accel: Accel) -> &'static str {
 fn major_minor(version: &str) -> (u32, u32) {
     let mut parts = version.split('.').map(|part| part.parse().unwrap_or(0));
     (parts.next().unwrap_or(0), parts.next().unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::golden::offer;
+
+    /// A node that takes [`offer`], and has no byte to spare.
+    fn here() -> Facts {
+        Facts {
+            node: "b".to_owned(),
+            qemu_version: "7.2.22".to_owned(),
+            machine_types: vec!["pc-q35-7.2".to_owned()],
+            cpu: "max".to_owned(),
+            accel: Accel::Tcg,
+            kernel_sha256: String::new(),
+            initramfs_sha256: String::new(),
+            memory_available: Bytes::mib(612),
+            huge_available: Bytes(0),
+            vmm_overhead: Bytes::mib(100),
+            missing_features: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn memory_of_the_kind_that_the_pod_has_is_what_must_be_available() {
+        let (mut offer, mut here) = (offer(), here());
+        check(&offer, &here).unwrap();
+        (offer.pod.hugepages, offer.vm.hugepages) = (true, true);
+        here.huge_available = Bytes::mib(510);
+        let refused = check(&offer, &here).unwrap_err();
+        assert_eq!(refused.code, RefuseCode::Memory);
+        for word in ["b has", "510", "vm.nr_hugepages"] {
+            assert!(refused.reason.contains(word), "{}", refused.reason);
+        }
+        here.huge_available = Bytes::mib(512);
+        here.memory_available = Bytes::mib(100);
+        check(&offer, &here).unwrap();
+        (offer.pod.hugepages, offer.vm.hugepages) = (false, false);
+        assert_eq!(check(&offer, &here).unwrap_err().code, RefuseCode::Memory);
+    }
+
+    #[test]
+    fn a_vm_of_huge_pages_for_a_pod_without_is_refused() {
+        let mut offer = offer();
+        offer.vm.hugepages = true;
+        let here = Facts {
+            huge_available: Bytes::mib(512),
+            ..here()
+        };
+        assert!(check(&offer, &here).is_err());
+    }
 }

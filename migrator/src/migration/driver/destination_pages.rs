@@ -130,6 +130,9 @@ fn begun(
     if let Some(pager) = target.pager.get() {
         return Ok(Arc::clone(pager));
     }
+    if target.memory.is_huge() {
+        return Err("post-copy fills pages of 4 KiB, and the pod has huge ones".to_owned());
+    }
     let pager = Pager::begin(ram, file).map_err(|error| chain(&error))?;
     pager.attach(faults).map_err(|error| chain(&error))?;
     let pager = Arc::new(pager);

@@ -71,6 +71,7 @@ pub(super) async fn check(
             kernel_sha256: node.guest.kernel_sha256.clone(),
             initramfs_sha256: node.guest.initramfs_sha256.clone(),
             memory_available: crate::doctor::available_memory(),
+            huge_available: vm_runtime::memory::huge_pages_available(),
             vmm_overhead: VMM_OVERHEAD,
             missing_features: crate::doctor::missing_kernel_features(),
         },
@@ -106,7 +107,7 @@ fn code_of(error: &PodError) -> RefuseCode {
     match error {
         PodError::NameTaken(_) => RefuseCode::NameTaken,
         PodError::AddressTaken { .. } => RefuseCode::AddressTaken,
-        PodError::Memory { .. } => RefuseCode::Memory,
+        PodError::Memory { .. } | PodError::HugePages { .. } => RefuseCode::Memory,
         _ => RefuseCode::Internal,
     }
 }

@@ -140,6 +140,7 @@ mod tests {
             kernel_sha256: String::new(),
             initramfs_sha256: String::new(),
             free_page_reporting: true,
+            hugepages: false,
         };
         let local = Local {
             mode: BootMode::Boot,

@@ -72,6 +72,7 @@ impl Ground {
                 size: Bytes(size),
             }],
             free_page_reporting: true,
+            hugepages: false,
             cmdline: KERNEL_CMDLINE.to_owned(),
             kernel_sha256: String::new(),
             initramfs_sha256: String::new(),
