@@ -13,6 +13,7 @@ use super::recover::{attach, find_vm};
 use crate::api::error::chain;
 use crate::api::types::ContainerStatus;
 use crate::daemon::node::Node;
+use crate::network::Role;
 
 /// How long a VMM that waits for a page is left alone before it is spoken to again.
 const AGAIN: Duration = Duration::from_millis(200);
@@ -49,7 +50,7 @@ impl LackingPod {
                 () = tokio::time::sleep(AGAIN) => {}
             }
         }
-        let found = attach(node, &self.facts, true, true).await;
+        let found = attach(node, &self.facts, true, Role::Incoming).await;
         let birth = match &found {
             Err(reason) => Birth::Dead(reason.clone()),
             Ok(resources) => Birth::Migrating {

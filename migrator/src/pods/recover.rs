@@ -213,7 +213,8 @@ async fn find(
             }),
         }));
     }
-    let found = attach(node, &facts, migration.is_some(), granted.is_some()).await;
+    let role = role(source.is_some(), granted.is_some());
+    let found = attach(node, &facts, migration.is_some(), role).await;
     let birth = match (&found, migration) {
         (Err(reason), _) => Birth::Dead(reason.clone()),
         (Ok(resources), None) => Birth::Running(Arc::clone(resources)),
@@ -252,6 +253,16 @@ fn decisive<'a>(
         .max_by_key(|record| (record.verdict().is_some(), record.epoch))
 }
 
+/// Which part a found port plays. A pod departs only after its arrival has settled here: a gate that holds is then the
+/// departure's, even where the journal still has the arrival, since its source has not been told.
+fn role(departs: bool, arrives: bool) -> Role {
+    if arrives && !departs {
+        Role::Incoming
+    } else {
+        Role::Local
+    }
+}
+
 fn facts(node: &Node, dir: &Path, file: PodFile) -> Result<Facts, PodError> {
     let logs =
         LogStore::open(&dir.join("logs"), node.config.limits.log_bytes).map_err(|source| {
@@ -277,7 +288,7 @@ pub(super) async fn attach(
     node: &Arc<Node>,
     facts: &Facts,
     migrating: bool,
-    granted: bool,
+    role: Role,
 ) -> Result<Arc<PodResources>, String> {
     let name = facts.spec.name.as_str();
     let vm = match find_vm(&facts.dir).await {
@@ -294,7 +305,6 @@ pub(super) async fn attach(
         }
     };
     let fds = boot::existing(&vm).map_err(|e| format!("cannot take its TAP back: {e}"))?;
-    let role = if granted { Role::Incoming } else { Role::Local };
     let port = node
         .network
         .attach(&boot::net_id(&facts.spec), facts.slot, role, Some(fds))
@@ -373,6 +383,13 @@ mod tests {
     use crate::migration::journal::DestinationState;
     use crate::wire::id::MigrationId;
     use vm_runtime::units::Epoch;
+
+    #[test]
+    fn a_departure_counts_more_than_the_arrival_before_it() {
+        assert_eq!(role(true, true), Role::Local);
+        assert_eq!(role(false, true), Role::Incoming);
+        assert_eq!(role(false, false), Role::Local);
+    }
 
     #[test]
     fn a_granted_migration_counts_more_than_those_that_never_were() {
