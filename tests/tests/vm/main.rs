@@ -6,6 +6,7 @@
 
 mod guest;
 mod lab;
+mod succession;
 
 use std::collections::HashSet;
 use std::io;
