@@ -257,7 +257,7 @@ async fn attach(
     granted: bool,
 ) -> Result<Arc<PodResources>, String> {
     let name = facts.spec.name.as_str();
-    let vm = match find_vm(&facts.dir).await {
+    let vm = match Vm::find(&facts.dir).await {
         Ok(vm) => Arc::new(vm),
         Err(error) => {
             // Nothing of a dead VM may stay behind on the bridge.
@@ -293,11 +293,6 @@ async fn attach(
     Ok(resources)
 }
 
-async fn find_vm(dir: &Path) -> Result<Vm, AttachError> {
-    let record = VmRecord::load(dir).map_err(|_| AttachError::Gone { pid: 0 })?;
-    Vm::attach(&record).await
-}
-
 /// A guest that this node owns, and that no migration holds, has no reason to stand still or to wait for
 /// its packets.
 async fn resume(pod: &str, vm: &Vm, port: &Port) {
@@ -322,12 +317,16 @@ async fn resume(pod: &str, vm: &Vm, port: &Port) {
 async fn remove(node: &Node, dir: &Path, file: Option<&PodFile>) -> Result<(), PodError> {
     let name = dir.file_name().unwrap_or_default().to_string_lossy();
     tracing::warn!(pod = %name, "it is not this node's (any more): removing what is left of it");
-    if let Ok(record) = VmRecord::load(dir) {
-        record
-            .kill()
-            .await
-            .map_err(|e| PodError::step(&name, "end its VM", e))?;
-    }
+    let ended = async {
+        VmRecord::kill_others(dir).await?;
+        match VmRecord::load(dir) {
+            Ok(record) => record.kill().await,
+            Err(_) => Ok(()),
+        }
+    };
+    ended
+        .await
+        .map_err(|e| PodError::step(&name, "end its VM", e))?;
     if let Some(file) = file {
         clean_network(node, file.slot, &name).await;
     }

@@ -4,6 +4,8 @@
 
 mod any_moment;
 mod certificate;
+mod connection;
+mod upgrade;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

@@ -299,7 +299,8 @@ impl Dataplane {
             }
         }
         if let Some((until, reply)) = self.drain_tap.take() {
-            let empty = !readable(&self.setup.tap);
+            // What waits for a full TAP is on its way into it.
+            let empty = self.pending.is_empty() && !readable(&self.setup.tap);
             if empty || now >= until {
                 answer(reply, empty);
             } else {
