@@ -30,6 +30,7 @@ mod actor;
 mod agent;
 mod boot;
 mod console;
+mod departing;
 mod sink;
 
 use std::collections::BTreeMap;

@@ -20,6 +20,7 @@ use vm_runtime::vm::{AttachError, RunState, Vm, VmRecord};
 use super::actor::{self, Birth};
 use super::agent::{AgentSlot, attach_later};
 use super::boot;
+use super::departing::departing;
 use super::error::PodError;
 use super::handle::{Facts, PodHandle, PodResources};
 use super::logs::LogStore;
@@ -27,7 +28,7 @@ use super::state::{self, PodFile};
 use crate::api::error::chain;
 use crate::daemon::node::Node;
 use crate::migration::journal::{
-    DestinationRecord, OwnerRecord, OwnerState, Recovery, SourceRecord,
+    DestinationRecord, Entry, OwnerRecord, OwnerState, Recovery, SourceRecord, SourceState,
 };
 use crate::network::{Port, Role, Stage};
 
@@ -161,7 +162,10 @@ async fn find(
             return Err(PodError::step(name, "read whose it is", error));
         }
     };
-    let source = journal.sources.iter().find(|(r, _)| r.pod == name);
+    let (source, stale) = departing(&journal.sources, name, owner.as_ref());
+    for record in stale {
+        close(node, record);
+    }
     let destination = decisive(&journal.destinations, name);
     let handed_over = owner
         .as_ref()
@@ -185,7 +189,7 @@ async fn find(
     }
     let granted = destination.filter(|r| r.verdict().is_some() && r.epoch == owner.epoch);
     let migration = source
-        .map(|(r, _)| r.migration)
+        .map(|record| record.migration)
         .or(granted.map(|r| r.migration));
     let containers = file.record.containers.clone();
     let facts = facts(node, dir, file)?;
@@ -203,7 +207,7 @@ async fn find(
     let handle = actor::spawn(node, reservation, facts, epoch, Some(containers), birth);
     let pod = found.ok().map(|resources| (handle, resources));
     Ok(match (source, granted) {
-        (Some((record, _)), _) => Some(OpenMigration::Source {
+        (Some(record), _) => Some(OpenMigration::Source {
             record: record.clone(),
             handed_over,
             pod,
@@ -214,6 +218,25 @@ async fn find(
         }),
         (None, None) => None,
     })
+}
+
+/// Notes that a migration of which nothing is left did not take place.
+fn close(node: &Node, record: &SourceRecord) {
+    let closed = SourceRecord {
+        state: SourceState::Failed {
+            reason: "the service was restarted, and a later migration counts".to_owned(),
+        },
+        ..record.clone()
+    };
+    if let Err(error) = node.journal.apply(&Entry::Source(closed)) {
+        // The next service tries again.
+        tracing::warn!(
+            pod = record.pod,
+            migration = %record.migration,
+            error = chain(&error),
+            "cannot close an old migration"
+        );
+    }
 }
 
 /// Of the migrations that were to bring a pod here, the one that counts: services that were killed one after the
