@@ -13,7 +13,7 @@
 //! guest: { kernel: vmlinuz, initramfs: guest.img }
 //! qemu: { binary: /usr/bin/qemu-system-x86_64, accel: auto }   # optional
 //! limits: { pods: 64, log_bytes: 16777216 }                    # optional
-//! migration: { connections: 2, max_downtime_ms: 300 }           # optional
+//! migration: { connections: 2, compress: auto, max_downtime_ms: 300 }   # optional
 //! ```
 //!
 //! Relative paths are taken from the file's own folder. An unknown key is an error that names it.
@@ -26,6 +26,9 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use vm_runtime::spec::AccelChoice;
+
+use crate::memory::compress::Compress;
+use crate::wire::preamble::MAX_DATA_CONNECTIONS;
 
 pub use names::{BadInterfaceName, BadNodeName, InterfaceName, NodeName};
 
@@ -139,8 +142,10 @@ impl Default for Limits {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct MigrationDefaults {
-    /// Data connections, 1 to 16.
+    /// Data connections, 1 to 64.
     pub connections: u8,
+    /// What pages are compressed with: `none`, `lz4`, `zstd`, or `auto` for what link and processor make best.
+    pub compress: Compress,
     /// The longest predicted downtime that lets a migration freeze the guest, in milliseconds. QEMU's own default is 300 as well
     /// (`downtime-limit`); what is reached is less, as rounds go on while they shorten it.
     pub max_downtime_ms: u32,
@@ -150,6 +155,7 @@ impl Default for MigrationDefaults {
     fn default() -> Self {
         Self {
             connections: 2,
+            compress: Compress::Auto,
             max_downtime_ms: 300,
         }
     }
@@ -285,10 +291,10 @@ impl Config {
         if self.limits.log_bytes < 1 << 16 {
             return Err(("limits.log_bytes", "must be at least 65536".to_owned()));
         }
-        if !(1..=16).contains(&self.migration.connections) {
+        if !(1..=MAX_DATA_CONNECTIONS).contains(&self.migration.connections) {
             return Err((
                 "migration.connections",
-                "must be between 1 and 16".to_owned(),
+                format!("must be between 1 and {MAX_DATA_CONNECTIONS}"),
             ));
         }
         if self.migration.max_downtime_ms == 0 {

@@ -3,6 +3,14 @@
 //! Four movers (`memory`, `image`, `network`, and the VM's device state in `vm-runtime`) do not know
 //! each other. One conductor (`migration`) knows the order of things.
 
+#![cfg_attr(
+    test,
+    allow(
+        clippy::duplicate_mod,
+        reason = "loom's models compile the source that they try once more"
+    )
+)]
+
 pub mod api;
 pub mod cli;
 pub mod config;

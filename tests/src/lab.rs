@@ -323,6 +323,12 @@ impl Drop for TestLab {
         if !self.passed {
             for node in Node::ALL {
                 tail(&self.lab.log(node));
+                let kept = self
+                    .project
+                    .target
+                    .join(format!("failed-test-{}.log", node.name()));
+                // The end is shown above.
+                let _ = std::fs::copy(self.lab.log(node), kept);
             }
         }
         if let Err(error) = self.lab.down() {

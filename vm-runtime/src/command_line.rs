@@ -23,6 +23,7 @@ mod slot {
     pub(super) const SERIAL: usize = 0x02;
     pub(super) const NET: usize = 0x03;
     pub(super) const RNG: usize = 0x04;
+    pub(super) const BALLOON: usize = 0x05;
     pub(super) const DISK: usize = 0x08;
 }
 
@@ -202,6 +203,11 @@ impl Args {
         );
         self.pair("-object", "rng-random,id=rng0,filename=/dev/urandom");
         self.device("virtio-rng-pci,rng=rng0", slot::RNG);
+        if spec.free_page_reporting {
+            // Never inflated: what the guest frees, QEMU punches out of the RAM file.
+            let balloon = "virtio-balloon-pci,id=balloon0,free-page-reporting=on";
+            self.device(balloon, slot::BALLOON);
+        }
     }
 
     fn disk(&mut self, index: usize, serial: &str, path: &Path) {
@@ -299,6 +305,7 @@ mod tests {
 -device virtio-net-pci,netdev=net0,mac=52:54:00:12:34:56,rx_queue_size=1024,romfile=,bus=pcie.0,addr=0x3,disable-legacy=on,disable-modern=off
 -object rng-random,id=rng0,filename=/dev/urandom
 -device virtio-rng-pci,rng=rng0,bus=pcie.0,addr=0x4,disable-legacy=on,disable-modern=off
+-device virtio-balloon-pci,id=balloon0,free-page-reporting=on,bus=pcie.0,addr=0x5,disable-legacy=on,disable-modern=off
 -blockdev {\"driver\":\"raw\",\"file\":{\"driver\":\"file\",\"filename\":\"/i/a,b.erofs\",\"read-only\":true},\"node-name\":\"disk0\",\"read-only\":true}
 -device virtio-blk-pci,drive=disk0,serial=img0,bus=pcie.0,addr=0x8,disable-legacy=on,disable-modern=off";
 
@@ -313,6 +320,16 @@ mod tests {
         let disks = [PathBuf::from("/i/a,b.erofs")];
         let incoming = text(&example(), &local(BootMode::Incoming, &disks));
         assert_eq!(incoming, format!("{GOLDEN}\n-incoming defer"));
+    }
+
+    #[test]
+    fn a_vm_without_a_balloon_differs_by_that_device_only() {
+        let mut spec = example();
+        spec.free_page_reporting = false;
+        let disks = [PathBuf::from("/i/a,b.erofs")];
+        let bare = text(&spec, &local(BootMode::Boot, &disks));
+        let without: Vec<&str> = GOLDEN.lines().filter(|l| !l.contains("balloon")).collect();
+        assert_eq!(bare, without.join("\n"));
     }
 
     #[test]

@@ -24,6 +24,7 @@ pub const MODULES: &[&str] = &[
     "net_failover",
     "virtio_net",
     "virtio-rng",
+    "virtio_balloon",
     "libcrc32c",
     "erofs",
     "overlay",

@@ -11,6 +11,7 @@ pub mod pod;
 pub mod probe;
 pub mod qemu;
 pub mod qmp;
+pub mod sched;
 pub mod spec;
 pub mod units;
 pub mod vm;

@@ -87,6 +87,10 @@ pub struct VmSpec {
     pub mac: MacAddress,
     /// Block devices in order.
     pub disks: Vec<DiskSpec>,
+    /// Whether the guest tells which memory it has freed, which then becomes holes: a virtio balloon that only does that. Absent in
+    /// specs of VMs that were started before there was one.
+    #[serde(default)]
+    pub free_page_reporting: bool,
     /// Kernel command line.
     pub cmdline: String,
     /// SHA-256 of the kernel image: the destination must have the same.
@@ -204,6 +208,7 @@ pub(crate) mod tests {
                 image_digest: "sha256:00".to_owned(),
                 size: Bytes::mib(8),
             }],
+            free_page_reporting: true,
             cmdline: "console=ttyS0 panic=-1".to_owned(),
             kernel_sha256: String::new(),
             initramfs_sha256: String::new(),
@@ -213,6 +218,14 @@ pub(crate) mod tests {
     #[test]
     fn a_plain_spec_is_right() {
         assert_eq!(example().check(), Ok(()));
+    }
+
+    #[test]
+    fn a_spec_of_a_vm_without_a_balloon_is_still_read() {
+        let mut text = serde_json::to_value(example()).unwrap();
+        text.as_object_mut().unwrap().remove("free_page_reporting");
+        let spec: VmSpec = serde_json::from_value(text).unwrap();
+        assert!(!spec.free_page_reporting);
     }
 
     #[test]

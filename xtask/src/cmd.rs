@@ -1,11 +1,15 @@
 //! Running other programs: say what runs, and make a failure an error that names it.
 
 use std::ffi::OsStr;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use crate::process::poll_until;
 use crate::project::Project;
 
 /// The command as one would type it.
@@ -56,6 +60,59 @@ pub fn output(command: &mut Command) -> Result<String> {
         );
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// What a command printed, and how it ended.
+#[derive(Debug)]
+pub struct Said {
+    /// Exit code; none if a signal ended it.
+    pub code: Option<i32>,
+    /// Standard output.
+    pub out: String,
+    /// Standard error.
+    pub err: String,
+}
+
+/// Runs `command` to its end, whatever it is; one that has not ended after `limit` is killed.
+///
+/// # Errors
+/// It cannot be started, or did not end in time.
+pub fn bounded(command: &mut Command, limit: Duration) -> Result<Said> {
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot start `{}`", show(command)))?;
+    // Read while it runs: a full pipe would hold it up.
+    let (out, err) = (reader(child.stdout.take()), reader(child.stderr.take()));
+    let mut status = None;
+    poll_until(limit, || {
+        status = child.try_wait().ok().flatten();
+        status.is_some()
+    });
+    let Some(status) = status else {
+        child.kill()?;
+        child.wait()?;
+        bail!("`{}` has not ended after {limit:?}", show(command));
+    };
+    let text = |reader: JoinHandle<String>| reader.join().unwrap_or_default();
+    Ok(Said {
+        code: status.code(),
+        out: text(out),
+        err: text(err),
+    })
+}
+
+fn reader<R: Read + Send + 'static>(pipe: Option<R>) -> JoinHandle<String> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        if let Some(mut pipe) = pipe {
+            // What came before an error is what there is to tell.
+            let _ = pipe.read_to_end(&mut bytes);
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    })
 }
 
 /// A command with arguments, in one expression.

@@ -1,4 +1,5 @@
-//! The demo's container image, an OCI layout made from Debian packages: busybox, iperf3 with its libraries, a UDP echo.
+//! The demo's container image, an OCI layout made from Debian packages: busybox, iperf3 with its libraries; and of the
+//! workloads of this crate: a UDP echo, and the memory check of the soak test.
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
@@ -26,13 +27,19 @@ const PACKAGES: &[&str] = &[
 /// The path that programs name as their interpreter (System V ABI, AMD64 supplement).
 const LOADER: &str = "lib64/ld-linux-x86-64.so.2";
 
-/// What makes the image: a change here, or of the echo's source, makes it anew.
+/// Programs of this crate that the image holds.
+const WORKLOADS: [&str; 2] = ["udp-echo", "memory-check"];
+
+/// What makes the image: a change here, or of a workload's source, makes it anew.
 fn stamp() -> String {
     oci::digest(
         [
             include_str!("demo_image.rs"),
             include_str!("oci.rs"),
             include_str!("bin/udp-echo.rs"),
+            include_str!("bin/memory-check.rs"),
+            include_str!("soak/blocks.rs"),
+            include_str!("soak/stream.rs"),
         ]
         .concat()
         .as_bytes(),
@@ -58,7 +65,7 @@ pub fn ensure(project: &Project) -> Result<PathBuf> {
     let layers = vec![
         busybox(project)?,
         iperf3(&work, &packages)?,
-        echo(project, &work)?,
+        programs(project, &work, &WORKLOADS)?,
     ];
     let fresh = work.join("layout");
     oci::write(
@@ -79,7 +86,8 @@ pub fn ensure(project: &Project) -> Result<PathBuf> {
     Ok(layout)
 }
 
-fn busybox(project: &Project) -> Result<oci::Layer> {
+/// The first layer: busybox, its applets, and the files that a small system has.
+pub(crate) fn busybox(project: &Project) -> Result<oci::Layer> {
     let program = guest::busybox(project)?;
     let mut layer = oci::Layer::default();
     for (path, mode) in [
@@ -193,29 +201,34 @@ fn libraries(tree: &Path, program: &str) -> Result<BTreeSet<String>> {
     Ok(found)
 }
 
-fn echo(project: &Project, work: &Path) -> Result<oci::Layer> {
-    let program = work.join("udp-echo");
+/// A layer with programs of `xtask/src/bin` in /usr/local/bin, each static.
+pub(crate) fn programs(project: &Project, work: &Path, names: &[&str]) -> Result<oci::Layer> {
+    std::fs::create_dir_all(work).with_context(|| format!("cannot create {}", work.display()))?;
     let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
-    // Not cargo: that would build all of xtask's dependencies once more, statically.
-    let mut build = std::process::Command::new(rustc);
-    build.current_dir(&project.root).args([
-        "--edition",
-        "2024",
-        "-O",
-        "-C",
-        "target-feature=+crt-static",
-        "-C",
-        "strip=symbols",
-        "-o",
-    ]);
-    cmd::run(build.arg(&program).arg("xtask/src/bin/udp-echo.rs"))?;
-    anyhow::ensure!(
-        std::fs::metadata(&program)?.permissions().mode() & 0o111 != 0,
-        "rustc left no program"
-    );
     let mut layer = oci::Layer::default();
     layer.dir("usr/local", 0o755)?;
     layer.dir("usr/local/bin", 0o755)?;
-    layer.file("usr/local/bin/udp-echo", 0o755, &std::fs::read(&program)?)?;
+    for name in names {
+        let program = work.join(name);
+        // Not cargo: that would build all of xtask's dependencies once more, statically.
+        let mut build = std::process::Command::new(&rustc);
+        build.current_dir(&project.root).args([
+            "--edition",
+            "2024",
+            "-O",
+            "-C",
+            "target-feature=+crt-static",
+            "-C",
+            "strip=symbols",
+            "-o",
+        ]);
+        cmd::run(build.arg(&program).arg(format!("xtask/src/bin/{name}.rs")))?;
+        anyhow::ensure!(
+            std::fs::metadata(&program)?.permissions().mode() & 0o111 != 0,
+            "rustc left no program"
+        );
+        let path = format!("usr/local/bin/{name}");
+        layer.file(&path, 0o755, &std::fs::read(&program)?)?;
+    }
     Ok(layer)
 }

@@ -81,6 +81,8 @@ pub struct Lab {
     project: Project,
     dir: PathBuf,
     prefix: String,
+    /// Goes before `MIGRATOR_QEMU`.
+    qemu: Option<String>,
 }
 
 impl Lab {
@@ -105,7 +107,25 @@ impl Lab {
             project: project.clone(),
             dir,
             prefix,
+            qemu: None,
         })
+    }
+
+    /// The same lab on a QEMU that `version` names as `MIGRATOR_QEMU` does: `10`, or a program.
+    #[must_use]
+    pub fn with_qemu(self, version: &str) -> Lab {
+        Lab {
+            qemu: Some(version.to_owned()),
+            ..self
+        }
+    }
+
+    /// What the environment says of the nodes' configuration, unless this value says otherwise.
+    fn setting(&self, name: &str) -> Option<String> {
+        match &self.qemu {
+            Some(version) if name == "MIGRATOR_QEMU" => Some(version.clone()),
+            Some(_) | None => std::env::var(name).ok(),
+        }
     }
 
     /// Its folder.
@@ -176,7 +196,7 @@ impl Lab {
     pub fn up(&self, owner: Owner) -> Result<()> {
         setup::require_root("to make network namespaces")?;
         setup::ensure(&self.project, &setup::Args::default())?;
-        if std::env::var("MIGRATOR_QEMU").is_ok_and(|version| version == "10") {
+        if self.setting("MIGRATOR_QEMU").as_deref() == Some("10") {
             qemu10::ensure(&self.project)?;
         }
         build(&self.project)?;

@@ -23,4 +23,5 @@ pub mod run;
 pub mod sched;
 pub mod setup;
 pub mod silence;
+pub mod soak;
 pub mod test;

@@ -26,7 +26,7 @@ enum Verb {
     Test(test::Args),
     /// Formatting, lints, licences and documentation
     Check(check::Args),
-    /// The spread of downtime and blackout over many moves
+    /// What moving costs: many moves of the demo, or each part of the engine beside its like
     Bench(bench::Args),
 }
 

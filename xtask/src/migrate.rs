@@ -2,6 +2,8 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::Stdio;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
@@ -9,10 +11,13 @@ use crate::cmd;
 use crate::lab::{Lab, Node};
 use crate::report::MigrationReport;
 
+/// What a move may take on a busy machine, whatever its mode: a pod of the lab moves in a second.
+const MOVES_WITHIN: Duration = Duration::from_secs(300);
+
 /// Moves `pod` away from `from`, and shows each line of its course.
 ///
 /// # Errors
-/// The program cannot be started, or ends without a report. A migration that fails is a report, not an error.
+/// As [`migrate_with`].
 pub fn migrate(
     lab: &Lab,
     pod: &str,
@@ -20,19 +25,28 @@ pub fn migrate(
     verify: bool,
     show: &mut dyn FnMut(&str),
 ) -> Result<MigrationReport> {
+    let options: &[&str] = if verify { &["--verify"] } else { &[] };
+    migrate_with(lab, pod, from, options, show)
+}
+
+/// As [`migrate`], with options of `migrator migrate`.
+///
+/// # Errors
+/// The program cannot be started, does not end within minutes, or ends without a report. A migration that fails is a
+/// report, not an error.
+pub fn migrate_with(
+    lab: &Lab,
+    pod: &str,
+    from: Node,
+    options: &[&str],
+    show: &mut dyn FnMut(&str),
+) -> Result<MigrationReport> {
+    let until = Instant::now() + MOVES_WITHIN;
     let mut command = lab.on(from);
-    command.args([
-        "--output",
-        "json",
-        "migrate",
-        pod,
-        "--to",
-        from.other().name(),
-        "--watch",
-    ]);
-    if verify {
-        command.arg("--verify");
-    }
+    let to = from.other().name();
+    command
+        .args(["--output", "json", "migrate", pod, "--to", to, "--watch"])
+        .args(options);
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -46,10 +60,31 @@ pub fn migrate(
         let mut text = String::new();
         stdout.read_to_string(&mut text).map(|_| text)
     });
+    let (sender, lines) = channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(stderr).lines() {
+            if sender.send(line).is_err() {
+                return;
+            }
+        }
+    });
     let mut last = String::new();
-    for line in BufReader::new(stderr).lines() {
-        last = line.context("cannot read migrator's course")?;
-        show(&last);
+    loop {
+        match lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            Ok(line) => {
+                last = line.context("cannot read migrator's course")?;
+                show(&last);
+            }
+            Err(RecvTimeoutError::Disconnected) => break,
+            Err(RecvTimeoutError::Timeout) => {
+                child.kill()?;
+                child.wait()?;
+                bail!(
+                    "`{}` has not ended after {MOVES_WITHIN:?}: {last}",
+                    cmd::show(&command)
+                );
+            }
+        }
     }
     let status = child.wait()?;
     let json = json.join().unwrap_or_else(|_| Ok(String::new()))?;

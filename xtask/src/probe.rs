@@ -3,8 +3,8 @@
 use std::io::IoSliceMut;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -12,7 +12,7 @@ use anyhow::{Context, Result, anyhow};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, setsockopt, sockopt};
 use nix::sys::time::TimeSpec;
 
-use crate::silence::{Answer, Summary, longest, summarise, unanswered};
+use crate::silence::{Answer, Summary, Tally, longest, summarise, unanswered};
 use crate::{netns, sched};
 
 /// Bytes of UDP payload: number, nonce, zeros.
@@ -27,7 +27,15 @@ pub struct Probe {
     stop: Arc<AtomicBool>,
     sender: JoinHandle<Sent>,
     receiver: JoinHandle<Vec<Answer>>,
-    answered: Arc<AtomicU64>,
+    live: Arc<Live>,
+}
+
+/// What both threads tell while they run.
+#[derive(Default)]
+struct Live {
+    sent: AtomicU64,
+    answered: AtomicU64,
+    tally: Mutex<Tally>,
 }
 
 struct Sent {
@@ -63,6 +71,14 @@ impl Record {
         )
     }
 
+    /// Packets that left before a moment (microseconds of Unix time) and were never answered.
+    pub fn lost_before(&self, at_unix_us: u64) -> usize {
+        unanswered(&self.sent_us, &self.answers, usize::MAX)
+            .iter()
+            .filter(|(_, left_us)| *left_us < at_unix_us)
+            .count()
+    }
+
     /// The first packets that were never answered, and when they left, in microseconds of Unix time.
     pub fn unanswered(&self) -> Vec<(u64, u64)> {
         unanswered(&self.sent_us, &self.answers, 8)
@@ -77,32 +93,47 @@ impl Probe {
     pub fn start(netns: &str, target: SocketAddr, rate: u32) -> Result<Probe> {
         let socket = Arc::new(netns::within(netns, || open(target))?);
         let stop = Arc::new(AtomicBool::new(false));
-        let answered = Arc::new(AtomicU64::new(0));
+        let live = Arc::new(Live::default());
         // Tells this probe's answers from those of an earlier one.
         let nonce = now_us() ^ u64::from(std::process::id()).rotate_left(48);
         let receiver = {
-            let (socket, stop, answered) = (socket.clone(), stop.clone(), answered.clone());
+            let (socket, stop, live) = (socket.clone(), stop.clone(), live.clone());
             std::thread::Builder::new()
                 .name("probe-rx".into())
-                .spawn(move || receive(&socket, nonce, &stop, &answered))?
+                .spawn(move || receive(&socket, nonce, &stop, &live))?
         };
         let sender = {
-            let (stop, interval) = (stop.clone(), Duration::from_secs(1) / rate);
+            let (stop, live) = (stop.clone(), live.clone());
+            let interval = Duration::from_secs(1) / rate;
             std::thread::Builder::new()
                 .name("probe-tx".into())
-                .spawn(move || send(&socket, target, nonce, interval, &stop))?
+                .spawn(move || send(&socket, target, nonce, interval, &stop, &live))?
         };
         Ok(Probe {
             stop,
             sender,
             receiver,
-            answered,
+            live,
         })
     }
 
     /// Answers so far.
     pub fn answered(&self) -> u64 {
-        self.answered.load(Ordering::Relaxed)
+        self.live.answered.load(Ordering::Relaxed)
+    }
+
+    /// Packets so far.
+    pub fn sent(&self) -> u64 {
+        self.live.sent.load(Ordering::Relaxed)
+    }
+
+    /// Doubles and order so far, and up to which packet none is missing.
+    pub fn tally(&self) -> Tally {
+        self.live
+            .tally
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Stops sending, waits for late answers, and returns everything.
@@ -172,6 +203,7 @@ fn send(
     nonce: u64,
     interval: Duration,
     stop: &AtomicBool,
+    live: &Live,
 ) -> Sent {
     sched::prefer_this_thread();
     // 50 us of the default slack would be a quarter of the interval.
@@ -188,7 +220,10 @@ fn send(
         packet[..8].copy_from_slice(&(sent.at_us.len() as u64).to_le_bytes());
         let at = now_us();
         match socket.send_to(&packet, target) {
-            Ok(_) => sent.at_us.push(at),
+            Ok(_) => {
+                sent.at_us.push(at);
+                live.sent.fetch_add(1, Ordering::Relaxed);
+            }
             Err(error) => {
                 sent.refused += 1;
                 sent.last_error = Some(error);
@@ -203,7 +238,7 @@ fn send(
     sent
 }
 
-fn receive(socket: &UdpSocket, nonce: u64, stop: &AtomicBool, answered: &AtomicU64) -> Vec<Answer> {
+fn receive(socket: &UdpSocket, nonce: u64, stop: &AtomicBool, live: &Live) -> Vec<Answer> {
     sched::prefer_this_thread();
     let mut answers = Vec::with_capacity(1 << 20);
     let mut packet = [0; PAYLOAD];
@@ -235,11 +270,13 @@ fn receive(socket: &UdpSocket, nonce: u64, stop: &AtomicBool, answered: &AtomicU
         if message.bytes == PAYLOAD && packet[8..16] == nonce.to_le_bytes() {
             let mut number = [0; 8];
             number.copy_from_slice(&packet[..8]);
-            answers.push(Answer {
-                sequence: u64::from_le_bytes(number),
-                at_us,
-            });
-            answered.fetch_add(1, Ordering::Relaxed);
+            let sequence = u64::from_le_bytes(number);
+            answers.push(Answer { sequence, at_us });
+            live.answered.fetch_add(1, Ordering::Relaxed);
+            live.tally
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .add(sequence);
         }
     }
 }
@@ -284,5 +321,20 @@ mod tests {
         };
         assert_eq!(record.blackout_ms(10_010_000), 9_970.0);
         assert_eq!(record.blackout_ms(20_200_100), 0.2);
+    }
+
+    #[test]
+    fn losses_are_told_from_those_of_before() {
+        let record = Record {
+            sent_us: vec![1_000, 2_000, 3_000, 4_000],
+            answers: vec![Answer {
+                sequence: 1,
+                at_us: 2_500,
+            }],
+            refused: None,
+        };
+        assert_eq!(record.lost_before(1_000), 0);
+        assert_eq!(record.lost_before(3_000), 1);
+        assert_eq!(record.lost_before(5_000), 3);
     }
 }

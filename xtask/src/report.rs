@@ -57,6 +57,26 @@ pub struct Memory {
     pub pages_verified: u64,
     /// Of these, those that differed.
     pub mismatched: u64,
+    /// What the guest waited for after its resume; absent if it lacked nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub faults: Option<Faults>,
+}
+
+/// Waits for pages after the resume.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Faults {
+    /// Pages that were missing at the resume.
+    pub missing: u64,
+    /// Waits.
+    pub count: u64,
+    /// Half of them were shorter, in microseconds.
+    pub p50_us: u64,
+    /// 99 in 100 were shorter.
+    pub p99_us: u64,
+    /// The longest.
+    pub max_us: u64,
+    /// Pages that were not the source's; only compared with `--verify`.
+    pub mismatched: u64,
 }
 
 /// The ledger of one migration.

@@ -278,7 +278,7 @@ fn address(text: &str) -> Result<SocketAddr> {
 }
 
 /// Copies the services' logs out of a lab that is about to be removed.
-fn keep_logs(project: &Project, lab: &Lab) {
+pub(crate) fn keep_logs(project: &Project, lab: &Lab) {
     let dir = project.target.join("demo-logs");
     let _ = std::fs::remove_dir_all(&dir);
     for node in Node::ALL {
@@ -286,7 +286,7 @@ fn keep_logs(project: &Project, lab: &Lab) {
             println!("demo: not all logs of node {} could be kept", node.name());
         }
     }
-    println!("demo: logs are in {}", project.short(&dir));
+    println!("logs are in {}", project.short(&dir));
 }
 
 /// Every small file but keys: the log of the service, the console and log of each VMM, the journal.

@@ -28,6 +28,46 @@ pub struct Summary {
     pub longest_round_trip_ms: f64,
 }
 
+/// The same, counted while answers come.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Whether each packet from `whole` on was answered.
+    seen: std::collections::VecDeque<bool>,
+    /// Every packet below this number was answered.
+    pub whole: u64,
+    /// Answers beyond the first one.
+    pub duplicated: u64,
+    /// First answers that came after the answer to a later packet.
+    pub reordered: u64,
+}
+
+impl Tally {
+    /// Counts one answer. A number so far ahead that it cannot have been sent is left out.
+    pub fn add(&mut self, sequence: u64) {
+        const FAR: usize = 1 << 24;
+        let Some(ahead) = sequence.checked_sub(self.whole) else {
+            self.duplicated += 1;
+            return;
+        };
+        let Some(ahead) = usize::try_from(ahead).ok().filter(|ahead| *ahead < FAR) else {
+            return;
+        };
+        if self.seen.len() <= ahead {
+            self.seen.resize(ahead + 1, false);
+        } else if self.seen[ahead] {
+            self.duplicated += 1;
+            return;
+        } else {
+            self.reordered += 1;
+        }
+        self.seen[ahead] = true;
+        while self.seen.front() == Some(&true) {
+            self.seen.pop_front();
+            self.whole += 1;
+        }
+    }
+}
+
 /// Counts. `sent_us[i]` is when packet `i` left; `answers` are in the order of their arrival.
 pub fn summarise(sent_us: &[u64], answers: &[Answer]) -> Summary {
     let mut seen = vec![false; sent_us.len()];
@@ -148,6 +188,24 @@ mod tests {
         assert_eq!((summary.sent, summary.received, summary.lost), (5, 3, 2));
         assert_eq!((summary.duplicated, summary.reordered), (1, 1));
         assert_eq!(unanswered(&sent, &got, 9), [(3, 600), (4, 800)]);
+    }
+
+    #[test]
+    fn counting_on_the_way_finds_the_same_as_counting_at_the_end() {
+        let mut tally = Tally::default();
+        let mut got = Vec::new();
+        for sequence in [0, 2, 1, 2, 0, 4, 5, 5, 7, 6] {
+            tally.add(sequence);
+            got.push((sequence, 0));
+        }
+        let summary = summarise(&[0; 8], &answers(&got));
+        assert_eq!((tally.duplicated, tally.reordered), (3, 2));
+        assert_eq!((summary.duplicated, summary.reordered), (3, 2));
+        assert_eq!(tally.whole, 3);
+        tally.add(3);
+        assert_eq!((tally.whole, tally.reordered), (8, 3));
+        tally.add(u64::MAX);
+        assert_eq!(tally.whole, 8);
     }
 
     #[test]

@@ -4,21 +4,31 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result};
-use clap::ValueEnum;
+use clap::{Subcommand, ValueEnum};
 
 use crate::lab::{self, Lab};
 use crate::project::Project;
-use crate::{check, cmd, demo_image, qemu10, setup};
+use crate::{check, cmd, demo_image, qemu10, setup, soak};
 
 /// Arguments of the verb.
 #[derive(Clone, Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Args {
+    #[command(subcommand)]
+    long: Option<Long>,
     /// Only this part
     #[arg(value_enum)]
     part: Option<Part>,
     /// Only tests whose name contains this
     #[arg(last = true)]
     filter: Vec<String>,
+}
+
+/// Tests that run by themselves, for as long as they are told to.
+#[derive(Clone, Debug, Subcommand)]
+enum Long {
+    /// A pod that checks its own memory moves to and fro, many times
+    Soak(soak::Args),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -44,6 +54,9 @@ struct Tally {
 /// # Errors
 /// Something that the tests need is missing and cannot be installed.
 pub fn main(project: &Project, args: &Args) -> Result<ExitCode> {
+    if let Some(Long::Soak(args)) = &args.long {
+        return soak::main(project, args);
+    }
     let wants = |part| args.part.is_none_or(|only| only == part);
     setup::ensure(
         project,

@@ -20,6 +20,7 @@ use crate::daemon::node::Node;
 use crate::migration::driver;
 use crate::migration::status::MigrationStatus;
 use crate::wire::id::MigrationId;
+use crate::wire::preamble::MAX_DATA_CONNECTIONS;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -54,10 +55,10 @@ pub(super) async fn start(
     };
     let defaults = &node.config.migration;
     let connections = request.options.connections.unwrap_or(defaults.connections);
-    if !(1..=16).contains(&connections) {
+    if !(1..=MAX_DATA_CONNECTIONS).contains(&connections) {
         return Err(ApiError::new(
             ErrorCode::Invalid,
-            "connections must be between 1 and 16",
+            format!("connections must be between 1 and {MAX_DATA_CONNECTIONS}"),
         ));
     }
     let options = driver::Options {
@@ -66,8 +67,11 @@ pub(super) async fn start(
             .options
             .max_downtime_ms
             .unwrap_or(defaults.max_downtime_ms),
+        mode: request.options.mode.unwrap_or_default(),
+        on_stall: request.options.on_stall.unwrap_or_default(),
         connections,
         bandwidth: request.options.bandwidth,
+        compress: request.options.compress.unwrap_or(defaults.compress),
     };
     let id = MigrationId::random();
     // The pod is marked before anybody hears of the migration, so that two cannot take the same one.
@@ -143,8 +147,8 @@ pub(super) async fn cancel(
     match node.migrations.cancel(parse(&id)?) {
         Ok(()) => Ok(Json(json!({ "cancelling": id }))),
         Err(CancelError::Unknown) => Err(ApiError::not_found("migration", &id)),
-        Err(error @ (CancelError::Over | CancelError::HandedOver)) => {
-            Err(ApiError::caused(ErrorCode::Busy, &error))
-        }
+        Err(
+            error @ (CancelError::Over | CancelError::HandedOver | CancelError::Postcopy { .. }),
+        ) => Err(ApiError::caused(ErrorCode::Busy, &error)),
     }
 }

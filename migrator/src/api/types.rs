@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
+use crate::memory::compress::Compress;
+use crate::migration::mode::{Mode, OnStall};
 use serde::{Deserialize, Serialize};
 use vm_runtime::pod::PodSpec;
 use vm_runtime::spec::{Accel, VmSpec};
@@ -271,10 +273,16 @@ pub struct MigrateOptions {
     pub verify: bool,
     /// Freeze only when the predicted downtime is at most this, in milliseconds.
     pub max_downtime_ms: Option<u32>,
-    /// Data connections, 1 to 16.
+    /// When the memory crosses; `auto` if absent.
+    pub mode: Option<Mode>,
+    /// What is done when pre-copy does not get on; `throttle` if absent.
+    pub on_stall: Option<OnStall>,
+    /// Data connections, 1 to 64.
     pub connections: Option<u8>,
     /// Bytes a second that memory may take on the wire while the guest runs.
     pub bandwidth: Option<std::num::NonZeroU64>,
+    /// What pages are compressed with.
+    pub compress: Option<Compress>,
 }
 
 /// Answer of `POST /v1/pods/NAME/migrate`.

@@ -12,7 +12,10 @@ use super::status::progress;
 use super::{Context, Output, output};
 use crate::api::client::{Client, ClientError, encode};
 use crate::api::types::{MigrateOptions, MigrateRequest, MigrationStarted};
+use crate::memory::compress::Compress;
+use crate::migration::mode::{Mode, OnStall};
 use crate::migration::status::{MigrationReport, MigrationStatus, Outcome};
+use crate::wire::preamble::MAX_DATA_CONNECTIONS;
 
 /// How long a service that went away in the middle may take to come back.
 const SERVICE_BACK: Duration = Duration::from_secs(60);
@@ -33,12 +36,25 @@ pub(super) struct MigrateArgs {
     /// Freeze the guest only when the predicted downtime is at most MS milliseconds
     #[arg(long, value_name = "MS")]
     max_downtime: Option<u32>,
+    /// When the memory crosses: before the guest moves (precopy), afterwards (postcopy), one pass before and the rest afterwards
+    /// (hybrid), or before as long as that gets on and the rest afterwards (auto)
+    #[arg(long, value_enum)]
+    mode: Option<Mode>,
+    /// With --mode precopy, when rounds do not get on: wait, slow the guest's CPUs in steps, or fail
+    #[arg(long, value_enum)]
+    on_stall: Option<OnStall>,
+    /// Write the report to FILE, as JSON
+    #[arg(long, value_name = "FILE", conflicts_with = "detach")]
+    report: Option<std::path::PathBuf>,
     /// Data connections
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=i64::from(MAX_DATA_CONNECTIONS)))]
     connections: Option<u8>,
     /// Send at most MB megabytes of memory a second while the guest runs
     #[arg(long, value_name = "MB")]
     bandwidth: Option<std::num::NonZeroU32>,
+    /// Compress pages: not, with LZ4, with zstd, or with what link and processor make best (auto)
+    #[arg(long, value_enum)]
+    compress: Option<Compress>,
     /// Print the migration's id and return at once
     #[arg(long, conflicts_with = "watch")]
     detach: bool,
@@ -54,10 +70,13 @@ impl MigrateArgs {
             options: MigrateOptions {
                 verify: self.verify,
                 max_downtime_ms: self.max_downtime,
+                mode: self.mode,
+                on_stall: self.on_stall,
                 connections: self.connections,
                 bandwidth: self
                     .bandwidth
                     .map(|mb| NonZeroU64::from(mb).saturating_mul(MEGABYTE)),
+                compress: self.compress,
             },
         };
         let path = format!("/v1/pods/{}/migrate", encode(&self.pod));
@@ -77,6 +96,9 @@ impl MigrateArgs {
                 )));
             }
         };
+        if let Some(path) = &self.report {
+            write_report(path, &report)?;
+        }
         match context.output {
             Output::Json => output::json(&report)?,
             Output::Text => output::bytes(summary(&report).as_bytes())?,
@@ -93,8 +115,21 @@ impl MigrateArgs {
     }
 }
 
+fn write_report(path: &std::path::Path, report: &MigrationReport) -> Result<(), Failure> {
+    let text = serde_json::to_string_pretty(report)
+        .map_err(|error| Failure::new(Exit::Failed, format!("cannot write the report: {error}")))?;
+    std::fs::write(path, text + "\n").map_err(|error| {
+        let what = format!("cannot write the report to {}: {error}", path.display());
+        Failure::new(Exit::Failed, what)
+    })
+}
+
 /// Follows a migration to its end, also across a restart of the service.
-async fn wait(client: &Client, id: &str, watch: bool) -> Result<MigrationReport, Failure> {
+pub(super) async fn wait(
+    client: &Client,
+    id: &str,
+    watch: bool,
+) -> Result<MigrationReport, Failure> {
     let path = format!("/v1/migrations/{}?watch=1", encode(id));
     let mut gone: Option<Instant> = None;
     let mut last = String::new();
@@ -173,10 +208,28 @@ pub(super) fn summary(report: &MigrationReport) -> String {
         Bytes(memory.bytes_sent),
         memory.rounds
     ));
+    match memory.compress {
+        Compress::None => {}
+        codec @ (Compress::Lz4 | Compress::Zstd | Compress::Auto) => {
+            out.push_str(&format!(" (by {codec}, from {})", Bytes(memory.bytes_raw)))
+        }
+    }
     if memory.pages_verified > 0 {
         out.push_str(&format!(
             ", {} pages verified, {} mismatched",
             memory.pages_verified, memory.mismatched
+        ));
+    }
+    if let Some(faults) = &memory.faults {
+        out.push_str(&format!(
+            "\npages    {} came after the resume, in {:.0} ms; {} waits, p50 {} us, p99 {} us, p99.9 {} us, longest {} us",
+            faults.missing,
+            faults.took_us as f64 / 1e3,
+            faults.count,
+            faults.p50_us,
+            faults.p99_us,
+            faults.p999_us,
+            faults.max_us,
         ));
     }
     out.push_str(&format!(

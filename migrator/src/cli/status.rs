@@ -5,11 +5,11 @@ use std::process::ExitCode;
 use clap::Args;
 use vm_runtime::units::Bytes;
 
-use super::failure::Failure;
+use super::failure::{Exit, Failure};
 use super::{Context, Output, output};
 use crate::api::client::encode;
 use crate::api::types::MigrationList;
-use crate::migration::status::{MigrationStatus, Outcome, Phase};
+use crate::migration::status::{MigrationReport, MigrationStatus, Outcome, Phase};
 
 #[derive(Debug, Args)]
 pub(super) struct StatusArgs {
@@ -55,12 +55,39 @@ impl StatusArgs {
 impl CancelArgs {
     pub(super) async fn run(self, context: &Context) -> Result<ExitCode, Failure> {
         let path = format!("/v1/migrations/{}", encode(&self.id));
-        let answer: serde_json::Value = context.client.delete(&path).await?;
+        let before: MigrationStatus = context.client.get(&path).await?;
+        let _: serde_json::Value = context.client.delete(&path).await?;
+        // It ends in an instant; a destination that does not answer may take some seconds.
+        let report = super::migrate::wait(&context.client, &self.id, false).await?;
         match context.output {
-            Output::Json => output::json(&answer)?,
-            Output::Text => output::line(&format!("{} asked to stop", self.id))?,
+            Output::Json => output::json(&report)?,
+            Output::Text => output::line(&cancelled(&report, before.phase))?,
         }
-        Ok(ExitCode::SUCCESS)
+        match report.outcome {
+            Outcome::Refused(_) | Outcome::Failed(_) => Ok(ExitCode::SUCCESS),
+            Outcome::Completed => Err(Failure::new(
+                Exit::Refused,
+                "the guest was handed over before the wish to cancel came",
+            )),
+        }
+    }
+}
+
+/// What a cancel did, for people.
+fn cancelled(report: &MigrationReport, phase: Phase) -> String {
+    let MigrationReport { pod, from, to, .. } = report;
+    let phase = phase_name(phase);
+    match &report.outcome {
+        Outcome::Completed => format!("{pod} moved from {from} to {to}: it was too late to cancel"),
+        Outcome::Refused(_) | Outcome::Failed(_) => {
+            let was = match report.frozen_at_unix_us {
+                0 => "its guest was not stopped".to_owned(),
+                _ => "its guest goes on, after a stop".to_owned(),
+            };
+            format!(
+                "{pod} stays on {from}: cancelled in {phase}, {was}, and {to} keeps nothing of it"
+            )
+        }
     }
 }
 
@@ -70,6 +97,7 @@ pub(super) fn phase_name(phase: Phase) -> &'static str {
         Phase::Image => "image",
         Phase::Precopy => "precopy",
         Phase::Switchover => "switchover",
+        Phase::Postcopy => "postcopy",
         Phase::Forwarding => "forwarding",
         Phase::InDoubt => "in doubt",
         Phase::Done => "done",

@@ -13,7 +13,7 @@ api_socket: /run/a.sock
 guest: { kernel: vmlinuz, initramfs: guest.img }
 qemu: { binary: qemu-system-x86_64, lib_dir: lib, data_dirs: [share], accel: tcg }
 limits: { pods: 3 }
-migration: { connections: 4 }
+migration: { connections: 4, compress: zstd }
 "#;
 
 fn parse(text: &str) -> Result<Config, ConfigError> {
@@ -47,6 +47,7 @@ fn a_full_file_is_read_and_relative_paths_start_at_its_folder() {
     assert_eq!(config.advertised().port(), 7078);
     assert_eq!(config.limits.log_bytes, Limits::default().log_bytes);
     assert_eq!(config.migration.connections, 4);
+    assert_eq!(config.migration.compress, Compress::Zstd);
 }
 
 #[test]
@@ -79,7 +80,9 @@ fn values_that_cannot_work_are_refused_by_key() {
         ("name: a", "name: A_b", "A_b"),
         ("bridge: br0", "bridge: a/b", "a/b"),
         ("pods: 3", "pods: 0", "limits.pods"),
-        ("connections: 4", "connections: 99", "migration.connections"),
+        ("connections: 4", "connections: 65", "migration.connections"),
+        ("connections: 4", "connections: 0", "migration.connections"),
+        ("compress: zstd", "compress: gzip", "gzip"),
         ("10.78.0.1:7078", "10.78.0.1:0", "listen"),
     ] {
         assert!(FULL.contains(from), "{from}");

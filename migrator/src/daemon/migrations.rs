@@ -44,7 +44,7 @@ pub struct Ticket {
 }
 
 /// Why a migration is not cancelled.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CancelError {
     /// There is none of that id.
     #[error("there is no such migration")]
@@ -55,6 +55,16 @@ pub enum CancelError {
     /// The guest is the destination's, or may be.
     #[error("the guest has been handed over: the migration can only go on")]
     HandedOver,
+    /// The guest runs at the destination, and its memory follows.
+    #[error(
+        "the guest runs at {to} already, and {pages_left} pages of its memory are still to come: the migration can only go on"
+    )]
+    Postcopy {
+        /// The destination.
+        to: String,
+        /// Pages.
+        pages_left: u64,
+    },
 }
 
 impl MigrationRegistry {
@@ -120,6 +130,7 @@ impl MigrationRegistry {
             bandwidth_bytes_per_s: 0,
             dirty_bytes_per_s: 0,
             predicted_downtime_ms: 0.0,
+            throttle_percent: 0,
             report: None,
         });
         let cancel = CancellationToken::new();
@@ -165,9 +176,13 @@ impl MigrationRegistry {
         let entries = self.lock();
         let entry = entries.get(&id).ok_or(CancelError::Unknown)?;
         let cancel = entry.cancel.as_ref().ok_or(CancelError::Over)?;
-        let phase = entry.status.borrow().phase;
+        let (phase, to, pages_left) = {
+            let status = entry.status.borrow();
+            (status.phase, status.to.clone(), status.pages_left)
+        };
         match phase {
             Phase::Done => Err(CancelError::Over),
+            Phase::Postcopy => Err(CancelError::Postcopy { to, pages_left }),
             Phase::Forwarding | Phase::InDoubt => Err(CancelError::HandedOver),
             Phase::Handshake | Phase::Image | Phase::Precopy | Phase::Switchover => {
                 cancel.cancel();

@@ -91,19 +91,22 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
     let mut terminate = signals(SignalKind::terminate())?;
     let mut interrupt = signals(SignalKind::interrupt())?;
     let (node, journal) = start::open(config).await?;
+    let listener = listen(&node).await?;
+    // A VMM that waits for a page cannot be found again before the page comes.
+    driver::page_early(&node, &journal).await;
+    node.tasks.spawn(accept(Arc::clone(&node), listener));
     // Before anybody can ask for anything.
     let open = recover::recover(&node, journal)
         .await
         .map_err(|e| DaemonError::open("the pods' folders", e))?;
     let api = api::server::bind(&node.config.api_socket())
         .map_err(|e| DaemonError::open("the API's socket", e))?;
-    let listener = listen(&node).await?;
     for migration in open {
         node.tasks
             .spawn(driver::recover(Arc::clone(&node), migration));
     }
+    node.found.cancel();
     let serving = node.tasks.spawn(api::server::serve(Arc::clone(&node), api));
-    node.tasks.spawn(accept(Arc::clone(&node), listener));
     tracing::info!(
         node = node.name(),
         api = %node.config.api_socket().display(),

@@ -46,6 +46,8 @@ pub struct Node {
     pub migrations: MigrationRegistry,
     /// Migrations to here that wait for a source which lost its link.
     pub arrivals: Arrivals,
+    /// Cancelled once the pods of an earlier service are found again: from then on it is known what is taken.
+    pub found: CancellationToken,
     /// Cancelled when the service is to end: tasks end, VMs go on.
     pub shutdown: CancellationToken,
     /// Every task that the service waits for at its end.

@@ -151,6 +151,7 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
         pods: PodRegistry::default(),
         migrations,
         arrivals: Arrivals::default(),
+        found: CancellationToken::new(),
         shutdown: CancellationToken::new(),
         tasks: TaskTracker::new(),
         config,

@@ -40,6 +40,37 @@ impl PageSet {
         self.count == 0
     }
 
+    /// The pages of `ranges` that it holds, in the order of `ranges`.
+    pub fn intersection(&self, ranges: &[PageRange]) -> Vec<PageRange> {
+        let mut out: Vec<PageRange> = Vec::new();
+        for range in ranges {
+            for page in range.start.0..range.end.0.min(self.pages) {
+                if self.words[(page / 64) as usize] >> (page % 64) & 1 == 0 {
+                    continue;
+                }
+                match out.last_mut() {
+                    Some(last) if last.end.0 == page => last.end.0 += 1,
+                    Some(_) | None => out.push(PageRange::new(page, page + 1)),
+                }
+            }
+        }
+        out
+    }
+
+    /// The pages that it holds and `other` does not, as ranges in order that do not touch. Both are sets of the same RAM.
+    pub fn minus(&self, other: &Self) -> Vec<PageRange> {
+        let mut left = self.clone();
+        for (word, other) in left.words.iter_mut().zip(&other.words) {
+            *word &= !other;
+        }
+        left.take()
+    }
+
+    /// Its words of 64 pages, lowest bit first.
+    pub fn words(&self) -> &[u64] {
+        &self.words
+    }
+
     /// Takes everything out, as ranges in order that do not touch.
     pub fn take(&mut self) -> Vec<PageRange> {
         let mut out: Vec<PageRange> = Vec::new();
@@ -77,6 +108,17 @@ mod tests {
                 model.extend((start..start + len).filter(|page| *page < 512));
             }
             prop_assert_eq!(set.len(), model.len() as u64);
+            let half = [PageRange::new(0, 100), PageRange::new(200, 300)];
+            let within: Vec<u64> = set.intersection(&half).iter().flat_map(|r| r.start.0..r.end.0).collect();
+            let expected: Vec<u64> = model.iter().copied().filter(|p| *p < 100 || (200..300).contains(p)).collect();
+            prop_assert_eq!(&within, &expected);
+            let mut other = PageSet::new(512);
+            half.iter().for_each(|range| other.insert(*range));
+            let without: Vec<u64> = set.minus(&other).iter().flat_map(|r| r.start.0..r.end.0).collect();
+            let rest: Vec<u64> = model.iter().copied().filter(|p| !expected.contains(p)).collect();
+            prop_assert_eq!(without, rest);
+            let bits: u32 = set.words().iter().map(|word| word.count_ones()).sum();
+            prop_assert_eq!(u64::from(bits), set.len());
             let out = set.take();
             prop_assert!(out.windows(2).all(|pair| pair[0].end.0 < pair[1].start.0));
             let pages: Vec<u64> = out.iter().flat_map(|r| r.start.0..r.end.0).collect();

@@ -1,13 +1,16 @@
 //! The destination's half: one task a data connection places pages in the RAM file.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
+use tokio::io::AsyncRead;
 use tokio::sync::mpsc;
 use vm_runtime::memory::GuestMemory;
 use vm_runtime::units::{PAGE_SIZE, PageIndex, PageRange};
 
+use super::compress::{Decompressor, UnpackError};
+use super::postcopy::{Pager, PagerError};
 use super::verify::PageHashes;
 use crate::wire::bulk::Data;
 use crate::wire::conn::{LinkError, Reader};
@@ -18,6 +21,12 @@ pub enum ReceiveError {
     /// The RAM file could not be written.
     #[error("the guest's RAM file could not be written")]
     Memory(#[source] io::Error),
+    /// A page could not be put in place.
+    #[error("a missing page could not be put in place")]
+    Pager(#[from] PagerError),
+    /// Packed pages that are not what they should be.
+    #[error(transparent)]
+    Unpack(#[from] UnpackError),
     /// The data connection is lost.
     #[error("a data connection from the source is lost")]
     Link(#[from] LinkError),
@@ -61,15 +70,39 @@ pub struct Target {
     pub memory: Arc<GuestMemory>,
     /// Filled beside it when the migration verifies.
     pub hashes: Option<Arc<PageHashes>>,
+    /// From post-copy on pages go this way: the guest may run.
+    pub pager: OnceLock<Arc<Pager>>,
+}
+
+impl Target {
+    /// A RAM file whose guest does not run yet.
+    pub fn new(memory: Arc<GuestMemory>, hashes: Option<Arc<PageHashes>>) -> Self {
+        Self {
+            memory,
+            hashes,
+            pager: OnceLock::new(),
+        }
+    }
+
+    /// The RAM file of a guest that lacks pages.
+    pub fn paged(memory: Arc<GuestMemory>, pager: Arc<Pager>) -> Self {
+        Self {
+            memory,
+            hashes: None,
+            pager: OnceLock::from(pager),
+        }
+    }
 }
 
 /// Starts a task a connection. `target` may be set later, but before the first page comes. The tasks end
 /// with their connection, or when `arrivals` is closed.
-pub fn start(
-    readers: Vec<Reader<Data>>,
+pub fn start<R>(
+    readers: Vec<Reader<Data, R>>,
     target: &Arc<std::sync::OnceLock<Target>>,
     arrivals: &mpsc::Sender<Arrival>,
-) {
+) where
+    R: AsyncRead + Unpin + Send + 'static,
+{
     for (lane, reader) in readers.into_iter().enumerate() {
         let target = Arc::clone(target);
         let arrivals = arrivals.clone();
@@ -83,34 +116,45 @@ pub fn start(
     }
 }
 
-async fn run(
+async fn run<R: AsyncRead + Unpin>(
     lane: usize,
-    mut reader: Reader<Data>,
+    mut reader: Reader<Data, R>,
     target: &std::sync::OnceLock<Target>,
     arrivals: &mpsc::Sender<Arrival>,
 ) -> ReceiveError {
+    let mut decompressor = Decompressor::default();
     loop {
-        let arrival = match reader.next().await {
+        let placed = match reader.next().await {
             Err(error) => return error.into(),
             Ok(Data::Pages { first, raw }) => {
                 let count = (raw.len() / PAGE_SIZE) as u64;
-                match place(target, first, count, Some(&raw)) {
-                    Ok(()) => continue,
-                    Err(error) => return error,
-                }
+                place(target, first, count, Some(&raw))
             }
-            Ok(Data::Zeros { first, count }) => match place(target, first, count, None) {
-                Ok(()) => continue,
-                Err(error) => return error,
-            },
-            Ok(Data::Barrier { round }) => Arrival::Barrier { lane, round },
-            Ok(Data::Chunk { digest, raw }) => Arrival::Chunk { digest, raw },
+            Ok(Data::Packed {
+                first,
+                count,
+                codec,
+                raw,
+            }) => decompressor
+                .unpack(codec, count, &raw)
+                .map_err(ReceiveError::from)
+                .and_then(|pages| place(target, first, u64::from(count), Some(pages))),
+            Ok(Data::Zeros { first, count }) => place(target, first, count, None),
+            Ok(Data::Barrier { round }) => report(arrivals, Arrival::Barrier { lane, round }).await,
+            Ok(Data::Chunk { digest, raw }) => {
+                report(arrivals, Arrival::Chunk { digest, raw }).await
+            }
         };
-        // A closed channel ends the task through the select in `start`.
-        if arrivals.send(arrival).await.is_err() {
-            return LinkError::Closed.into();
+        if let Err(error) = placed {
+            return error;
         }
     }
+}
+
+async fn report(arrivals: &mpsc::Sender<Arrival>, arrival: Arrival) -> Result<(), ReceiveError> {
+    // A closed channel ends the task through the select in `start`.
+    let told = arrivals.send(arrival).await;
+    told.map_err(|_| LinkError::Closed.into())
 }
 
 /// Writes pages, or makes a hole where they are zero.
@@ -131,6 +175,13 @@ fn place(
             pages,
         })?;
     let range = PageRange::new(first.0, end);
+    if let Some(pager) = target.pager.get() {
+        match raw {
+            Some(raw) => pager.place(first, raw)?,
+            None => pager.place_zeros(range)?,
+        }
+        return Ok(());
+    }
     match raw {
         Some(raw) => target.memory.write(first, raw),
         None => target.memory.punch(range),

@@ -1,4 +1,4 @@
-//! The source's half: one task a data connection reads pages and writes frames.
+//! The source's half: what the connections are told to send. What one connection does is in [`super::lane`].
 
 use std::io;
 use std::num::NonZeroU64;
@@ -6,14 +6,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
+use tokio::io::AsyncWrite;
 use tokio::sync::{mpsc, oneshot};
-use vm_runtime::memory::GuestMemory;
-use vm_runtime::units::{PAGE_SIZE, PageIndex, PageRange};
+use vm_runtime::memory::{GuestMemory, PageReader};
+use vm_runtime::units::PageRange;
 
+use super::compress::{Choice, Compress};
+use super::lane::Lane;
 use super::pace::Pace;
-use super::runs::runs;
+use super::postcopy::PushQueue;
 use super::shard;
-use crate::wire::bulk::{Batch, Data};
+use crate::wire::bulk::Data;
 use crate::wire::conn::{LinkError, Writer};
 
 /// Pages or chunks could not be sent.
@@ -39,6 +42,8 @@ pub struct Sent {
     pub zero_pages: u64,
     /// Bytes of frames, before TLS.
     pub bytes: u64,
+    /// Bytes that compression saved: so many more would the frames have without it.
+    pub saved: u64,
 }
 
 impl std::ops::AddAssign for Sent {
@@ -46,6 +51,7 @@ impl std::ops::AddAssign for Sent {
         self.pages += other.pages;
         self.zero_pages += other.zero_pages;
         self.bytes += other.bytes;
+        self.saved += other.saved;
     }
 }
 
@@ -53,12 +59,20 @@ impl std::ops::AddAssign for Sent {
 #[derive(Debug)]
 pub struct PageSender {
     lanes: Vec<mpsc::Sender<Job>>,
-    bytes: Arc<AtomicU64>,
-    pace: Arc<Pace>,
+    shared: Arc<Shared>,
+}
+
+/// What the connections share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) reader: PageReader,
+    pub(super) bytes: AtomicU64,
+    pub(super) pace: Pace,
+    pub(super) choice: Choice,
 }
 
 #[derive(Debug)]
-enum Job {
+pub(super) enum Job {
     Round {
         round: u32,
         pieces: Vec<PageRange>,
@@ -70,44 +84,64 @@ enum Job {
         raw: Bytes,
         done: oneshot::Sender<Result<Sent, SendError>>,
     },
+    Push {
+        queue: Arc<PushQueue>,
+        done: oneshot::Sender<Result<Sent, SendError>>,
+    },
 }
 
 impl PageSender {
     /// Takes the data connections. The tasks end, and close them, when this is dropped. `limit` bounds the
     /// bytes a second of all connections together, until [`Self::lift_limit`].
-    pub fn start(
+    pub fn start<W>(
         memory: &Arc<GuestMemory>,
-        writers: Vec<Writer<Data>>,
+        writers: Vec<Writer<Data, W>>,
         limit: Option<NonZeroU64>,
-    ) -> Self {
-        let bytes = Arc::new(AtomicU64::new(0));
-        let pace = Arc::new(Pace::new(limit));
+        compress: Compress,
+    ) -> Self
+    where
+        W: AsyncWrite + Unpin + Send + 'static,
+    {
+        let shared = Arc::new(Shared {
+            reader: PageReader::new(memory),
+            bytes: AtomicU64::new(0),
+            pace: Pace::new(limit),
+            choice: Choice::new(compress, writers.len()),
+        });
         let lanes = writers
             .into_iter()
             .map(|writer| {
                 let (jobs, queue) = mpsc::channel(4);
-                let lane = Lane {
-                    memory: Arc::clone(memory),
-                    writer,
-                    batch: Batch::new(),
-                    bytes: Arc::clone(&bytes),
-                    pace: Arc::clone(&pace),
-                };
-                tokio::spawn(lane.run(queue));
+                tokio::spawn(Lane::new(Arc::clone(&shared), writer).run(queue));
                 jobs
             })
             .collect();
-        Self { lanes, bytes, pace }
+        Self { lanes, shared }
     }
 
     /// From now on the limit holds no more: the guest stands still, and every millisecond is its downtime.
     pub fn lift_limit(&self) {
-        self.pace.lift();
+        self.shared.pace.lift();
+    }
+
+    /// What it reads pages with: mapped, once the first pass is over, as far as the guest's memory holds data.
+    pub fn reader(&self) -> &PageReader {
+        &self.shared.reader
     }
 
     /// Frame bytes written since the start, for progress.
     pub fn bytes_sent(&self) -> u64 {
-        self.bytes.load(Ordering::Relaxed)
+        self.shared.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of the pages that were sent and are not zero: what would have been sent without compression, but for headers.
+    pub fn bytes_raw(&self) -> u64 {
+        self.shared.choice.raw_bytes()
+    }
+
+    /// What most of these pages were compressed with.
+    pub fn compressed_with(&self) -> Compress {
+        self.shared.choice.mostly()
     }
 
     /// Sends the pages of `ranges`, and a barrier behind them on every connection. With `skip_zeros`
@@ -121,6 +155,7 @@ impl PageSender {
         ranges: &[PageRange],
         skip_zeros: bool,
     ) -> Result<Sent, SendError> {
+        self.shared.choice.round();
         let mut waits = Vec::with_capacity(self.lanes.len());
         for (lane, pieces) in self
             .lanes
@@ -144,6 +179,27 @@ impl PageSender {
         Ok(total)
     }
 
+    /// Sends what the queue hands out, over all connections, until it is empty. The guest stands still: which connection carries which
+    /// page, and in what order, does not matter.
+    ///
+    /// # Errors
+    /// See [`SendError`].
+    pub async fn push(&self, queue: &Arc<PushQueue>) -> Result<Sent, SendError> {
+        let mut waits = Vec::with_capacity(self.lanes.len());
+        for lane in &self.lanes {
+            let (done, wait) = oneshot::channel();
+            let queue = Arc::clone(queue);
+            let job = Job::Push { queue, done };
+            lane.send(job).await.map_err(|_| SendError::Ended)?;
+            waits.push(wait);
+        }
+        let mut total = Sent::default();
+        for wait in waits {
+            total += wait.await.map_err(|_| SendError::Ended)??;
+        }
+        Ok(total)
+    }
+
     /// Sends one chunk of an image, over the connection that `turn` picks, and waits until it is written.
     ///
     /// # Errors
@@ -157,107 +213,5 @@ impl PageSender {
             .map_err(|_| SendError::Ended)?;
         wait.await.map_err(|_| SendError::Ended)??;
         Ok(())
-    }
-}
-
-struct Lane {
-    memory: Arc<GuestMemory>,
-    writer: Writer<Data>,
-    batch: Batch,
-    bytes: Arc<AtomicU64>,
-    pace: Arc<Pace>,
-}
-
-impl Lane {
-    async fn run(mut self, mut queue: mpsc::Receiver<Job>) {
-        while let Some(job) = queue.recv().await {
-            let (result, done) = match job {
-                Job::Round {
-                    round,
-                    pieces,
-                    skip_zeros,
-                    done,
-                } => (self.round(round, &pieces, skip_zeros).await, done),
-                Job::Chunk { digest, raw, done } => (self.chunk(digest, raw).await, done),
-            };
-            let failed = result.is_err();
-            // The asker may have given up; the connection's state is what counts.
-            let _ = done.send(result);
-            if failed {
-                return;
-            }
-        }
-        let _ = self.writer.close().await;
-    }
-
-    async fn round(
-        &mut self,
-        round: u32,
-        pieces: &[PageRange],
-        skip_zeros: bool,
-    ) -> Result<Sent, SendError> {
-        let mut sent = Sent::default();
-        for piece in pieces {
-            sent += self.load(*piece, skip_zeros)?;
-            if self.batch.len() >= shard::PIECE_PAGES as usize * PAGE_SIZE {
-                sent.bytes += self.write().await?;
-            }
-        }
-        self.batch.push(&Data::Barrier { round });
-        sent.bytes += self.write().await?;
-        Ok(sent)
-    }
-
-    async fn chunk(&mut self, digest: [u8; 32], raw: Bytes) -> Result<Sent, SendError> {
-        self.writer.send(&Data::Chunk { digest, raw }).await?;
-        Ok(Sent::default())
-    }
-
-    async fn write(&mut self) -> Result<u64, SendError> {
-        let bytes = self.batch.len() as u64;
-        if bytes > 0 {
-            self.pace.wait(bytes).await;
-            self.writer.send_batch(&self.batch).await?;
-            self.batch.clear();
-            self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        }
-        Ok(bytes)
-    }
-
-    /// Appends one piece to the batch: read straight into a frame, and cut up only if it holds zeros.
-    fn load(&mut self, piece: PageRange, skip_zeros: bool) -> Result<Sent, SendError> {
-        let mark = self.batch.mark();
-        let count = piece.len() as u32;
-        let content = self.batch.pages(piece.start, count);
-        self.memory.read(piece.start, content)?;
-        let kinds = runs(content);
-        if let [run] = kinds.as_slice()
-            && !run.zero
-        {
-            return Ok(Sent {
-                pages: piece.len(),
-                ..Sent::default()
-            });
-        }
-        let copy = Bytes::copy_from_slice(content);
-        self.batch.rewind(mark);
-        let mut sent = Sent::default();
-        for run in kinds {
-            let first = PageIndex(piece.start.0 + run.first as u64);
-            let count = run.count as u64;
-            if run.zero {
-                if skip_zeros {
-                    continue;
-                }
-                self.batch.push(&Data::Zeros { first, count });
-                sent.zero_pages += count;
-            } else {
-                let bytes = run.first * PAGE_SIZE..(run.first + run.count) * PAGE_SIZE;
-                let raw = copy.slice(bytes);
-                self.batch.push(&Data::Pages { first, raw });
-            }
-            sent.pages += count;
-        }
-        Ok(sent)
     }
 }

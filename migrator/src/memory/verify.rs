@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-use vm_runtime::memory::{GuestMemory, MemoryView, is_zero, page_hash};
+use vm_runtime::memory::{GuestMemory, PageReader, is_zero, page_hash};
 use vm_runtime::units::{PAGE_SIZE, PageIndex, PageRange};
 
 use super::shard::split;
@@ -103,11 +103,12 @@ impl PageHashes {
     }
 }
 
-/// Hashes every page of a frozen guest's RAM, on `threads` threads. Holes are not read. `view` maps `memory`.
+/// Hashes every page of a frozen guest's RAM, on `threads` threads. Holes are not read.
 ///
 /// # Errors
 /// When the RAM file cannot be read.
-pub fn hash_all(memory: &GuestMemory, view: &MemoryView, threads: usize) -> io::Result<Vec<u64>> {
+pub fn hash_all(reader: &PageReader, threads: usize) -> io::Result<Vec<u64>> {
+    let memory = reader.memory();
     let hashes: Vec<_> = (0..memory.pages())
         .map(|_| AtomicU64::new(ZERO_HASH))
         .collect();
@@ -117,8 +118,9 @@ pub fn hash_all(memory: &GuestMemory, view: &MemoryView, threads: usize) -> io::
         let mut content = [0; PAGE_SIZE];
         while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
             for page in piece.start.0..piece.end.0 {
-                view.copy(PageIndex(page), &mut content)?;
-                hashes[page as usize].store(hash(&content), Ordering::Relaxed);
+                let zero = reader.copy(PageIndex(page), &mut content)?;
+                let hash = if zero { ZERO_HASH } else { page_hash(&content) };
+                hashes[page as usize].store(hash, Ordering::Relaxed);
             }
         }
         Ok(())
@@ -134,7 +136,8 @@ pub fn hash_all(memory: &GuestMemory, view: &MemoryView, threads: usize) -> io::
     Ok(hashes.into_iter().map(AtomicU64::into_inner).collect())
 }
 
-fn hash(page: &[u8]) -> u64 {
+/// The hash that stands for a page's content in [`PageHashes`].
+pub(super) fn hash(page: &[u8]) -> u64 {
     if is_zero(page) {
         ZERO_HASH
     } else {
@@ -144,16 +147,14 @@ fn hash(page: &[u8]) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use vm_runtime::units::Bytes;
 
     use super::*;
 
-    fn memory() -> GuestMemory {
-        GuestMemory::create("verify-test", Bytes::mib(4)).expect("memfd")
-    }
-
-    fn view(memory: &GuestMemory) -> MemoryView {
-        MemoryView::new(memory).expect("view")
+    fn memory() -> Arc<GuestMemory> {
+        Arc::new(GuestMemory::create("verify-test", Bytes::mib(4)).expect("memfd"))
     }
 
     #[test]
@@ -167,7 +168,7 @@ mod tests {
             table.mark(PageRange::new(page, page + 1));
         }
         assert_eq!(table.refresh(&destination).expect("refresh"), 5);
-        let theirs = hash_all(&source, &view(&source), 2).expect("hash");
+        let theirs = hash_all(&PageReader::new(&source), 2).expect("hash");
         assert_eq!(table.compare(PageIndex(0), &theirs), []);
 
         destination
@@ -183,7 +184,7 @@ mod tests {
         let (source, destination) = (memory(), memory());
         let table = PageHashes::new(destination.pages());
         source.write(PageIndex(7), &[1; PAGE_SIZE]).expect("write");
-        let theirs = hash_all(&source, &view(&source), 1).expect("hash");
+        let theirs = hash_all(&PageReader::new(&source), 1).expect("hash");
         assert_eq!(table.compare(PageIndex(0), &theirs), [PageIndex(7)]);
     }
 }

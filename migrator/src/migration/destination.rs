@@ -9,6 +9,8 @@
 //!   Done                 journal Discarded, Discarding -> Done
 //! ```
 //!
+//! With post-copy the guest lacks pages when it runs: Running lasts until it has them and the source has let go of its copy.
+//!
 //! Discarded is final before anybody hears of it: a grant that comes late is nothing. The grant is final before anything runs.
 
 use vm_runtime::units::Epoch;
@@ -36,6 +38,8 @@ pub struct Destination {
     handover: Option<Handover>,
     /// The source asked over a new link while the guest was being resumed.
     asked: bool,
+    /// The guest lacks pages, or will when it runs.
+    wants_pages: bool,
     /// The grant was taken and the guest is gone.
     pod_failed: Option<String>,
     give_up_at: Option<u64>,
@@ -62,6 +66,8 @@ enum State {
 struct Receiving {
     placed: u32,
     last: Option<u32>,
+    /// What is not there is missing.
+    marked: bool,
     state: bool,
     hashes: bool,
 }
@@ -103,6 +109,7 @@ impl Destination {
             link: false,
             handover: None,
             asked: false,
+            wants_pages: false,
             pod_failed: None,
             give_up_at: None,
             timer: None,
@@ -110,14 +117,16 @@ impl Destination {
     }
 
     /// Takes a migration up again that a service did not end: the journal is all it has. `owner` is the pod's owner record, `vm_alive` tells
-    /// whether the VMM is there. Carry out the outputs like those of [`Destination::handle`].
+    /// whether the VMM is there, `wants_pages` whether the guest lacks pages. Carry out the outputs like those of [`Destination::handle`].
     pub fn recover(
         now: u64,
         record: DestinationRecord,
         owner: Option<OwnerRecord>,
         vm_alive: bool,
+        wants_pages: bool,
     ) -> (Self, Vec<Output>) {
         let mut destination = Self::blank(record);
+        destination.wants_pages = vm_alive && wants_pages;
         let mut out = Vec::new();
         let granted = destination.record.owner();
         match destination.record.state {
@@ -141,6 +150,9 @@ impl Destination {
                 destination.state = State::Running;
                 destination.give_up_at = Some(now + SOURCE_LIMIT_US);
                 out.push(Output::Adopt { handover: None });
+                if wants_pages {
+                    out.push(Output::AwaitPages);
+                }
             }
             DestinationState::Owner { .. }
             | DestinationState::Settled
@@ -172,6 +184,11 @@ impl Destination {
     /// The offered epoch.
     pub fn epoch(&self) -> Epoch {
         self.record.epoch
+    }
+
+    /// Whether the guest lacks pages, or will when it runs.
+    pub fn wants_pages(&self) -> bool {
+        self.wants_pages
     }
 
     /// Whether the grant was taken.

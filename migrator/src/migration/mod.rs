@@ -3,6 +3,7 @@
 pub mod destination;
 pub mod driver;
 pub mod journal;
+pub mod mode;
 pub mod rounds;
 #[cfg(test)]
 mod sim;

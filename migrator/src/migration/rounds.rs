@@ -236,6 +236,20 @@ impl Convergence {
             .saturating_add(self.policy.fixed_us)
     }
 
+    /// Whether the memory part of the downtime would meet its limit, were it frozen with `pages_left` to send.
+    pub fn fits(&self, pages_left: u64) -> bool {
+        self.predict_memory_us(pages_left) <= self.policy.memory_limit_us
+    }
+
+    /// The guest was slowed: progress is measured from here on, a single round without it is a stall, and as many rounds are allowed as
+    /// at the beginning.
+    pub fn eased(&mut self) {
+        self.best_left = self.last_left;
+        self.without_progress = STALL_ROUNDS - 1;
+        self.dirty = None;
+        self.policy.max_rounds = self.policy.max_rounds.saturating_add(self.rounds);
+    }
+
     /// What to do with `pages_left` to send; to be asked once after each round and its scan.
     pub fn decide(&mut self, pages_left: u64) -> Decision {
         let predicted_us = self.predict_memory_us(pages_left);

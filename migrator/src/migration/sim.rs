@@ -36,7 +36,7 @@ fn survives(setting: Setting, accidents: &[(usize, Accident)]) {
     assert!(result.is_ok(), "{setting:?} does not survive {accidents:?}");
 }
 
-fn settings() -> [Setting; 2] {
+fn settings() -> [Setting; 4] {
     [
         Setting::default(),
         Setting {
@@ -44,6 +44,18 @@ fn settings() -> [Setting; 2] {
             images: true,
             verify: true,
             late: true,
+            postcopy: false,
+        },
+        Setting {
+            postcopy: true,
+            ..Setting::default()
+        },
+        Setting {
+            seed: 11,
+            images: false,
+            verify: true,
+            late: true,
+            postcopy: true,
         },
     ]
 }
@@ -74,7 +86,16 @@ fn any_one_accident_at_any_step_leaves_exactly_one_running() {
 
 #[test]
 fn any_two_crashes_or_cuts_leave_exactly_one_running() {
-    let setting = Setting::default();
+    for postcopy in [false, true] {
+        let setting = Setting {
+            postcopy,
+            ..Setting::default()
+        };
+        two_accidents(setting);
+    }
+}
+
+fn two_accidents(setting: Setting) {
     let hard = [
         Accident::CrashSource,
         Accident::CrashDestination,
@@ -158,9 +179,10 @@ proptest! {
         images in any::<bool>(),
         verify in any::<bool>(),
         late in any::<bool>(),
+        postcopy in any::<bool>(),
         accidents in proptest::collection::vec((0usize..200, proptest::sample::select(&EVERY)), 0..6),
     ) {
-        let setting = Setting { seed, images, verify, late };
+        let setting = Setting { seed, images, verify, late, postcopy };
         run(setting, &accidents);
     }
 }

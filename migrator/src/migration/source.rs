@@ -1,7 +1,7 @@
 //! The source's side of a migration, pure: events in, actions out, time as an argument.
 //!
 //! ```text
-//! Offered -> Images -> Preparing -> Tracking -> Round <-> Scanning -> Holding -> Draining -> Stopping -> Sending
+//! Offered -> Images -> Preparing -> Tracking -> Round <-> Scanning -> (Marking) -> Holding -> Draining -> Stopping -> Sending
 //!    |          |          |           |          |          |           |          |           |          |
 //!    +----------+----------+-----------+----------+----------+---- any failure -----+-----------+----------+--> RollingBack
 //!                                                                                                          |
@@ -11,14 +11,19 @@
 //!                                  +------- Running -------+--> Forwarding -> Releasing -> Closing -> Done
 //! ```
 //!
+//! Marking is the way of post-copy: the destination is told which pages it will lack. Then Forwarding lasts until it has them, the source's copy
+//! lives until then, and HandedOver stays in the journal.
+//!
 //! HandedOver is journaled before the grant is sent, and early: while the destination still loads. Until the grant has been sent this machine knows
 //! that it was not, and rolls back by itself. A restarted service cannot know, and asks.
 
 use crate::migration::journal::{Entry, OwnerRecord, OwnerState, SourceRecord, SourceState};
+use crate::migration::mode::{Mode, OnStall};
 use crate::migration::rounds::{Convergence, Policy, Stall};
 use crate::wire::message::{Abort, Control, Ledger, Offer, Query, Released};
 
 mod events;
+mod late;
 mod recover;
 mod unwind;
 mod way;
@@ -39,6 +44,8 @@ pub struct Source {
     record: SourceRecord,
     offer: Option<Box<Offer>>,
     verify: bool,
+    mode: Mode,
+    on_stall: OnStall,
     force: bool,
     freeze_limit_us: u64,
     relink_limit_us: u64,
@@ -49,6 +56,16 @@ pub struct Source {
     vm_alive: bool,
     /// What a rollback would have to undo.
     begun: Rollback,
+    /// Steps of the throttle that were taken.
+    throttled: usize,
+    /// The destination is told which pages it will lack.
+    postcopy: bool,
+    /// The guest runs at the destination, and lacks pages that are here.
+    pages_due: bool,
+    /// The service was restarted and found no VM: no page can be sent.
+    memory_gone: bool,
+    /// Nothing needs the old way any more, and only pages keep the source's copy alive.
+    forwarding_over: bool,
     /// HandedOver is in the journal.
     handed_over: bool,
     /// When the current wait is over.
@@ -75,6 +92,9 @@ enum State {
         acked_at: Option<u64>,
     },
     Scanning {
+        round: u32,
+    },
+    Marking {
         round: u32,
     },
     Holding {
@@ -141,6 +161,8 @@ impl Source {
         };
         Self {
             verify: plan.offer.options.verify,
+            mode: plan.mode,
+            on_stall: plan.on_stall,
             force: plan.policy.force,
             freeze_limit_us: plan.freeze_limit_us,
             relink_limit_us: plan.relink_limit_us,
@@ -154,6 +176,8 @@ impl Source {
             record,
             offer: None,
             verify: false,
+            mode: Mode::default(),
+            on_stall: OnStall::default(),
             force: false,
             freeze_limit_us: 0,
             relink_limit_us: 30_000_000,
@@ -162,6 +186,11 @@ impl Source {
             link: false,
             vm_alive: true,
             begun: Rollback::default(),
+            throttled: 0,
+            postcopy: false,
+            pages_due: false,
+            memory_gone: false,
+            forwarding_over: false,
             handed_over: false,
             deadline: None,
             scanned_at: 0,
@@ -184,6 +213,24 @@ impl Source {
     /// Whether the right has been given away, so that only the destination's word decides.
     pub fn in_doubt(&self) -> bool {
         matches!(self.state, State::Granted | State::Doubt(_))
+    }
+
+    /// Whether pages cross after the resume.
+    pub fn is_postcopy(&self) -> bool {
+        self.postcopy || self.pages_due
+    }
+
+    /// Whether the destination runs the guest and lacks pages.
+    pub fn pages_due(&self) -> bool {
+        self.pages_due
+    }
+
+    /// Part of the time, in percent, for which the guest's CPUs stand still.
+    pub fn throttle_percent(&self) -> u8 {
+        super::mode::THROTTLE_STEPS[..self.throttled]
+            .last()
+            .copied()
+            .unwrap_or(0)
     }
 
     /// Whether every page is compared before the grant.

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::memory::compress::Compress;
+
 /// Where a migration is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -14,6 +16,8 @@ pub enum Phase {
     Precopy,
     /// The guest stands still.
     Switchover,
+    /// The destination runs the guest, which still lacks pages: they cross, and the source forwards what comes to it.
+    Postcopy,
     /// The destination runs the guest; the source forwards what still comes to it.
     Forwarding,
     /// The grant was sent, and no answer came: the source asks until one does.
@@ -41,11 +45,70 @@ pub struct MemoryReport {
     pub bytes_ram: u64,
     /// Page bytes sent, headers included.
     pub bytes_sent: u64,
+    /// Bytes of the pages that they stand for, those of zeros left out: what would have been sent without compression.
+    #[serde(default)]
+    pub bytes_raw: u64,
+    /// What most of these pages were compressed with; `none` if they were not.
+    #[serde(default = "uncompressed")]
+    pub compress: Compress,
     /// Rounds, the first pass and the last one included.
     pub rounds: u32,
+    /// Each round, in order.
+    #[serde(default)]
+    pub history: Vec<RoundReport>,
+    /// Part of the time, in percent, for which the guest's CPUs stood still at the end of pre-copy.
+    #[serde(default)]
+    pub throttle_percent: u8,
+    /// What the guest waited for after its resume; absent if it lacked nothing.
+    #[serde(default)]
+    pub faults: Option<FaultReport>,
     /// Pages compared by hash before the grant; 0 without `--verify`.
     pub pages_verified: u64,
     /// Pages that differed: anything but 0 aborts the migration.
+    pub mismatched: u64,
+}
+
+fn uncompressed() -> Compress {
+    Compress::None
+}
+
+/// One round.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RoundReport {
+    /// From 1.
+    pub round: u32,
+    /// Pages sent, zero pages included.
+    pub pages: u64,
+    /// Bytes sent, headers included.
+    pub bytes: u64,
+    /// From its first read to the destination's acknowledgement, in microseconds.
+    pub duration_us: u64,
+    /// Pages that the guest wrote since the scan before.
+    pub dirtied: u64,
+    /// Downtime that was predicted after it, in milliseconds.
+    pub predicted_downtime_ms: f64,
+}
+
+/// Waits for pages after the resume.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FaultReport {
+    /// Pages that were missing at the resume.
+    pub missing: u64,
+    /// Waits.
+    pub count: u64,
+    /// Half of them were shorter, in microseconds: from when the destination's service heard of the wait to the page in its place.
+    pub p50_us: u64,
+    /// 99 in 100 were shorter.
+    pub p99_us: u64,
+    /// 999 in 1,000 were shorter.
+    pub p999_us: u64,
+    /// The longest.
+    pub max_us: u64,
+    /// Upper bound in microseconds and count of each class of waits that has any.
+    pub histogram: Vec<(u64, u64)>,
+    /// From the resume to the last page, in microseconds.
+    pub took_us: u64,
+    /// Pages that were not the source's and came again; only compared with `--verify`.
     pub mismatched: u64,
 }
 
@@ -77,7 +140,7 @@ pub struct MigrationReport {
     pub from: String,
     /// Destination node.
     pub to: String,
-    /// `precopy` for now.
+    /// How the memory crossed: `precopy`, or `postcopy` if some of it came after the resume.
     pub mode: String,
     /// How it ended.
     pub outcome: Outcome,
@@ -120,6 +183,9 @@ pub struct MigrationStatus {
     pub dirty_bytes_per_s: u64,
     /// Predicted downtime were it frozen now, in milliseconds.
     pub predicted_downtime_ms: f64,
+    /// Part of the time, in percent, for which the guest's CPUs stand still.
+    #[serde(default)]
+    pub throttle_percent: u8,
     /// Present when the phase is `done`.
     pub report: Option<MigrationReport>,
 }

@@ -48,7 +48,7 @@ fn preempts_soft_interrupts() -> bool {
 
 fn visit_all() -> io::Result<()> {
     // Without the right to it: waits its turn behind other tasks.
-    let _ = sys::prefer_this_thread();
+    let _ = vm_runtime::sched::prefer_this_thread();
     let online = parse_list(&std::fs::read_to_string(ONLINE)?).ok_or(Errno::EINVAL)?;
     for _ in 0..ROUNDS {
         for cpu in &online {

@@ -144,18 +144,6 @@ pub(crate) fn rcu_grace_period() -> io::Result<()> {
     Ok(())
 }
 
-/// Puts the calling thread, a short-lived one, in front of all ordinary tasks: SCHED_FIFO.
-pub(crate) fn prefer_this_thread() -> io::Result<()> {
-    let parameters = libc::sched_param { sched_priority: 1 };
-    // SAFETY: sched_setscheduler(2) reads one sched_param through the pointer, which lives across the call; pid 0 names
-    // the calling thread, so no other thread's scheduling is touched.
-    let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const parameters) };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
-}
-
 /// What became of a frame that was given to a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sent {

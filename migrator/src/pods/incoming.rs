@@ -113,12 +113,17 @@ impl IncomingPod {
     }
 
     /// Enters it into the register as a pod that runs here, which the journal must say by now, and attaches
-    /// to its agent with the `link` of the source's client, if there is one. Call it after
-    /// [`IncomingPod::build`].
+    /// to its agent with the `link` of the source's client, if there is one. With a `migration`, pages of its guest are still to
+    /// come in that: it counts as migrating until that ends. Call it after [`IncomingPod::build`].
     ///
     /// # Errors
     /// It was not built: the pod, to be discarded.
-    pub fn adopt(mut self, epoch: Epoch, link: Option<AgentState>) -> Result<PodHandle, Box<Self>> {
+    pub fn adopt(
+        mut self,
+        epoch: Epoch,
+        link: Option<AgentState>,
+        migration: Option<String>,
+    ) -> Result<PodHandle, Box<Self>> {
         let (Some(vm), Some(port)) = (self.parts.vm.take(), self.parts.port.take()) else {
             return Err(Box::new(self));
         };
@@ -131,13 +136,21 @@ impl IncomingPod {
             logs: Arc::clone(&self.facts.logs),
         });
         attach_later(&self.node, &resources, link);
+        let birth = match migration {
+            None => Birth::Running(resources),
+            Some(migration) => Birth::Migrating {
+                resources,
+                migration,
+                in_doubt: false,
+            },
+        };
         Ok(actor::spawn(
             &self.node,
             self.reservation,
             self.facts,
             epoch,
             Some(self.record.containers),
-            Birth::Running(resources),
+            birth,
         ))
     }
 

@@ -19,6 +19,7 @@
 pub mod error;
 pub mod handle;
 pub mod incoming;
+mod lacking;
 pub mod logs;
 pub mod plan;
 pub mod recover;
@@ -30,7 +31,7 @@ mod actor;
 mod agent;
 mod boot;
 mod console;
-mod departing;
+mod open;
 mod sink;
 
 use std::collections::BTreeMap;

@@ -91,6 +91,7 @@ pub fn plan(
         vcpus: spec.vcpus,
         mac: spec.net.mac,
         disks,
+        free_page_reporting: true,
         cmdline: KERNEL_CMDLINE.to_owned(),
         kernel_sha256: base.kernel_sha256.to_owned(),
         initramfs_sha256: base.initramfs_sha256.to_owned(),

@@ -8,6 +8,7 @@
 //! | owner, containers never started | removed: whoever asked was told of a failure |
 //! | a migration from here is open | attached as migrating; the driver ends the migration |
 //! | granted to this node, not settled with the source | attached as migrating; the driver resumes it if need be |
+//! | the same, and its guest lacks pages | attached as soon as its VMM answers, which may itself wait for a page |
 //! | anything else | the VM is killed and everything removed |
 //! | damaged | left alone; its name and slot stay taken |
 
@@ -20,15 +21,16 @@ use vm_runtime::vm::{AttachError, RunState, Vm, VmRecord};
 use super::actor::{self, Birth};
 use super::agent::{AgentSlot, attach_later};
 use super::boot;
-use super::departing::departing;
 use super::error::PodError;
 use super::handle::{Facts, PodHandle, PodResources};
+use super::lacking::LackingPod;
 use super::logs::LogStore;
+use super::open::{close, decisive, departing};
 use super::state::{self, PodFile};
 use crate::api::error::chain;
 use crate::daemon::node::Node;
 use crate::migration::journal::{
-    DestinationRecord, Entry, OwnerRecord, OwnerState, Recovery, SourceRecord, SourceState,
+    DestinationRecord, OwnerState, Recovery, SourceRecord,
 };
 use crate::network::{Port, Role, Stage};
 
@@ -50,6 +52,13 @@ pub enum OpenMigration {
         record: DestinationRecord,
         /// The pod, marked as migrating, and its parts; absent if its VM is gone.
         pod: Option<(PodHandle, Arc<PodResources>)>,
+    },
+    /// It brought a pod here, and the grant came; the guest lacks pages.
+    Lacking {
+        /// As journaled.
+        record: DestinationRecord,
+        /// The pod, to be found.
+        pod: Box<LackingPod>,
     },
     /// It was to bring a pod here, and no grant had come: nothing of it is left, and the driver answers so.
     Discarded {
@@ -193,8 +202,22 @@ async fn find(
         .or(granted.map(|r| r.migration));
     let containers = file.record.containers.clone();
     let facts = facts(node, dir, file)?;
-    let found = attach(node, &facts, migration.is_some(), granted.is_some()).await;
     let epoch = owner.epoch;
+    if let Some(record) = granted
+        && node.arrivals.is_paged(record.migration)
+    {
+        return Ok(Some(OpenMigration::Lacking {
+            record: record.clone(),
+            pod: Box::new(LackingPod {
+                reservation,
+                facts,
+                epoch,
+                containers,
+                migration: record.migration.to_string(),
+            }),
+        }));
+    }
+    let found = attach(node, &facts, migration.is_some(), granted.is_some()).await;
     let birth = match (&found, migration) {
         (Err(reason), _) => Birth::Dead(reason.clone()),
         (Ok(resources), None) => Birth::Running(Arc::clone(resources)),
@@ -220,38 +243,6 @@ async fn find(
     })
 }
 
-/// Notes that a migration of which nothing is left did not take place.
-fn close(node: &Node, record: &SourceRecord) {
-    let closed = SourceRecord {
-        state: SourceState::Failed {
-            reason: "the service was restarted, and a later migration counts".to_owned(),
-        },
-        ..record.clone()
-    };
-    if let Err(error) = node.journal.apply(&Entry::Source(closed)) {
-        // The next service tries again.
-        tracing::warn!(
-            pod = record.pod,
-            migration = %record.migration,
-            error = chain(&error),
-            "cannot close an old migration"
-        );
-    }
-}
-
-/// Of the migrations that were to bring a pod here, the one that counts: services that were killed one after the
-/// other leave several that never came to a grant beside the one that did.
-fn decisive<'a>(
-    destinations: &'a [(DestinationRecord, Option<OwnerRecord>)],
-    pod: &str,
-) -> Option<&'a DestinationRecord> {
-    destinations
-        .iter()
-        .map(|(record, _)| record)
-        .filter(|record| record.pod == pod)
-        .max_by_key(|record| (record.verdict().is_some(), record.epoch))
-}
-
 fn facts(node: &Node, dir: &Path, file: PodFile) -> Result<Facts, PodError> {
     let logs =
         LogStore::open(&dir.join("logs"), node.config.limits.log_bytes).map_err(|source| {
@@ -273,7 +264,7 @@ fn facts(node: &Node, dir: &Path, file: PodFile) -> Result<Facts, PodError> {
 }
 
 /// Takes VM, port and agent back. The error is the reason that the pod is shown as failed with.
-async fn attach(
+pub(super) async fn attach(
     node: &Arc<Node>,
     facts: &Facts,
     migrating: bool,
@@ -363,37 +354,5 @@ async fn clean_network(node: &Node, slot: u16, pod: &str) {
             error = chain(&error),
             "cannot remove what is left of its port"
         );
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::migration::journal::DestinationState;
-    use crate::wire::id::MigrationId;
-    use vm_runtime::units::Epoch;
-
-    #[test]
-    fn a_granted_migration_counts_more_than_those_that_never_were() {
-        let record = |id, pod: &str, epoch, state| {
-            let record = DestinationRecord {
-                migration: MigrationId([id; 16]),
-                pod: pod.to_owned(),
-                from: "a".to_owned(),
-                epoch: Epoch(epoch),
-                state,
-            };
-            (record, None)
-        };
-        let granted = DestinationState::Owner { resumed: false };
-        let records = [
-            record(1, "web", 2, DestinationState::Prepared),
-            record(2, "web", 2, granted.clone()),
-            record(3, "web", 2, DestinationState::Prepared),
-            record(4, "db", 9, granted),
-        ];
-        let found = decisive(&records, "web").map(|record| record.migration);
-        assert_eq!(found, Some(MigrationId([2; 16])));
-        assert!(decisive(&records, "other").is_none());
     }
 }

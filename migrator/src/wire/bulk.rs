@@ -4,20 +4,51 @@ use bytes::{Buf, Bytes};
 use vm_runtime::units::{PAGE_SIZE, PageIndex};
 
 use crate::wire::codec::{DecodeError, Message, split_u8, split_u32, split_u64};
-use crate::wire::frame::{self, Lane};
+use crate::wire::frame::Lane;
 
 /// Pages that one `Pages` frame may hold: 1 MiB.
 pub const MAX_PAGES: u32 = 256;
 
-const PAGES: u8 = 0x41;
+pub(super) const PAGES: u8 = 0x41;
 const ZEROS: u8 = 0x42;
 const BARRIER: u8 = 0x43;
 const CHUNK: u8 = 0x44;
+pub(super) const PACKED: u8 = 0x45;
 const PACKET: u8 = 0x61;
 const PACKET_ACK: u8 = 0x62;
 
 /// Bytes before the raw pages of a `Pages` frame: first page and count.
-const PAGES_HEAD: usize = 8 + 4;
+pub(super) const PAGES_HEAD: usize = 8 + 4;
+
+/// Bytes before the packed ones of a `Packed` frame: first page, count and codec.
+pub(super) const PACKED_HEAD: usize = PAGES_HEAD + 1;
+
+/// How pages are packed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Codec {
+    /// The LZ4 block format, without a length before it.
+    Lz4,
+    /// A Zstandard frame (RFC 8878).
+    Zstd,
+}
+
+impl Codec {
+    /// Its number on the wire; 0 is none.
+    pub const fn byte(self) -> u8 {
+        match self {
+            Self::Lz4 => 1,
+            Self::Zstd => 2,
+        }
+    }
+
+    const fn of_byte(byte: u8) -> Option<Self> {
+        match byte {
+            1 => Some(Self::Lz4),
+            2 => Some(Self::Zstd),
+            _ => None,
+        }
+    }
+}
 
 /// A message of a data connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +58,18 @@ pub enum Data {
         /// The first page.
         first: PageIndex,
         /// Their content.
+        raw: Bytes,
+    },
+    /// Consecutive pages (1 to [`MAX_PAGES`]) in fewer bytes. `u64` first, `u32` count, `u8` codec, packed bytes: at least one, and
+    /// fewer than the pages have. Whoever unpacks them must get exactly the pages' bytes.
+    Packed {
+        /// The first page.
+        first: PageIndex,
+        /// How many pages.
+        count: u32,
+        /// How they are packed.
+        codec: Codec,
+        /// The packed bytes.
         raw: Bytes,
     },
     /// Consecutive pages of zeros. `u64` first, `u64` count.
@@ -59,6 +102,7 @@ impl Message for Data {
             Self::Zeros { .. } => ZEROS,
             Self::Barrier { .. } => BARRIER,
             Self::Chunk { .. } => CHUNK,
+            Self::Packed { .. } => PACKED,
         }
     }
 
@@ -67,6 +111,16 @@ impl Message for Data {
             Self::Pages { first, raw } => {
                 out.extend_from_slice(&first.0.to_le_bytes());
                 out.extend_from_slice(&((raw.len() / PAGE_SIZE) as u32).to_le_bytes());
+            }
+            Self::Packed {
+                first,
+                count,
+                codec,
+                raw: _,
+            } => {
+                out.extend_from_slice(&first.0.to_le_bytes());
+                out.extend_from_slice(&count.to_le_bytes());
+                out.push(codec.byte());
             }
             Self::Zeros { first, count } => {
                 out.extend_from_slice(&first.0.to_le_bytes());
@@ -79,7 +133,7 @@ impl Message for Data {
 
     fn tail(&self) -> &[u8] {
         match self {
-            Self::Pages { raw, .. } | Self::Chunk { raw, .. } => raw,
+            Self::Pages { raw, .. } | Self::Chunk { raw, .. } | Self::Packed { raw, .. } => raw,
             Self::Zeros { .. } | Self::Barrier { .. } => &[],
         }
     }
@@ -95,6 +149,22 @@ impl Message for Data {
                     && in_range(first, u64::from(count));
                 fits.then_some(Self::Pages {
                     first,
+                    raw: payload,
+                })
+                .ok_or(bad)
+            }
+            PACKED => {
+                let bad = DecodeError::Malformed("Packed");
+                let first = PageIndex(split_u64("Packed", &mut payload)?);
+                let count = split_u32("Packed", &mut payload)?;
+                let codec = Codec::of_byte(split_u8("Packed", &mut payload)?).ok_or(bad)?;
+                let fits = (1..=MAX_PAGES).contains(&count)
+                    && (1..count as usize * PAGE_SIZE).contains(&payload.len())
+                    && in_range(first, u64::from(count));
+                fits.then_some(Self::Packed {
+                    first,
+                    count,
+                    codec,
                     raw: payload,
                 })
                 .ok_or(bad)
@@ -232,77 +302,5 @@ impl Message for Urgent {
                 kind,
             }),
         }
-    }
-}
-
-/// Encoded data frames in one buffer, which is filled in place and used again: pages go from the guest's memory
-/// into the frame with one copy, and many small frames leave in one write.
-#[derive(Debug, Default)]
-pub struct Batch {
-    buf: Vec<u8>,
-}
-
-/// A place in a [`Batch`] to go back to.
-#[derive(Clone, Copy, Debug)]
-pub struct Mark(usize);
-
-impl Batch {
-    /// An empty batch with room for one full `Pages` frame.
-    pub fn new() -> Self {
-        Self {
-            buf: Vec::with_capacity(Lane::Data.max_frame() + frame::HEADER),
-        }
-    }
-
-    /// Appends a `Pages` frame and returns its content to be filled: `count * PAGE_SIZE` bytes.
-    ///
-    /// # Panics
-    ///
-    /// When `count` is 0 or above [`MAX_PAGES`].
-    pub fn pages(&mut self, first: PageIndex, count: u32) -> &mut [u8] {
-        assert!((1..=MAX_PAGES).contains(&count), "{count} pages in a frame");
-        let bytes = count as usize * PAGE_SIZE;
-        self.buf
-            .extend_from_slice(&frame::header(PAGES, PAGES_HEAD + bytes));
-        self.buf.extend_from_slice(&first.0.to_le_bytes());
-        self.buf.extend_from_slice(&count.to_le_bytes());
-        let start = self.buf.len();
-        self.buf.resize(start + bytes, 0);
-        &mut self.buf[start..]
-    }
-
-    /// Appends any frame, with a copy.
-    pub fn push(&mut self, message: &Data) {
-        crate::wire::codec::encode(message, &mut self.buf);
-    }
-
-    /// The end of the batch as it is now.
-    pub fn mark(&self) -> Mark {
-        Mark(self.buf.len())
-    }
-
-    /// Takes back what was appended since `mark`: for pages that turned out to be zeros.
-    pub fn rewind(&mut self, mark: Mark) {
-        self.buf.truncate(mark.0);
-    }
-
-    /// Empties the batch and keeps its memory.
-    pub fn clear(&mut self) {
-        self.buf.clear();
-    }
-
-    /// Encoded bytes.
-    pub fn len(&self) -> usize {
-        self.buf.len()
-    }
-
-    /// Whether nothing was appended.
-    pub fn is_empty(&self) -> bool {
-        self.buf.is_empty()
-    }
-
-    /// The encoded frames.
-    pub fn as_bytes(&self) -> &[u8] {
-        &self.buf
     }
 }

@@ -10,7 +10,8 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsStream;
 
-use crate::wire::bulk::{Batch, Data};
+use crate::wire::batch::Batch;
+use crate::wire::bulk::Data;
 use crate::wire::codec::{DecodeError, Message, encode_head};
 use crate::wire::frame::{FrameError, HEADER, Lane, frame_size, take_frame};
 
@@ -67,6 +68,11 @@ impl<M: Message> Connection<M> {
             stream,
             messages: PhantomData,
         }
+    }
+
+    /// The stream, for whoever reads and writes without the runtime. Nothing has been read from it.
+    pub(crate) fn into_stream(self) -> Stream {
+        self.stream
     }
 
     /// The two directions, which may go to two tasks.
@@ -160,7 +166,7 @@ impl<M: Message, W: AsyncWrite + Unpin> Writer<M, W> {
             staged: Vec::new(),
             stall: match M::LANE {
                 Lane::Control => SILENCE,
-                Lane::Data | Lane::Urgent => STALL,
+                Lane::Data | Lane::Urgent | Lane::Fault => STALL,
             },
             messages: PhantomData,
         }

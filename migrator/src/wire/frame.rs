@@ -14,18 +14,21 @@ pub enum Lane {
     Data,
     /// What must not queue behind pages: parked packets.
     Urgent,
+    /// Pages that a guest waits for.
+    Fault,
 }
 
 impl Lane {
     /// The largest frame of this lane in bytes, type and payload together.
     ///
     /// Control: 1 MiB. Data: 1 MiB of pages and room for their header. Urgent: 128 KiB, which holds one
-    /// GSO frame of 64 KiB with its headers.
+    /// GSO frame of 64 KiB with its headers. Fault: 64 KiB of pages and room for their header.
     pub const fn max_frame(self) -> usize {
         match self {
             Self::Control => 1 << 20,
             Self::Data => (1 << 20) + 64,
             Self::Urgent => 128 << 10,
+            Self::Fault => (64 << 10) + 64,
         }
     }
 }

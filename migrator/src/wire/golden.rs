@@ -1,5 +1,6 @@
 //! The bytes of every message, pinned; [`properties`] is what must hold for any bytes at all.
 
+mod pages;
 mod properties;
 
 use std::collections::BTreeMap;
@@ -9,8 +10,9 @@ use vm_runtime::pod::{PodNet, PodSpec};
 use vm_runtime::spec::{Accel, VmSpec};
 use vm_runtime::units::{self, Epoch, PAGE_SIZE, PageIndex};
 
-use super::bulk::{Batch, Data, PacketKind, Urgent};
+use super::bulk::{Codec, Data, PacketKind, Urgent};
 use super::codec::{DecodeError, Message, encode};
+use super::fault::Fault;
 use super::frame::{Lane, take_frame};
 use super::id::MigrationId;
 use super::message::*;
@@ -119,8 +121,10 @@ fn control_messages_have_these_bytes() {
         let reply = QueryReply {
             migration: ID,
             verdict,
+            wants_pages: verdict == Verdict::Running,
         };
-        control(reply, &format!("12000000 15 {ID_HEX} {byte}"));
+        let wants = if byte == "00" { "01" } else { "00" };
+        control(reply, &format!("13000000 15 {ID_HEX} {byte} {wants}"));
     }
     control(Ping { stamp_us: 300 }, "03000000 16 ac02");
     control(Pong { stamp_us: 300 }, "03000000 17 ac02");
@@ -129,6 +133,64 @@ fn control_messages_have_these_bytes() {
         ledger,
     };
     control(bye, &format!("17000000 18 {ID_HEX} 010203040506"));
+}
+
+#[test]
+fn messages_about_missing_pages_have_these_bytes() {
+    let bits = PageBits::of(&[0, 5, 0]).remove(0);
+    control(
+        bits,
+        "19000000 19 0000000000000000 0000000000000000 0500000000000000",
+    );
+    control(StaleEnd { last: true }, "02000000 1a 01");
+    control(StaleAck, "01000000 1b");
+    control(Wanted { pages: 300 }, "03000000 1c ac02");
+    let faults = FaultFigures {
+        missing: 1,
+        count: 2,
+        max_us: 3,
+        buckets: vec![(4, 5)],
+        took_us: 6,
+        mismatched: 7,
+    };
+    control(
+        MemoryComplete { faults },
+        "09000000 1d 01 02 03 01 04 05 06 07",
+    );
+    golden::<Fault>(
+        Fault::Request { page: PageIndex(7) },
+        "09000000 71 0700000000000000",
+    );
+    let raw = Bytes::from(vec![0xcd; PAGE_SIZE]);
+    let first = PageIndex(7);
+    let pages = Fault::Pages { first, raw };
+    golden::<Fault>(
+        pages,
+        &format!("09100000 72 0700000000000000 {}", "cd".repeat(PAGE_SIZE)),
+    );
+}
+
+#[test]
+fn bad_messages_about_pages_are_refused() {
+    let frames: [&[u8]; 4] = [
+        // Not a multiple of 64, and half a word.
+        b"\x09\0\0\0\x19\x01\0\0\0\0\0\0\0",
+        b"\x0d\0\0\0\x19\0\0\0\0\0\0\0\0\0\0\0\0",
+        // Beyond any file offset.
+        b"\x09\0\0\0\x19\0\0\0\0\0\0\0\x80",
+        b"\x01\0\0\0\x1a",
+    ];
+    for frame in frames {
+        assert!(parse::<Control>(frame).is_err(), "{frame:?}");
+    }
+    let frames: [&[u8]; 3] = [
+        b"\x0a\0\0\0\x71\0\0\0\0\0\0\0\0\0",
+        b"\x09\0\0\0\x72\0\0\0\0\0\0\0\0",
+        b"\x0a\0\0\0\x72\0\0\0\0\0\0\0\0\x01",
+    ];
+    for frame in frames {
+        assert!(parse::<Fault>(frame).is_err(), "{frame:?}");
+    }
 }
 
 #[test]
@@ -185,6 +247,7 @@ fn offer() -> Offer {
             vcpus: 1,
             mac,
             disks: Vec::new(),
+            free_page_reporting: true,
             cmdline: "quiet".to_owned(),
             kernel_sha256: String::new(),
             initramfs_sha256: String::new(),
@@ -249,6 +312,18 @@ fn data_and_urgent_messages_have_these_bytes() {
         raw: Bytes::from_static(b"x"),
     };
     golden::<Data>(chunk, &format!("22000000 44 {} 78", "cd".repeat(32)));
+    for (codec, byte) in [(Codec::Lz4, "01"), (Codec::Zstd, "02")] {
+        let packed = Data::Packed {
+            first,
+            count: 2,
+            codec,
+            raw: Bytes::from_static(b"xyz"),
+        };
+        golden::<Data>(
+            packed,
+            &format!("11000000 45 0201000000000000 02000000 {byte} 78797a"),
+        );
+    }
     for (kind, byte) in [
         (PacketKind::Residue, "01"),
         (PacketKind::Frame, "02"),
@@ -264,24 +339,6 @@ fn data_and_urgent_messages_have_these_bytes() {
         golden::<Urgent>(packet, &format!("0b000000 61 0900000000000000 {byte} 66"));
     }
     golden::<Urgent>(Urgent::PacketAck { seq: 9 }, "09000000 62 0900000000000000");
-}
-
-#[test]
-fn a_batch_has_the_bytes_of_its_messages() {
-    let mut batch = Batch::new();
-    batch.pages(PageIndex(4), 2).fill(5);
-    let mark = batch.mark();
-    batch.pages(PageIndex(6), 1);
-    batch.rewind(mark);
-    let zeros = Data::Zeros {
-        first: PageIndex(6),
-        count: 1,
-    };
-    batch.push(&zeros);
-    let raw = Bytes::from(vec![5; 2 * PAGE_SIZE]);
-    let first = PageIndex(4);
-    let expected = [bytes(&Data::Pages { first, raw }), bytes(&zeros)].concat();
-    assert_eq!(batch.as_bytes(), expected);
 }
 
 #[test]

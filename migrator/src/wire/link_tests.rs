@@ -15,11 +15,12 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use vm_runtime::units::{Epoch, PAGE_SIZE, PageIndex};
 
-use super::bulk::{Batch, Data, PacketKind, Urgent};
+use super::batch::Batch;
+use super::bulk::{Data, PacketKind, Urgent};
 use super::conn::{LinkError, Reader, Writer};
 use super::control;
 use super::message::{Control, Grant, StateChunk};
-use super::preamble::{Shape, Turned};
+use super::preamble::{MAX_DATA_CONNECTIONS, Shape, Turned};
 use super::session::{DialError, Limits, Listener, Session, dial, dial_shape};
 use super::tls::{TlsConfig, dns_name};
 
@@ -88,6 +89,17 @@ async fn pair(data: usize) -> (Session, Session) {
     (dialed.unwrap(), accepted)
 }
 
+/// A full frame of pages of that byte.
+fn fill(batch: &mut Batch, first: u64, byte: u8) {
+    for page in first..first + 256 {
+        let kept = batch.page(PageIndex(page), |content| {
+            content.fill(byte);
+            Ok::<bool, ()>(true)
+        });
+        assert_eq!(kept, Ok(true));
+    }
+}
+
 #[tokio::test]
 async fn a_session_is_put_together_and_carries_every_lane() {
     let (a, b) = pair(2).await;
@@ -116,7 +128,7 @@ async fn a_session_is_put_together_and_carries_every_lane() {
         let (mut inn, _) = inn.split();
         let send = async {
             let mut batch = Batch::new();
-            batch.pages(PageIndex(5), 256).fill(index as u8 + 1);
+            fill(&mut batch, 5, index as u8 + 1);
             batch.push(&Data::Barrier { round: 1 });
             out.send_batch(&batch).await.unwrap();
             out.close().await.unwrap();
@@ -149,19 +161,41 @@ async fn a_session_is_put_together_and_carries_every_lane() {
     assert!(matches!(from_b.recv().await, Err(LinkError::Closed)));
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn two_peers_dial_the_widest_session_at_once() {
+    let ca = Authority::new();
+    let mut listener = listen(ca.node("b"), Limits::default()).await;
+    let addr = listener.local_addr();
+    let (one, other) = (ca.node("a"), ca.node("c"));
+    let most = usize::from(MAX_DATA_CONNECTIONS);
+    let both = async { (listener.accept().await, listener.accept().await) };
+    let (first, second, (x, y)) = tokio::join!(
+        dial(addr, &one, "b", most, LIMIT),
+        dial(addr, &other, "b", most, LIMIT),
+        both
+    );
+    for session in [first.unwrap(), second.unwrap(), x, y] {
+        assert_eq!(session.data.len(), most);
+    }
+    let beyond = dial(addr, &one, "b", most + 1, LIMIT).await;
+    assert!(matches!(beyond, Err(DialError::DataConnections(65))));
+}
+
 #[tokio::test]
-async fn resume_and_query_sessions_have_fewer_connections() {
+async fn resume_and_query_sessions_have_the_connections_of_their_shape() {
     let ca = Authority::new();
     let mut listener = listen(ca.node("b"), Limits::default()).await;
     let addr = listener.local_addr();
     let tls = ca.node("a");
-    for shape in [Shape::Resume, Shape::Query] {
+    let shapes = [0, 2].map(|data| Shape::Resume { data });
+    for shape in [shapes[0], shapes[1], Shape::Query] {
         let dialed = dial_shape(addr, &tls, "b", shape, LIMIT).await.unwrap();
         let accepted = listener.accept().await;
         for session in [dialed, accepted] {
             assert_eq!(session.shape, shape);
-            assert!(session.data.is_empty());
-            assert_eq!(session.urgent.is_some(), shape == Shape::Resume);
+            assert_eq!(session.data.len(), usize::from(shape.data()));
+            assert_eq!(session.faults.len(), usize::from(shape.faults()));
+            assert_eq!(session.urgent.is_some(), shape != Shape::Query);
         }
     }
 }
@@ -225,7 +259,7 @@ async fn every_page_of_many_full_frames_arrives_over_two_data_connections() {
             let mut batch = Batch::new();
             for i in 0..frames {
                 batch.clear();
-                batch.pages(PageIndex(i * 256), 256).fill(3);
+                fill(&mut batch, i * 256, 3);
                 writer.send_batch(&batch).await.unwrap();
             }
             writer.close().await.unwrap();

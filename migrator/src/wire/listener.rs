@@ -17,7 +17,9 @@ use tracing::{debug, warn};
 
 use crate::wire::conn::{Connection, Stream};
 use crate::wire::id::SessionId;
-use crate::wire::preamble::{PREAMBLE_LEN, Preamble, Reply, Role, Shape, Turned};
+use crate::wire::preamble::{
+    FAULT_CONNECTIONS, MAX_DATA_CONNECTIONS, PREAMBLE_LEN, Preamble, Reply, Role, Shape, Turned,
+};
 use crate::wire::session::{Session, tune};
 use crate::wire::tls::{TlsConfig, explain, name_of};
 
@@ -39,7 +41,8 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            handshakes: 64,
+            // Two peers that dial the widest session at the same time: its data connections come all at once.
+            handshakes: 2 * (2 + MAX_DATA_CONNECTIONS as usize + FAULT_CONNECTIONS as usize),
             handshake_deadline: Duration::from_secs(5),
             pending_per_peer: 8,
             session_deadline: Duration::from_secs(10),
@@ -122,6 +125,7 @@ struct Pending {
     control: Option<Stream>,
     data: Vec<Option<Stream>>,
     urgent: Option<Stream>,
+    faults: Vec<Option<Stream>>,
 }
 
 /// What to do with a connection whose preamble has been read.
@@ -150,6 +154,7 @@ impl Shared {
             Role::Control => session.control.is_none(),
             Role::Data(index) => matches!(session.data.get(usize::from(index)), Some(None)),
             Role::Urgent => session.urgent.is_none(),
+            Role::Fault(index) => matches!(session.faults.get(usize::from(index)), Some(None)),
         };
         match session.shape == preamble.shape && session.version == version && free {
             true => Ok(version),
@@ -166,6 +171,7 @@ impl Shared {
             control: None,
             data: (0..preamble.shape.data()).map(|_| None).collect(),
             urgent: None,
+            faults: (0..preamble.shape.faults()).map(|_| None).collect(),
         });
         match preamble.role {
             Role::Control => session.control = Some(stream),
@@ -175,9 +181,15 @@ impl Shared {
                 }
             }
             Role::Urgent => session.urgent = Some(stream),
+            Role::Fault(index) => {
+                if let Some(slot) = session.faults.get_mut(usize::from(index)) {
+                    *slot = Some(stream);
+                }
+            }
         }
         let complete = session.control.is_some()
             && session.data.iter().all(Option::is_some)
+            && session.faults.iter().all(Option::is_some)
             && session.urgent.is_some() == session.shape.urgent();
         match complete.then(|| pending.remove(key)).flatten() {
             Some(Pending {
@@ -186,6 +198,7 @@ impl Shared {
                 control: Some(control),
                 data,
                 urgent,
+                faults,
             }) => Place::Complete(Box::new(Session {
                 id: key.1,
                 shape,
@@ -194,6 +207,7 @@ impl Shared {
                 control: Connection::new(control),
                 data: data.into_iter().flatten().map(Connection::new).collect(),
                 urgent: urgent.map(Connection::new),
+                faults: faults.into_iter().flatten().map(Connection::new).collect(),
             })),
             _ => Place::Waiting { first },
         }

@@ -1,6 +1,7 @@
 //! What crosses the control connection.
 
 mod control;
+mod postcopy;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -9,6 +10,7 @@ use vm_runtime::spec::VmSpec;
 use vm_runtime::units::{self, Epoch, PageIndex};
 
 pub use control::Control;
+pub use postcopy::{FaultFigures, MemoryComplete, PageBits, StaleAck, StaleEnd, Wanted};
 
 use crate::wire::id::MigrationId;
 
@@ -305,6 +307,8 @@ pub struct QueryReply {
     pub migration: MigrationId,
     /// Who runs the guest.
     pub verdict: Verdict,
+    /// The guest runs and lacks pages: which ones follows.
+    pub wants_pages: bool,
 }
 
 /// Whose the guest is.

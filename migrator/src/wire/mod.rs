@@ -4,7 +4,7 @@
 //!
 //! TLS 1.3 over TCP, certificates on both sides ([`tls`]). A node's certificate carries the DNS name `<node>.migrator`: the dialer
 //! checks it against the node it meant, the listener against the names of its peers. A *session* is one control connection, and
-//! as its shape says N data connections and one urgent connection, tied together by a session id ([`preamble`]):
+//! as its shape says N data connections, one urgent connection and two fault connections, tied together by a session id ([`preamble`]):
 //!
 //! ```text
 //! dialer                                          listener
@@ -21,13 +21,15 @@
 //! # Frames
 //!
 //! `u32` little-endian length of what follows, `u8` type, payload ([`frame`]). Length 0 and type 0 are invalid. A frame is at most 1 MiB on
-//! the control lane, 1 MiB and 64 bytes on the data lane, 128 KiB on the urgent lane; the length is checked before anything is allocated.
+//! the control lane, 1 MiB and 64 bytes on the data lane, 128 KiB on the urgent lane, 64 KiB and 64 bytes on the fault lane; the length is
+//! checked before anything is allocated.
 //!
 //! | lane | types | payload |
 //! |---|---|---|
-//! | control | `0x01`-`0x18` ([`message`]) | postcard; `StateChunk` and `PageHashes` raw |
-//! | data | `0x41` Pages, `0x42` Zeros, `0x43` Barrier, `0x44` Chunk ([`bulk`]) | fixed header, raw bytes |
+//! | control | `0x01`-`0x1d` ([`message`]) | postcard; `StateChunk`, `PageHashes` and `PageBits` raw |
+//! | data | `0x41` Pages, `0x42` Zeros, `0x43` Barrier, `0x44` Chunk, `0x45` Packed ([`bulk`]) | fixed header, raw bytes |
 //! | urgent | `0x61` Packet, `0x62` PacketAck ([`bulk`]) | fixed header, raw bytes |
+//! | fault | `0x71` Request, `0x72` Pages ([`mod@fault`]) | fixed header, raw bytes |
 //!
 //! # A migration
 //!
@@ -56,6 +58,22 @@
 //!   |<------------------------------------------ Bye |  the journal entry may be forgotten
 //! ```
 //!
+//! With post-copy the guest stops before all of its memory has crossed. What is missing crosses afterwards; the source's guest stands still
+//! and its pages no longer change, so the order in which they arrive is of no importance:
+//!
+//! ```text
+//! source                                          destination
+//!   | PageBits* StaleEnd{last: false} -------------->|  pages that are not there or too old become missing: whoever touches one waits
+//!   |<------------------------------------- StaleAck |
+//!   | gate to HOLD, stop                             |
+//!   | PageBits* StaleEnd{last: true} --------------->|  in the place of the last round: what was written since
+//!   | device state, Ready, Grant, Running            |  as above; devices may wait for pages already
+//!   |<----------------------------- Request (fault)  |  somebody waits for a page
+//!   | Pages (fault) -------------------------------->|
+//!   | Pages* Zeros* (data) ------------------------->|  the others, hottest first
+//!   |<------------------------------ MemoryComplete  |  now the source's copy dies
+//! ```
+//!
 //! Before the grant either side may send `Abort` and go its way: the destination has journaled that it discarded the guest before it
 //! says so, the source has not given the right away. `Abort` crossing a `Grant` therefore means the same as the answer `Discarded`.
 //!
@@ -73,12 +91,16 @@
 //!   |<--------------------- QueryReply(Discarded) ---|  the source goes on, in a new epoch
 //! ```
 //!
+//! If the guest runs and lacks pages, `PageBits* Wanted` follow the reply: these are what the source sends from here on.
+//!
 //! Either answer is final.
 
+pub mod batch;
 pub mod bulk;
 pub mod codec;
 pub mod conn;
 pub mod control;
+pub mod fault;
 pub mod frame;
 pub mod id;
 mod listener;
@@ -92,9 +114,11 @@ mod golden;
 #[cfg(test)]
 mod link_tests;
 
-pub use bulk::{Batch, Data, PacketKind, Urgent};
+pub use batch::Batch;
+pub use bulk::{Data, PacketKind, Urgent};
 pub use conn::{Connection, LinkError, Reader, Writer};
 pub use control::{ControlReceiver, ControlSender};
+pub use fault::Fault;
 pub use id::{MigrationId, SessionId};
 pub use message::Control;
 pub use preamble::Shape;

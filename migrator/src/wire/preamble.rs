@@ -8,8 +8,12 @@ pub const MAGIC: [u8; 8] = *b"migratr\0";
 pub const VERSION_MIN: u16 = 1;
 /// The newest version this program speaks.
 pub const VERSION_MAX: u16 = 1;
-/// Data connections that one session may have.
-pub const MAX_DATA_CONNECTIONS: u8 = 16;
+/// Data connections that one session may have: what it takes to fill a long path whose single streams are held down by loss.
+/// The command line, the API and the configuration have the same bound.
+pub const MAX_DATA_CONNECTIONS: u8 = 64;
+/// Fault connections of a session that has data connections: whoever waits for a page on one of them does not wait for those
+/// on the other.
+pub const FAULT_CONNECTIONS: u8 = 2;
 /// Size of a [`Preamble`] in bytes.
 pub const PREAMBLE_LEN: usize = 32;
 /// Size of a [`Reply`] in bytes.
@@ -24,18 +28,23 @@ pub enum Role {
     Data(u8),
     /// The urgent connection.
     Urgent,
+    /// The fault connection with this index, from 0.
+    Fault(u8),
 }
 
 /// Which connections make up a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Shape {
-    /// Control, `data` data connections, urgent: a migration.
+    /// Control, `data` data connections, urgent, fault connections: a migration.
     Migration {
         /// 1 to [`MAX_DATA_CONNECTIONS`].
         data: u8,
     },
-    /// Control and urgent: after a lost link, to learn how it stands and to bring the parked packets across.
-    Resume,
+    /// The same after a lost link, to learn how it stands, and to bring the parked packets and the missing pages across.
+    Resume {
+        /// 0 to [`MAX_DATA_CONNECTIONS`]; 0 where no page can be missing.
+        data: u8,
+    },
     /// Control alone: a question.
     Query,
 }
@@ -44,15 +53,23 @@ impl Shape {
     /// Data connections of the session.
     pub const fn data(self) -> u8 {
         match self {
-            Self::Migration { data } => data,
-            Self::Resume | Self::Query => 0,
+            Self::Migration { data } | Self::Resume { data } => data,
+            Self::Query => 0,
+        }
+    }
+
+    /// Fault connections of the session.
+    pub const fn faults(self) -> u8 {
+        match self.data() {
+            0 => 0,
+            _ => FAULT_CONNECTIONS,
         }
     }
 
     /// Whether it has an urgent connection.
     pub const fn urgent(self) -> bool {
         match self {
-            Self::Migration { .. } | Self::Resume => true,
+            Self::Migration { .. } | Self::Resume { .. } => true,
             Self::Query => false,
         }
     }
@@ -64,8 +81,8 @@ impl Shape {
 /// 0   8  magic "migratr\0"
 /// 8   2  lowest version, little-endian
 /// 10  2  highest version
-/// 12  1  role: 1 control, 2 data, 3 urgent
-/// 13  1  index of the data connection, else 0
+/// 12  1  role: 1 control, 2 data, 3 urgent, 4 fault
+/// 13  1  index of the data or fault connection, else 0
 /// 14  1  shape: 1 migration, 2 resume, 3 query
 /// 15  1  data connections of the session
 /// 16 16  session id, the same on all its connections
@@ -110,10 +127,11 @@ impl Preamble {
             Role::Control => (1, 0),
             Role::Data(index) => (2, index),
             Role::Urgent => (3, 0),
+            Role::Fault(index) => (4, index),
         };
         out[14] = match self.shape {
             Shape::Migration { .. } => 1,
-            Shape::Resume => 2,
+            Shape::Resume { .. } => 2,
             Shape::Query => 3,
         };
         out[15] = self.shape.data();
@@ -132,7 +150,7 @@ impl Preamble {
         }
         let shape = match (bytes[14], bytes[15]) {
             (1, data @ 1..=MAX_DATA_CONNECTIONS) => Shape::Migration { data },
-            (2, 0) => Shape::Resume,
+            (2, data @ 0..=MAX_DATA_CONNECTIONS) => Shape::Resume { data },
             (3, 0) => Shape::Query,
             _ => return Err(PreambleError::Role),
         };
@@ -140,6 +158,7 @@ impl Preamble {
             (1, 0) => Role::Control,
             (2, index) if index < shape.data() => Role::Data(index),
             (3, 0) if shape.urgent() => Role::Urgent,
+            (4, index) if index < shape.faults() => Role::Fault(index),
             _ => return Err(PreambleError::Role),
         };
         let mut session = [0; 16];

@@ -14,6 +14,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::wire::bulk::{Data, Urgent};
 use crate::wire::codec::Message;
 use crate::wire::conn::{Connection, SILENCE, STALL, Stream};
+use crate::wire::fault::Fault;
 use crate::wire::id::SessionId;
 pub use crate::wire::listener::{Limits, Listener};
 use crate::wire::message::Control;
@@ -36,10 +37,12 @@ pub struct Session {
     pub version: u16,
     /// The control connection; [`crate::wire::control::start`] makes a queue of it.
     pub control: Connection<Control>,
-    /// The data connections, by index; empty unless [`Shape::Migration`].
+    /// The data connections, by index; as many as [`Shape::data`].
     pub data: Vec<Connection<Data>>,
     /// The urgent connection; absent in [`Shape::Query`].
     pub urgent: Option<Connection<Urgent>>,
+    /// The fault connections, by index; as many as [`Shape::faults`].
+    pub faults: Vec<Connection<Fault>>,
 }
 
 /// Why no session came about. Nothing is left open.
@@ -120,7 +123,7 @@ pub enum DialError {
     DataConnections(usize),
 }
 
-/// Dials the session of a migration: control, `data_connections` of data, urgent.
+/// Dials the session of a migration: control, `data_connections` of data, urgent, faults.
 ///
 /// # Errors
 ///
@@ -186,7 +189,12 @@ impl Dialer<'_> {
             .shape
             .urgent()
             .then(|| self.connection::<Urgent>(Role::Urgent));
-        let (data, urgent) = futures::try_join!(try_join_all(data), try_join_all(urgent))?;
+        let faults = (0..self.shape.faults()).map(|i| self.connection::<Fault>(Role::Fault(i)));
+        let (data, urgent, faults) = futures::try_join!(
+            try_join_all(data),
+            try_join_all(urgent),
+            try_join_all(faults)
+        )?;
         Ok(Session {
             id: self.session,
             shape: self.shape,
@@ -195,6 +203,7 @@ impl Dialer<'_> {
             control,
             data: data.into_iter().map(|(c, _)| c).collect(),
             urgent: urgent.into_iter().map(|(c, _)| c).next(),
+            faults: faults.into_iter().map(|(c, _)| c).collect(),
         })
     }
 
@@ -272,7 +281,7 @@ pub(crate) fn tune(tcp: &TcpStream, role: Role) -> io::Result<()> {
     tcp.set_nodelay(true)?;
     let limit = match role {
         Role::Control => SILENCE,
-        Role::Data(_) | Role::Urgent => STALL,
+        Role::Data(_) | Role::Urgent | Role::Fault(_) => STALL,
     };
     setsockopt(tcp, sockopt::TcpUserTimeout, &(limit.as_millis() as u32))?;
     Ok(())

@@ -18,8 +18,17 @@ impl TestLab {
     /// # Errors
     /// It was not moved, or the report has a defect.
     pub fn moves(&self, from: Node) -> Result<MigrationReport> {
+        self.moves_with(from, &[])
+    }
+
+    /// As [`TestLab::moves`], with options of `migrate`.
+    ///
+    /// # Errors
+    /// As [`TestLab::moves`].
+    pub fn moves_with(&self, from: Node, options: &[&str]) -> Result<MigrationReport> {
         let to = from.other().name();
         let words = ["--output", "json", "migrate", POD, "--to", to, "--verify"];
+        let words = [&words, options].concat();
         let report: MigrationReport = serde_json::from_str(&self.succeeds(from, &words)?)?;
         let what = || format!("{report:?}");
         ensure!(report.outcome == Outcome::Completed, what());
@@ -46,7 +55,7 @@ impl TestLab {
     /// # Errors
     /// It does not come to that.
     pub fn is_in_precopy(&self) -> Result<String> {
-        let id = self.begins(Node::A, &["--bandwidth", "2"])?;
+        let id = self.begins(Node::A, &["--bandwidth", "2", "--compress", "none"])?;
         self.comes_to(Node::A, &id, "the first pages", |status| {
             status.phase == Phase::Precopy && status.bytes_sent > 0
         })?;

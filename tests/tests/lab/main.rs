@@ -3,8 +3,12 @@
 #![allow(missing_docs, unreachable_pub)]
 
 mod any_moment;
+mod cancel;
 mod certificate;
 mod connection;
+mod policies;
+mod postcopy;
+mod soak;
 mod upgrade;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

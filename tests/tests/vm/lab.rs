@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use nix::sched::{CloneFlags, unshare};
+use vm_runtime::initramfs::find_modules;
 use vm_runtime::memory::{GuestMemory, is_zero, page_hash};
 use vm_runtime::qemu::{QemuBinary, QemuConfig};
 use vm_runtime::spec::{Accel, CPU, DiskSpec, KERNEL_CMDLINE, MACHINE, VmSpec};
@@ -15,7 +16,7 @@ use vm_runtime::units::{Bytes, PAGE_SIZE, PageIndex};
 use vm_runtime::vm::{CONSOLE, SuccessorResources, Vm, VmRecord, VmResources};
 use xtask::process::poll_until;
 
-use crate::guest;
+use crate::guest::{self, Program};
 
 /// Under emulation on a busy machine a kernel takes this long at the very most.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
@@ -30,11 +31,17 @@ pub struct Lab {
     console: PathBuf,
     pub qemu: QemuBinary,
     kernel: PathBuf,
+    memory: Bytes,
     _one: tokio::sync::MutexGuard<'static, ()>,
 }
 
 impl Lab {
     pub async fn new() -> anyhow::Result<Self> {
+        Self::with(Program::Writes).await
+    }
+
+    /// As [`Lab::new`], with guests that do something else.
+    pub async fn with(program: Program) -> anyhow::Result<Self> {
         let one = ONE.lock().await;
         let guest = std::env::var_os("MIGRATOR_GUEST_DIR").context(
             "MIGRATOR_GUEST_DIR is not set: run these tests with `cargo xtask test`, or let it name \
@@ -45,10 +52,18 @@ impl Lab {
             bail!("{} is not there: run `cargo xtask setup`", kernel.display());
         }
         let dir = tempfile::Builder::new().prefix("vm-test-").tempdir()?;
-        guest::write_initramfs(&dir.path().join("initramfs"))?;
+        let modules = match program {
+            Program::Hog => find_modules(&Path::new(&guest).join("modules"))?,
+            Program::Writes | Program::Busy => Vec::new(),
+        };
+        guest::write_initramfs(&dir.path().join("initramfs"), program, &modules)?;
         Ok(Self {
             console: dir.path().join("vm"),
             dir,
+            memory: match program {
+                Program::Hog => Bytes(2 * guest::HOG_BYTES),
+                Program::Writes | Program::Busy => Bytes::mib(128),
+            },
             qemu: QemuBinary::find(None).await?,
             kernel,
             _one: one,
@@ -76,7 +91,7 @@ impl Lab {
             machine: MACHINE.to_owned(),
             cpu: CPU.to_owned(),
             accel: Accel::Tcg,
-            memory: Bytes::mib(128),
+            memory: self.memory,
             vcpus: 2,
             mac: "52:54:00:00:00:02".parse().unwrap(),
             disks: vec![DiskSpec {
@@ -84,6 +99,7 @@ impl Lab {
                 image_digest: String::new(),
                 size: Bytes::mib(1),
             }],
+            free_page_reporting: true,
             cmdline: format!("{KERNEL_CMDLINE} quiet"),
             kernel_sha256: String::new(),
             initramfs_sha256: String::new(),

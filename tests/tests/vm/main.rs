@@ -4,9 +4,11 @@
 //! test` sets it.
 #![allow(missing_docs, unreachable_pub)]
 
+mod balloon;
 mod guest;
 mod lab;
 mod succession;
+mod throttle;
 
 use std::collections::HashSet;
 use std::io;

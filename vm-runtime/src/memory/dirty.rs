@@ -169,7 +169,24 @@ fn push(found: &mut Vec<PageRange>, range: PageRange) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::Own;
     use super::*;
+
+    #[test]
+    fn a_page_that_was_written_and_then_punched_counts_as_written() {
+        // More than one page table: some are left with nothing in them.
+        let own = Own::new(2048);
+        let all = PageRange::new(0, 2048);
+        (0..2048).for_each(|page| own.write(PageIndex(page), 1));
+        let mut tracker = DirtyTracker::start(own.uffd(), own.pid(), own.memory()).unwrap();
+        assert_eq!(tracker.scan().unwrap(), []);
+        (0..2048).for_each(|page| own.write(PageIndex(page), 2));
+        own.memory().punch(all).unwrap();
+        assert_eq!(tracker.scan().unwrap(), [all]);
+        assert_eq!(tracker.scan().unwrap(), []);
+        own.write(PageIndex(700), 3);
+        assert_eq!(tracker.scan().unwrap(), [PageRange::new(700, 701)]);
+    }
 
     #[test]
     fn addresses_become_pages_of_the_file() {

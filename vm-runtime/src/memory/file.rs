@@ -111,6 +111,15 @@ impl GuestMemory {
         Ok(())
     }
 
+    /// Pages that the host keeps for the guest: those that are no holes.
+    ///
+    /// # Errors
+    /// What `fstat` says.
+    pub fn allocated_pages(&self) -> io::Result<u64> {
+        // In units of 512 bytes, stat(2).
+        Ok(self.file.metadata()?.blocks() / (PAGE_SIZE as u64 / 512))
+    }
+
     /// The page ranges that hold data, in order; everything between them is holes, thus zeros.
     ///
     /// # Errors
@@ -197,6 +206,7 @@ mod tests {
         memory.write(PageIndex(15), &[9; PAGE_SIZE]).unwrap();
         let both = [PageRange::new(2, 4), PageRange::new(15, 16)];
         assert_eq!(memory.data_ranges().unwrap(), both);
+        assert_eq!(memory.allocated_pages().unwrap(), 3);
         memory.punch(PageRange::new(3, 16)).unwrap();
         assert_eq!(memory.data_ranges().unwrap(), [PageRange::new(2, 3)]);
         memory.punch(PageRange::new(5, 5)).unwrap();

@@ -1,5 +1,22 @@
-//! The unsafe island of reading guest memory through a mapping: what must be read fast while the guest stands still.
+//! The unsafe island of reading guest memory through a mapping.
+//!
+//! A page is copied and looked at for zeros in one pass: volatile loads of 16 bytes, stored and joined by OR. Nanoseconds a page of
+//! 256 MiB, a quarter of them zero (and of 128 KiB that stay in the cache):
+//!
+//! | | cold | cached |
+//! |---|---|---|
+//! | `pread` of 256 pages, then a comparison with zeros | 557 | |
+//! | `pread` of one page, then the same | 763 | |
+//! | volatile words of 8 bytes | 469 | 150 |
+//! | volatile vectors of 16 bytes (what is here) | 274 | 94 |
+//! | `memcpy`, then a comparison with zeros | 254 | 126 |
+//!
+//! `memcpy` is not for memory that another process writes to: the compiler may take what it copies for stable.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{
+    __m128i, _mm_cmpeq_epi8, _mm_movemask_epi8, _mm_or_si128, _mm_setzero_si128, _mm_storeu_si128,
+};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::ptr::NonNull;
@@ -10,6 +27,9 @@ use super::GuestMemory;
 use crate::units::{PAGE_SIZE, PageIndex, PageRange};
 
 const WORD: usize = size_of::<u64>();
+/// Bytes of one vector register that every x86-64 processor has.
+#[cfg(target_arch = "x86_64")]
+const VECTOR: usize = size_of::<__m128i>();
 
 /// Guest RAM, mapped to be read. A copy out of it costs half of a `pread`, once its pages are in the page table.
 ///
@@ -79,19 +99,19 @@ impl MemoryView {
         Ok(())
     }
 
-    /// Copies a page.
+    /// Pages of guest memory.
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// Copies a page, and says whether the copy is all zeros.
     ///
     /// # Errors
     /// `UnexpectedEof` if it is beyond guest RAM.
-    pub fn copy(&self, page: PageIndex, out: &mut [u8; PAGE_SIZE]) -> io::Result<()> {
+    pub fn copy(&self, page: PageIndex, out: &mut [u8; PAGE_SIZE]) -> io::Result<bool> {
         let from = self.page(page)?;
-        for (index, bytes) in out.chunks_exact_mut(WORD).enumerate() {
-            // SAFETY: `from` is the aligned start of a whole page of the mapping, and `index` below its 512 words. The
-            // VMM may write there meanwhile: a volatile load of a word is neither cached, repeated nor assumed stable.
-            let word = unsafe { from.add(index).read_volatile() };
-            bytes.copy_from_slice(&word.to_ne_bytes());
-        }
-        Ok(())
+        // SAFETY: `from` is the aligned start of a whole page of the mapping, which lives as long as `self`.
+        Ok(unsafe { copy_page(from, out) })
     }
 
     fn page(&self, page: PageIndex) -> io::Result<*mut u64> {
@@ -113,6 +133,49 @@ impl Drop for MemoryView {
     }
 }
 
+/// Copies a page that others may be writing to, and says whether the copy is all zeros.
+///
+/// # Safety
+/// `from` is the start of a mapped page, aligned as a page is.
+#[cfg(target_arch = "x86_64")]
+unsafe fn copy_page(from: *const u64, out: &mut [u8; PAGE_SIZE]) -> bool {
+    const LANES: usize = 4;
+    let from = from.cast::<__m128i>();
+    let to = out.as_mut_ptr().cast::<__m128i>();
+    // SAFETY: SSE2 is part of x86-64. The indices stay below the page's 256 vectors. Loads are aligned, because the page is; they
+    // are volatile, so that none is repeated or taken for stable while the VMM writes there. Stores go to `out` and need no alignment.
+    unsafe {
+        let mut seen = [_mm_setzero_si128(); LANES];
+        for first in (0..PAGE_SIZE / VECTOR).step_by(LANES) {
+            for (lane, seen) in seen.iter_mut().enumerate() {
+                let vector = from.add(first + lane).read_volatile();
+                _mm_storeu_si128(to.add(first + lane), vector);
+                *seen = _mm_or_si128(*seen, vector);
+            }
+        }
+        let [a, b, c, d] = seen;
+        let any = _mm_or_si128(_mm_or_si128(a, b), _mm_or_si128(c, d));
+        _mm_movemask_epi8(_mm_cmpeq_epi8(any, _mm_setzero_si128())) == 0xffff
+    }
+}
+
+/// As above, by words.
+///
+/// # Safety
+/// `from` is the start of a mapped page, aligned as a page is.
+#[cfg(not(target_arch = "x86_64"))]
+unsafe fn copy_page(from: *const u64, out: &mut [u8; PAGE_SIZE]) -> bool {
+    let mut seen = 0;
+    for (index, bytes) in out.chunks_exact_mut(WORD).enumerate() {
+        // SAFETY: `index` is below the page's 512 words. A volatile load is neither repeated nor taken for stable while the VMM
+        // writes there.
+        let word = unsafe { from.add(index).read_volatile() };
+        seen |= word;
+        bytes.copy_from_slice(&word.to_ne_bytes());
+    }
+    seen == 0
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -130,6 +193,23 @@ mod tests {
         memory.write(PageIndex(3), &[9; PAGE_SIZE]).unwrap();
         view.copy(PageIndex(3), &mut page).unwrap();
         assert_eq!(page, [9; PAGE_SIZE]);
+    }
+
+    #[test]
+    fn a_single_byte_anywhere_makes_the_copy_nonzero() {
+        let memory = GuestMemory::create("view-test", Bytes(PAGE_SIZE as u64)).unwrap();
+        let view = MemoryView::new(&memory).unwrap();
+        let mut copy = [1; PAGE_SIZE];
+        for at in 0..PAGE_SIZE {
+            let mut page = [0; PAGE_SIZE];
+            page[at] = 0x80;
+            memory.write(PageIndex(0), &page).unwrap();
+            assert!(!view.copy(PageIndex(0), &mut copy).unwrap(), "byte {at}");
+            assert_eq!(copy, page);
+        }
+        memory.write(PageIndex(0), &[0; PAGE_SIZE]).unwrap();
+        assert!(view.copy(PageIndex(0), &mut copy).unwrap());
+        assert_eq!(copy, [0; PAGE_SIZE]);
     }
 
     #[test]

@@ -81,6 +81,26 @@ pub struct QmpEvent {
     pub name: String,
     /// Its data; null if it has none.
     pub data: Value,
+    /// When, by QEMU's reading of the host's clock, in microseconds of Unix time; 0 if it does not know.
+    pub at_unix_us: u64,
+}
+
+/// The `timestamp` of an event (docs/interop/qmp-spec): both -1 if the host's clock could not be read.
+#[derive(Clone, Copy, Default, Deserialize)]
+#[serde(default)]
+struct Timestamp {
+    seconds: i64,
+    microseconds: i64,
+}
+
+impl Timestamp {
+    fn unix_us(self) -> u64 {
+        let seconds = u64::try_from(self.seconds).unwrap_or(0);
+        let microseconds = u64::try_from(self.microseconds).unwrap_or(0);
+        seconds
+            .saturating_mul(1_000_000)
+            .saturating_add(microseconds)
+    }
 }
 
 /// One line from QEMU.
@@ -93,6 +113,8 @@ struct Line {
     event: Option<String>,
     #[serde(default)]
     data: Value,
+    #[serde(default)]
+    timestamp: Timestamp,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -289,6 +311,7 @@ fn dispatch(line: Line, shared: &Shared) {
             let _ = events.send(QmpEvent {
                 name,
                 data: line.data,
+                at_unix_us: line.timestamp.unix_us(),
             });
         }
         return;

@@ -49,6 +49,25 @@ async fn a_reply_finds_its_caller_between_events() {
 }
 
 #[tokio::test]
+async fn an_event_tells_when_it_happened_if_the_clock_could_be_read() {
+    let (_dir, path) = monitor(|_, id| {
+        let stop =
+            "{\"event\": \"STOP\", \"timestamp\": {\"seconds\": 1700000000, \"microseconds\": 42}}";
+        let resume =
+            "{\"event\": \"RESUME\", \"timestamp\": {\"seconds\": -1, \"microseconds\": -1}}";
+        Some(format!("{stop}\r\n{resume}\r\n{}", ok(id)))
+    });
+    let qmp = Qmp::connect(&path, SOON).await.unwrap();
+    let mut events = qmp.events();
+    qmp.execute("stop", Value::Null, SOON).await.unwrap();
+    assert_eq!(
+        events.recv().await.unwrap().at_unix_us,
+        1_700_000_000_000_042
+    );
+    assert_eq!(events.recv().await.unwrap().at_unix_us, 0);
+}
+
+#[tokio::test]
 async fn a_refusal_keeps_class_and_words() {
     let (_dir, path) = monitor(|name, id| {
         Some(match name {

@@ -17,12 +17,14 @@ mod find;
 mod inject;
 mod pidfd;
 mod process;
+mod ram;
 mod record;
 mod replace_fd;
 mod spawn;
 mod start;
 mod state;
 mod successor;
+pub mod throttle;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -35,6 +37,7 @@ use tokio::sync::broadcast;
 use tokio::time::{Instant, sleep, timeout};
 
 pub use self::error::{AttachError, ControlError, SpawnError, StateError, SuccessionError};
+pub use self::ram::VmRam;
 pub use self::record::{VmRecord, VmmFds, VmmProcess};
 pub use self::state::{LoadStats, SaveStats};
 pub use self::successor::{HandOver, Successor, SuccessorResources};
@@ -132,7 +135,8 @@ pub struct Vm {
     uffd: OwnedFd,
     tap: OwnedFd,
     park: Option<OwnedFd>,
-    qmp: Qmp,
+    qmp: Arc<Qmp>,
+    throttle: Arc<throttle::Slot>,
 }
 
 impl Vm {
@@ -160,7 +164,7 @@ impl Vm {
         Ok(vm)
     }
 
-    /// Finds the VM again that an earlier service started, in whatever state it is.
+    /// Finds the VM again that an earlier service started, in whatever state it is; but not slowed down.
     ///
     /// # Errors
     /// Its process is gone, its descriptors cannot be taken, or its monitor is silent. The VM,
@@ -171,6 +175,7 @@ impl Vm {
         let process = match Process::find(pid, record.start_time) {
             Ok(process) => process,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                throttle::forget(&record.dir);
                 return Err(AttachError::Gone { pid });
             }
             Err(source) => return Err(failed("process")(source)),
@@ -182,15 +187,18 @@ impl Vm {
         let park = record.fds.park.map(|fd| take("park", fd)).transpose()?;
         let uffd = take("userfaultfd", record.fds.uffd)?;
         let qmp = Qmp::connect(&record.dir.join(QMP_SOCKET), QMP_DEADLINE).await?;
-        Ok(Self {
+        let vm = Self {
             record: record.clone(),
             process: Arc::new(process),
             memory: Arc::new(memory),
             uffd,
             tap,
             park,
-            qmp,
-        })
+            qmp: Arc::new(qmp),
+            throttle: Arc::default(),
+        };
+        throttle::clear(&vm).await;
+        Ok(vm)
     }
 
     /// What a later service needs for [`Vm::attach`]; also in the VM's folder, see
@@ -256,6 +264,8 @@ impl Vm {
     /// # Errors
     /// QEMU is gone or silent; in the latter case the guest may run or not.
     pub async fn stop(&self) -> Result<(), ControlError> {
+        let mut halted = self.throttle.halted.lock().await;
+        *halted = true;
         self.command("stop").await.map(drop)
     }
 
@@ -264,6 +274,7 @@ impl Vm {
     /// # Errors
     /// QEMU refuses, is gone or silent.
     pub async fn cont(&self) -> Result<(), ControlError> {
+        let mut halted = self.throttle.halted.lock().await;
         let until = Instant::now() + QMP_DEADLINE;
         let mut settled = false;
         loop {
@@ -275,7 +286,10 @@ impl Vm {
                     settled = self.query_status().await? != RunState::Saving;
                     sleep(state::SETTLE_PERIOD).await;
                 }
-                result => return result.map(drop),
+                result => {
+                    *halted &= result.is_err();
+                    return result.map(drop);
+                }
             }
         }
     }

@@ -178,6 +178,7 @@ impl VmRecord {
 
     /// Removes the record, once the VMM is gone.
     pub(super) fn remove(&self) {
+        super::throttle::forget(&self.dir);
         // Gone already is fine. In its place may be that of the VMM which has replaced it.
         if Self::load(&self.dir).is_ok_and(|found| found.process() == self.process()) {
             let _ = std::fs::remove_file(self.dir.join(FILE));

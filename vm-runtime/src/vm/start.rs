@@ -73,7 +73,8 @@ pub(super) async fn start(
         uffd,
         tap: res.tap,
         park: res.park,
-        qmp,
+        qmp: Arc::new(qmp),
+        throttle: Arc::default(),
     };
     Ok((vm, guard))
 }

@@ -36,6 +36,11 @@ pub(super) fn down(lab: &Lab) -> Result<()> {
     for stray in strays(lab) {
         attempt(stray.end(Duration::ZERO));
     }
+    for node in Node::ALL {
+        for folder in folders_with(&lab.node_dir(node), vm_runtime::vm::throttle::RECORD) {
+            vm_runtime::vm::throttle::forget(&folder);
+        }
+    }
     attempt(network::down(lab));
     attempt(network::restore_backlog(&state));
     for mount in mounts_below(lab.dir()) {
@@ -59,6 +64,13 @@ pub(super) fn down(lab: &Lab) -> Result<()> {
 
 /// The VMs that a node's state folder tells of, alive or not: every `vmm.json` in it, whichever pod or migration made it.
 pub(super) fn vms(node_dir: &Path) -> Vec<ProcessId> {
+    let folders = folders_with(node_dir, "vmm.json");
+    let recorded = |folder: &PathBuf| recorded(&folder.join("vmm.json"), folder);
+    folders.iter().filter_map(recorded).collect()
+}
+
+/// The folders of a node's state with a file of this name.
+fn folders_with(node_dir: &Path, name: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut folders = vec![node_dir.join("state")];
     while let Some(folder) = folders.pop() {
@@ -69,8 +81,8 @@ pub(super) fn vms(node_dir: &Path) -> Vec<ProcessId> {
             let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
             if is_dir {
                 folders.push(entry.path());
-            } else if entry.file_name() == "vmm.json" {
-                found.extend(recorded(&entry.path(), &folder));
+            } else if entry.file_name() == name {
+                found.push(folder.clone());
             }
         }
     }

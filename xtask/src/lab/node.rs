@@ -26,7 +26,7 @@ pub(super) fn write_config(lab: &Lab, project: &Project, node: Node) -> Result<(
     let path = dir.join("config.yaml");
     std::fs::write(
         &path,
-        config(lab, project, node, &|name| std::env::var(name).ok())?,
+        config(lab, project, node, &|name| lab.setting(name))?,
     )
     .with_context(|| format!("cannot write {}", path.display()))
 }
@@ -215,6 +215,7 @@ mod tests {
             project: project.clone(),
             dir: "/l".into(),
             prefix: "x-".into(),
+            qemu: None,
         };
         let text = config(&lab, &project, Node::B, &|name| {
             (name == "MIGRATOR_QEMU").then(|| "/q/qemu".to_owned())

@@ -1,14 +1,14 @@
 //! What goes into the destination's machine, and what comes out.
 
 use crate::migration::journal::Entry;
-use crate::wire::message::{Control, Handover, ImageWant, Offer, Refuse};
+use crate::wire::message::{Control, FaultFigures, Handover, ImageWant, Offer, Refuse};
 
 /// What happened.
 #[derive(Clone, Debug)]
 pub enum Input {
     /// Begin. Once, and first.
     Begin,
-    /// A message of the link that is up. Not `Ping`, `Pong`; `StateChunk` and `PageHashes` go to the steps that wait for them instead;
+    /// A message of the link that is up. Not `Ping`, `Pong`; `StateChunk`, `PageBits` and `PageHashes` go to the steps that wait for them instead;
     /// a `Query` that opens a new session is [`Input::Asked`].
     Peer(Control),
     /// A `Query` for this migration came over a new session, which is the link from now on: drop the old one, and report nothing more of it.
@@ -35,6 +35,16 @@ pub enum Input {
     RoundPlaced {
         /// The round.
         round: u32,
+    },
+    /// [`Output::MarkStale`] is done: the pages are missing, and whoever touches one waits.
+    StaleMarked {
+        /// As asked for.
+        last: bool,
+    },
+    /// [`Output::AwaitPages`] is done: the guest lacks no page any more.
+    PagesHere {
+        /// What it cost the guest.
+        faults: FaultFigures,
     },
     /// [`Output::Verify`] is done.
     Verified {
@@ -89,6 +99,16 @@ pub enum Output {
     ReceiveImages(Vec<ImageWant>),
     /// Memory, gate (shut), VMM waiting for state; from here on place the pages that come. Then [`Input::VmPrepared`].
     PrepareVm,
+    /// Make the pages of the `PageBits` that came missing, and from the first time on have whoever touches a page that is not there wait for it.
+    /// Then [`Input::StaleMarked`].
+    MarkStale {
+        /// Whether no more follow.
+        last: bool,
+    },
+    /// Wait until no page is missing; the guest runs. Then [`Input::PagesHere`].
+    AwaitPages,
+    /// Send `PageBits` of the missing pages and `Wanted`, and ask for pages over the connections of the link that is up.
+    SendWanted,
     /// Compare the guest's memory with the hashes that came. Then [`Input::Verified`].
     Verify,
     /// Give the VMM the device state that came. The memory is complete: devices look into it. Then [`Input::StateLoaded`].

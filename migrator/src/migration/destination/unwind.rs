@@ -2,12 +2,13 @@
 
 use super::{Destination, Outcome, Output, SOURCE_LIMIT_US, State};
 use crate::migration::journal::{DestinationState, Entry};
-use crate::wire::message::{Abort, Control, QueryReply, Refuse, RefuseCode, Verdict};
+use crate::wire::message::{Abort, Control, FaultFigures, QueryReply, Refuse, RefuseCode, Verdict};
 
 impl Destination {
     /// The right is this node's, and there is no guest to run.
     pub(super) fn pod_is_lost(&mut self, reason: &str, out: &mut Vec<Output>) {
         self.pod_failed = Some(reason.to_owned());
+        self.wants_pages = false;
         self.state = State::Running;
         self.record.state = DestinationState::Owner { resumed: true };
         self.tell_running(0, Vec::new(), out);
@@ -69,6 +70,7 @@ impl Destination {
                 out.push(Output::PodFailed {
                     reason: reason.to_owned(),
                 });
+                self.pages_here(FaultFigures::default(), out);
             }
             _ => {}
         }
@@ -98,6 +100,11 @@ impl Destination {
         self.link = true;
         self.give_up_at = None;
         match self.state {
+            // The resume itself may wait for a page, and the pages for the answer.
+            State::Resuming | State::Running if self.wants_pages => {
+                out.push(Output::Send(self.reply(Verdict::Running)));
+                out.push(Output::SendWanted);
+            }
             State::Resuming => self.asked = true,
             State::Running => out.push(Output::Send(self.reply(Verdict::Running))),
             State::Discarding { .. } | State::Done => {
@@ -116,6 +123,7 @@ impl Destination {
         Control::QueryReply(QueryReply {
             migration: self.record.migration,
             verdict,
+            wants_pages: self.wants_pages,
         })
     }
 
@@ -142,7 +150,7 @@ impl Destination {
         self.timer = None;
         if self.give_up_at.is_some_and(|at| at <= now) {
             self.give_up_at = Some(now + SOURCE_LIMIT_US);
-            if matches!(self.state, State::Running) {
+            if matches!(self.state, State::Running) && !self.wants_pages {
                 self.finish(false, out);
             }
         }

@@ -4,7 +4,10 @@ use vm_runtime::units::Epoch;
 
 use super::{Destination, Input, Loading, Outcome, Output, Receiving, State};
 use crate::migration::journal::{DestinationState, Entry};
-use crate::wire::message::{Accept, Control, Prepared, Ready, RoundAck, Running, Verdict};
+use crate::wire::message::{
+    Accept, Control, FaultFigures, MemoryComplete, Prepared, Ready, RoundAck, Running, StaleAck,
+    Verdict,
+};
 
 impl Destination {
     /// Messages of the source. Late and doubled ones meet a state that does not wait for them, and are nothing.
@@ -33,11 +36,19 @@ impl Destination {
                 loading.comparing = true;
                 out.push(Output::Verify);
             }
+            (Control::StaleEnd(end), State::Receiving(_)) => {
+                self.wants_pages = true;
+                out.push(Output::MarkStale { last: end.last });
+            }
             (Control::Handover(handover), State::Receiving(_)) => self.handover = Some(handover),
             (Control::Grant(grant), State::Ready) => self.take_grant(grant.epoch, out),
             (Control::Abort(abort), _) if early => {
                 let reason = format!("{}: {}", self.record.from, abort.reason);
                 self.discard(&reason, out);
+            }
+            (Control::Abort(abort), State::Resuming | State::Running) if self.wants_pages => {
+                let reason = format!("{}: {}", self.record.from, abort.reason);
+                self.failed(&reason, out);
             }
             (Control::Query(query), _) if query.migration == self.record.migration => {
                 self.asked(out);
@@ -81,6 +92,14 @@ impl Destination {
                 out.push(Output::Send(RoundAck { round }.into()));
                 self.load_if_complete(out);
             }
+            (Input::StaleMarked { last: false }, State::Receiving(_)) => {
+                out.push(Output::Send(StaleAck.into()));
+            }
+            (Input::StaleMarked { last: true }, State::Receiving(receiving)) => {
+                receiving.marked = true;
+                self.load_if_complete(out);
+            }
+            (Input::PagesHere { faults }, State::Running) => self.pages_here(faults, out),
             (
                 Input::Verified {
                     pages,
@@ -126,7 +145,8 @@ impl Destination {
         let State::Receiving(receiving) = self.state else {
             return;
         };
-        let memory = receiving.last.is_some_and(|last| last == receiving.placed);
+        let memory =
+            receiving.marked || receiving.last.is_some_and(|last| last == receiving.placed);
         if !(memory && receiving.state && self.handover.is_some()) {
             return;
         }
@@ -192,6 +212,9 @@ impl Destination {
         self.tell_running(resumed_at_unix_us, steps, out);
         let handover = self.handover.take();
         out.push(Output::Adopt { handover });
+        if self.wants_pages {
+            out.push(Output::AwaitPages);
+        }
         out.push(Output::Note(Entry::Destination(self.record.clone())));
     }
 
@@ -213,6 +236,13 @@ impl Destination {
                 failed: self.pod_failed.clone(),
             }),
         }));
+    }
+
+    /// The guest lacks nothing any more, be it that it is gone.
+    pub(super) fn pages_here(&mut self, faults: FaultFigures, out: &mut Vec<Output>) {
+        if std::mem::take(&mut self.wants_pages) && self.link {
+            out.push(Output::Send(MemoryComplete { faults }.into()));
+        }
     }
 
     pub(super) fn settled(&mut self, out: &mut Vec<Output>) {

@@ -1,24 +1,28 @@
 //! Sessions that other nodes dial: a new migration, or a source that comes back after a lost link.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 
 use super::destination::Run;
+use super::destination_pages::missing_file;
 use super::link::{Link, LinkEvent};
 use super::runner::Side;
 use super::steps::{blocking_journal, owner_to_go_on};
 use crate::api::error::chain;
 use crate::daemon::node::Node;
+use crate::memory::receive::Target;
 use crate::migration::destination::{Destination, Input};
 use crate::migration::journal::DestinationRecord;
 use crate::network::Stage;
 use crate::pods::{PodHandle, PodResources};
-use crate::wire::bulk::Urgent;
+use crate::wire::bulk::{Data, Urgent};
 use crate::wire::conn::Connection;
+use crate::wire::fault::Fault;
 use crate::wire::id::MigrationId;
 use crate::wire::message::{Bye, Control, Ledger, QueryReply};
 use crate::wire::session::Session;
@@ -30,6 +34,15 @@ const FIRST_MESSAGE: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug, Default)]
 pub struct Arrivals {
     running: Arc<Mutex<HashMap<MigrationId, UnboundedSender<Relinked>>>>,
+    /// Guests that lack pages, until their machines are there.
+    paged: Arc<Mutex<HashMap<MigrationId, Paged>>>,
+}
+
+/// A guest that is being paged, and the end of who does it.
+#[derive(Debug)]
+struct Paged {
+    target: Arc<OnceLock<Target>>,
+    end: CancellationToken,
 }
 
 /// A session of a source that came back, with its first message.
@@ -38,6 +51,8 @@ pub(super) struct Relinked {
     pub(super) link: Link,
     pub(super) events: UnboundedReceiver<LinkEvent>,
     pub(super) urgent: Option<Connection<Urgent>>,
+    pub(super) data: Vec<Connection<Data>>,
+    pub(super) faults: Vec<Connection<Fault>>,
     pub(super) first: Control,
 }
 
@@ -48,6 +63,33 @@ impl Arrivals {
         // Every change is one call on the map.
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// A guest lacks pages, and its machine is not there yet: what its source says comes out of the channel, until the token is
+    /// cancelled.
+    pub(super) fn page(
+        &self,
+        migration: MigrationId,
+        target: &Arc<OnceLock<Target>>,
+    ) -> (UnboundedReceiver<Relinked>, CancellationToken) {
+        let (relink, asked) = unbounded_channel();
+        self.lock().insert(migration, relink);
+        let end = CancellationToken::new();
+        let paged = Paged {
+            target: Arc::clone(target),
+            end: end.clone(),
+        };
+        self.paged().insert(migration, paged);
+        (asked, end)
+    }
+
+    /// Whether a guest is being paged whose machine is not there yet.
+    pub fn is_paged(&self, migration: MigrationId) -> bool {
+        self.paged().contains_key(&migration)
+    }
+
+    fn paged(&self) -> std::sync::MutexGuard<'_, HashMap<MigrationId, Paged>> {
+        self.paged.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Serves a session that another node dialed.
@@ -57,10 +99,11 @@ pub(super) async fn incoming(node: Arc<Node>, session: Session) {
         control,
         data,
         urgent,
+        faults,
         ..
     } = session;
     let (sender, mut events) = unbounded_channel();
-    let link = Link::start(control, sender, |event| event);
+    let link = Link::start(control, sender, Some);
     let first = match timeout(FIRST_MESSAGE, events.recv()).await {
         Ok(Some(LinkEvent::Message(message))) => message,
         Ok(Some(LinkEvent::Lost(reason))) => {
@@ -74,6 +117,8 @@ pub(super) async fn incoming(node: Arc<Node>, session: Session) {
     };
     match first {
         Control::Offer(offer) => {
+            // Before that nobody knows which names and addresses are taken.
+            node.found.cancelled().await;
             if offer.source != peer || urgent.is_none() || data.is_empty() {
                 tracing::warn!(
                     peer,
@@ -86,6 +131,7 @@ pub(super) async fn incoming(node: Arc<Node>, session: Session) {
             run.offer = Some(offer);
             run.take_link(link, events);
             run.urgent = urgent;
+            run.faults = faults;
             run.lanes = data.len();
             run.receive(data);
             run.input(Input::Begin).await;
@@ -96,6 +142,8 @@ pub(super) async fn incoming(node: Arc<Node>, session: Session) {
                 link,
                 events,
                 urgent,
+                data,
+                faults,
                 first,
             };
             question(&node, peer, asked).await;
@@ -121,6 +169,10 @@ pub(super) async fn question(node: &Arc<Node>, peer: String, asked: Relinked) {
     let Some(id) = subject(&asked.first) else {
         return;
     };
+    let known = node.arrivals.lock().contains_key(&id);
+    if !known {
+        node.found.cancelled().await;
+    }
     let machine = node.arrivals.lock().get(&id).cloned();
     let mut asked = match machine {
         Some(machine) => match machine.send(asked) {
@@ -130,6 +182,11 @@ pub(super) async fn question(node: &Arc<Node>, peer: String, asked: Relinked) {
         },
         None => asked,
     };
+    if missing_file(node, id).exists() {
+        // Only the machine that is about to be there can say what the guest lacks; the source asks again.
+        tracing::info!(peer, migration = %id, "asked too early");
+        return;
+    }
     let mut next = Some(asked.first);
     while let Some(message) = next.take() {
         let answer = match message {
@@ -142,6 +199,7 @@ pub(super) async fn question(node: &Arc<Node>, peer: String, asked: Relinked) {
                     Some(Control::QueryReply(QueryReply {
                         migration: query.migration,
                         verdict,
+                        wants_pages: false,
                     }))
                 })
             }
@@ -203,8 +261,14 @@ pub(super) async fn recover(
             "the network is not told that it lives here"
         );
     }
-    let (machine, first) = Destination::recover(0, record, owner, pod.is_some());
+    let paged = node.arrivals.paged().remove(&record.migration);
+    let (machine, first) = Destination::recover(0, record, owner, pod.is_some(), paged.is_some());
     let mut run = Run::new(node, machine);
+    if let Some(Paged { target, end }) = paged {
+        run.target = target;
+        // The source loses its link, and dials this machine.
+        end.cancel();
+    }
     run.found = pod;
     run.watch_vm();
     run.carry_out(first).await;

@@ -12,6 +12,7 @@ use super::{Options, Outgoing};
 use crate::api::error::chain;
 use crate::daemon::migrations::Ticket;
 use crate::daemon::node::Node;
+use crate::memory::compress::Compress;
 use crate::migration::journal::SourceRecord;
 use crate::migration::rounds::Policy;
 use crate::migration::source::{Input, Plan, Source};
@@ -73,6 +74,8 @@ pub(super) async fn outgoing(node: Arc<Node>, job: Outgoing) {
     }
     let mut plan = Plan::new(offer, to.to_string(), pod.view().epoch);
     plan.policy = policy(options);
+    plan.mode = options.mode;
+    plan.on_stall = options.on_stall;
     let mut run = Run::new(
         node,
         pod,
@@ -82,6 +85,8 @@ pub(super) async fn outgoing(node: Arc<Node>, job: Outgoing) {
         Source::new(plan),
         addr,
     );
+    run.connections = options.connections;
+    run.compress = options.compress;
     run.attach(session, options.bandwidth);
     run.input(Input::Begin).await;
     run.events().await;
@@ -140,10 +145,12 @@ pub(super) fn figures(node: &Node, ticket: &Ticket, pod: &PodHandle, to: &str) -
         frozen_at_unix_us: 0,
         memory: status::MemoryReport {
             bytes_ram: pod.spec().memory.0,
+            compress: Compress::None,
             ..status::MemoryReport::default()
         },
         phases: Vec::new(),
         downtime_us: 0,
+        postcopy: false,
         total: None,
     }
 }

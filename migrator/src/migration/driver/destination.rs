@@ -8,6 +8,7 @@ use tokio::sync::mpsc::{self, UnboundedReceiver, unbounded_channel};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
+use vm_runtime::units::PageRange;
 use vm_runtime::vm::Vm;
 
 use super::arrive::{Relinked, question};
@@ -27,6 +28,7 @@ use crate::network::Port;
 use crate::pods::{PodHandle, PodResources};
 use crate::wire::bulk::Urgent;
 use crate::wire::conn::Connection;
+use crate::wire::fault::Fault;
 use crate::wire::id::MigrationId;
 use crate::wire::message::{Bye, Control, Ledger, Offer};
 
@@ -46,6 +48,9 @@ pub(super) struct Run {
     pub(super) registered: Option<MigrationId>,
     pub(super) urgent: Option<Connection<Urgent>>,
     pub(super) lanes: usize,
+    pub(super) faults: Vec<Connection<Fault>>,
+    /// Pages that will be missing, as they come in.
+    pub(super) stale: Vec<PageRange>,
     pub(super) target: Arc<OnceLock<Target>>,
     pub(super) hashes: Option<Arc<PageHashes>>,
     pub(super) theirs: Vec<(vm_runtime::units::PageIndex, Vec<u64>)>,
@@ -84,6 +89,8 @@ impl Run {
             registered: Some(id),
             urgent: None,
             lanes: 0,
+            faults: Vec::new(),
+            stale: Vec::new(),
             target: Arc::new(OnceLock::new()),
             hashes: None,
             theirs: Vec::new(),
@@ -199,6 +206,10 @@ impl Run {
                 self.state.extend_from_slice(&chunk.0);
                 None
             }
+            LinkEvent::Message(Control::PageBits(bits)) => match self.take_stale(&bits) {
+                Ok(()) => None,
+                Err(reason) => Some(Input::Failed { reason }),
+            },
             LinkEvent::Message(Control::PageHashes(hashes)) => {
                 let pages = self.target.get().map_or(0, |target| target.memory.pages());
                 let known: usize = self.theirs.iter().map(|(_, piece)| piece.len()).sum();
@@ -225,10 +236,15 @@ impl Run {
             link,
             events,
             urgent,
+            data,
+            faults,
             first,
         } = asked;
         self.take_link(link, events);
         self.urgent = urgent;
+        self.faults = faults;
+        self.lanes = data.len();
+        self.receive(data);
         self.pump();
         match first {
             Control::Query(_) => self.input(Input::Asked).await,
@@ -240,9 +256,14 @@ impl Run {
     pub(super) fn pump(&mut self) {
         let Some(port) = self.port() else { return };
         if let Some(urgent) = self.urgent.take() {
+            let target = Arc::clone(&self.target);
             self.runner.helpers.spawn(async move {
                 let lost = packets::pump_in(urgent, port.clone()).await;
-                port.source_is_away();
+                // A guest that lacks pages cannot go on without the source: its packets wait for the log as well.
+                let pager = target.get().and_then(|target| target.pager.get());
+                if pager.is_none_or(|pager| pager.left() == 0) {
+                    port.source_is_away();
+                }
                 // The control connection tells when that matters.
                 tracing::debug!(error = chain(&lost), "the packet log's connection ended");
             });
@@ -326,8 +347,14 @@ impl Side for Run {
                     Ok(resume.await.unwrap_or_else(failed))
                 });
             }
+            Output::MarkStale { last } => self.mark_stale(last),
+            Output::AwaitPages => self.await_pages(),
+            Output::SendWanted => self.send_wanted().await,
             Output::Adopt { handover } => self.adopt(handover),
-            Output::PodFailed { reason } => self.pod_failed(reason).await,
+            Output::PodFailed { reason } => {
+                self.end_pager();
+                self.pod_failed(reason).await;
+            }
             Output::Discard => self.discard().await,
             Output::SendBye => {
                 let ledger = match self.port() {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use vm_runtime::vm::Vm;
 
+use super::depart::end_pod;
 use super::destination::Run;
 use super::handoff::Handoff;
 use super::prepare::{self, Images};
@@ -142,20 +143,22 @@ impl Run {
         });
         let prepared = Arc::clone(&self.prepared);
         let found = self.found.clone();
+        let pager = self.pager().filter(|_| self.machine.wants_pages());
+        let id = self.machine.migration().to_string();
+        let shutdown = self.runner.node.shutdown.clone();
         // Not a step: a pod that runs here is this node's, whatever else comes to an end.
         self.runner.node.tasks.spawn(async move {
-            match found {
-                Some((pod, _)) => {
-                    let end = MigrationEnd::Kept { epoch };
-                    if let Err(error) = pod.end_migration(end).await {
-                        tracing::error!(
-                            pod = pod.name(),
-                            error = chain(&error),
-                            "cannot end the migration"
-                        );
+            match (found, pager) {
+                (Some((pod, _)), Some(pager)) => {
+                    prepare::kept_when_whole(&pod, &pager, epoch, &shutdown).await;
+                }
+                (Some((pod, _)), None) => end_pod(&pod, MigrationEnd::Kept { epoch }).await,
+                (None, pager) => {
+                    let adopted = prepare::adopt(&prepared, handover, epoch, &pager, id).await;
+                    if let (Some(pod), Some(pager)) = (adopted, pager) {
+                        prepare::kept_when_whole(&pod, &pager, epoch, &shutdown).await;
                     }
                 }
-                None => prepare::adopt(&prepared, handover, epoch).await,
             }
         });
     }
@@ -195,6 +198,7 @@ impl Run {
     pub(super) async fn discard(&mut self) {
         self.runner.steps.shutdown().await;
         self.images = Images::default();
+        self.end_pager();
         self.parts = None;
         if let Some(reason) = prepare::discard(&self.prepared).await {
             tracing::error!(reason, "something of a discarded pod is left behind");

@@ -25,11 +25,11 @@ pub(super) struct Link {
 }
 
 impl Link {
-    /// Starts the connection; each event becomes an input.
+    /// Starts the connection; each event that `convert` does not drop becomes an input.
     pub(super) fn start<I: Send + 'static>(
         connection: Connection<Control>,
         inputs: UnboundedSender<I>,
-        convert: fn(LinkEvent) -> I,
+        convert: impl Fn(LinkEvent) -> Option<I> + Send + 'static,
     ) -> Self {
         let (sender, mut receiver) = control::start(connection);
         let reader = tokio::spawn(async move {
@@ -39,7 +39,8 @@ impl Link {
                     Err(error) => LinkEvent::Lost(chain(&error)),
                 };
                 let last = matches!(event, LinkEvent::Lost(_));
-                if inputs.send(convert(event)).is_err() || last {
+                let told = convert(event).map_or(Ok(()), |input| inputs.send(input));
+                if told.is_err() || last {
                     return;
                 }
             }

@@ -16,7 +16,9 @@ use std::sync::Arc;
 use crate::config::NodeName;
 use crate::daemon::migrations::Ticket;
 use crate::daemon::node::Node;
-use crate::migration::journal::Journal;
+use crate::memory::compress::Compress;
+use crate::migration::journal::{Journal, Recovery};
+use crate::migration::mode::{Mode, OnStall};
 use crate::pods::recover::OpenMigration;
 use crate::pods::{PodHandle, PodResources};
 use crate::wire::session::Session;
@@ -26,8 +28,10 @@ mod checks;
 mod clock;
 mod depart;
 mod destination;
+mod destination_pages;
 mod destination_pod;
 mod device_state;
+mod early_pages;
 mod handoff;
 mod link;
 mod offer;
@@ -37,8 +41,10 @@ mod report;
 mod runner;
 mod source;
 mod source_link;
+mod source_pages;
 mod source_status;
 mod source_steps;
+mod source_throttle;
 mod steps;
 
 pub use arrive::Arrivals;
@@ -50,10 +56,16 @@ pub struct Options {
     pub verify: bool,
     /// Freeze only when the predicted downtime is at most this.
     pub max_downtime_ms: u32,
+    /// When the memory crosses.
+    pub mode: Mode,
+    /// What is done when pre-copy does not get on.
+    pub on_stall: OnStall,
     /// Data connections.
     pub connections: u8,
     /// Bytes a second that memory may take on the wire while the guest runs; none: as fast as it goes.
     pub bandwidth: Option<NonZeroU64>,
+    /// What pages are compressed with.
+    pub compress: Compress,
 }
 
 /// A migration away from here, to be driven. The pod is marked as migrating.
@@ -83,6 +95,11 @@ pub async fn incoming(node: Arc<Node>, session: Session) {
     arrive::incoming(node, session).await;
 }
 
+/// Begins to page for guests that lack pages, before anything else is done with them.
+pub async fn page_early(node: &Arc<Node>, journal: &Recovery) {
+    early_pages::page_early(node, journal).await;
+}
+
 /// Ends a migration that an earlier service left open.
 pub async fn recover(node: Arc<Node>, migration: OpenMigration) {
     match migration {
@@ -92,6 +109,10 @@ pub async fn recover(node: Arc<Node>, migration: OpenMigration) {
             pod,
         } => depart::recover(node, record, handed_over, pod).await,
         OpenMigration::Destination { record, pod } => arrive::recover(node, record, pod).await,
+        OpenMigration::Lacking { record, pod } => {
+            let pod = pod.find(&node).await;
+            arrive::recover(node, record, pod).await;
+        }
         OpenMigration::Discarded { record } => {
             tracing::info!(migration = %record.migration, pod = record.pod, "discarded: no grant had come");
             // From here on the journal answers for it, and may forget it.

@@ -5,6 +5,7 @@ use std::sync::{Arc, OnceLock};
 use bytes::Bytes;
 use tokio::io::{AsyncWriteExt, DuplexStream};
 use tokio::sync::{Mutex, mpsc};
+use tokio_util::sync::CancellationToken;
 use vm_runtime::units::{Epoch, PageIndex, PageRange};
 use vm_runtime::vm::{RunState, Vm, VmExit};
 
@@ -12,18 +13,20 @@ use std::time::Duration;
 
 use super::checks::{self, Facts};
 use super::clock::unix_us;
+use super::depart::end_pod;
 use super::handoff::Handoff;
 use super::steps::blocking;
 use crate::api::error::chain;
 use crate::daemon::node::Node;
 use crate::image::{Digest, ImageRecord, Incoming};
+use crate::memory::postcopy::Pager;
 use crate::memory::receive::Target;
 use crate::memory::verify::PageHashes;
 use crate::migration::destination::Input;
 use crate::network::Port;
 use crate::pods::incoming::IncomingPod;
 use crate::pods::plan::VMM_OVERHEAD;
-use crate::pods::{PodError, PodRecord};
+use crate::pods::{MigrationEnd, PodError, PodHandle, PodRecord};
 use crate::wire::message::{Handover, ImageWant, Offer, Refuse, RefuseCode};
 
 /// How long the end of a VMM may take to show, after its monitor has gone silent.
@@ -214,7 +217,7 @@ pub(super) async fn build(
     })
     .await?;
     let hashes = verify.then(|| Arc::new(PageHashes::new(pages)));
-    if target.set(Target { memory, hashes }).is_err() {
+    if target.set(Target::new(memory, hashes)).is_err() {
         return Err("the guest's memory was made twice".to_owned());
     }
     Ok((vm, port))
@@ -227,6 +230,7 @@ pub(super) async fn hash_placed(target: &Arc<OnceLock<Target>>) {
         Some(Target {
             memory,
             hashes: Some(hashes),
+            ..
         }) => hashes.refresh(memory).map_err(|error| error.to_string()),
         Some(Target { hashes: None, .. }) | None => Ok(0),
     });
@@ -244,13 +248,11 @@ pub(super) async fn verify(
         let Some(Target {
             memory,
             hashes: Some(hashes),
+            ..
         }) = target.get()
         else {
             return Err("there is nothing to verify".to_owned());
         };
-        hashes
-            .finish(memory)
-            .map_err(|error| format!("the guest's memory cannot be read: {error}"))?;
         let pages: u64 = theirs.iter().map(|(_, piece)| piece.len() as u64).sum();
         if pages != memory.pages() {
             return Err(format!(
@@ -258,9 +260,24 @@ pub(super) async fn verify(
                 memory.pages()
             ));
         }
+        // What is missing is compared when it comes, and from before it is known what that is: devices that load their state have
+        // pages fetched meanwhile.
+        let pager = target.get().and_then(|target| target.pager.get());
+        let missing = pager.map_or_else(Vec::new, |pager| {
+            pager.expect(in_order(&theirs));
+            pager.missing()
+        });
+        let is_missing = |page: &PageIndex| {
+            let word = missing.get((page.0 / 64) as usize);
+            word.is_some_and(|word| word >> (page.0 % 64) & 1 == 1)
+        };
+        hashes
+            .finish(memory)
+            .map_err(|error| format!("the guest's memory cannot be read: {error}"))?;
         let differ: Vec<PageIndex> = theirs
             .iter()
             .flat_map(|(first, piece)| hashes.compare(*first, piece))
+            .filter(|page| !is_missing(page))
             .collect();
         if let Some(page) = differ.first() {
             tracing::error!(page = page.0, count = differ.len(), "pages differ");
@@ -271,6 +288,17 @@ pub(super) async fn verify(
         })
     })
     .await
+}
+
+/// The hashes of all pages, of which there is one each.
+fn in_order(pieces: &[(PageIndex, Vec<u64>)]) -> Vec<u64> {
+    let mut pieces: Vec<_> = pieces.iter().collect();
+    pieces.sort_by_key(|(first, _)| first.0);
+    pieces
+        .into_iter()
+        .flat_map(|(_, hashes)| hashes)
+        .copied()
+        .collect()
 }
 
 /// Begun before the freeze, so that the VMM listens when the state comes: see [`feed`].
@@ -319,11 +347,15 @@ pub(super) async fn resume(vm: Option<Arc<Vm>>) -> Step {
     })
 }
 
-/// Makes the resumed pod one of this node's: its logs, its agent, its clock.
-pub(super) async fn adopt(prepared: &Shared, handover: Option<Handover>, epoch: Epoch) {
-    let Some(pod) = prepared.lock().await.take() else {
-        return;
-    };
+/// Makes the resumed pod one of this node's: its logs, its agent, its clock. With a pager it counts as migrating.
+pub(super) async fn adopt(
+    prepared: &Shared,
+    handover: Option<Handover>,
+    epoch: Epoch,
+    pager: &Option<Arc<Pager>>,
+    migration: String,
+) -> Option<PodHandle> {
+    let pod = prepared.lock().await.take()?;
     let name = pod.spec().name.clone();
     let state = handover.and_then(|handover| {
         Handoff::decode(&handover.agent)
@@ -333,8 +365,23 @@ pub(super) async fn adopt(prepared: &Shared, handover: Option<Handover>, epoch: 
     });
     // The guest's first moments, when an emulator has everything to translate anew, belong to its own work.
     tokio::time::sleep(AFTER_RESUME).await;
-    if let Err(pod) = pod.adopt(epoch, state) {
-        tracing::error!(pod = pod.spec().name, "resumed before it was built");
+    let migration = pager.as_ref().map(|_| migration);
+    pod.adopt(epoch, state, migration)
+        .inspect_err(|pod| tracing::error!(pod = pod.spec().name, "resumed before it was built"))
+        .ok()
+}
+
+/// The pod may be moved on, or stopped, once its guest lacks no page.
+pub(super) async fn kept_when_whole(
+    pod: &PodHandle,
+    pager: &Pager,
+    epoch: Epoch,
+    shutdown: &CancellationToken,
+) {
+    tokio::select! {
+        () = pager.ended() => end_pod(pod, MigrationEnd::Kept { epoch }).await,
+        // The next service finds it, and what it lacks.
+        () = shutdown.cancelled() => {}
     }
 }
 

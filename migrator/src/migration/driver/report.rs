@@ -1,7 +1,8 @@
 //! The figures of a migration, gathered at the source while it runs.
 
-use crate::migration::status::{MemoryReport, MigrationReport, Outcome, PacketReport};
-use crate::wire::message::{Ledger, Running};
+use crate::memory::postcopy::quantile;
+use crate::migration::status::{FaultReport, MemoryReport, MigrationReport, Outcome, PacketReport};
+use crate::wire::message::{FaultFigures, Ledger, Running};
 
 /// What is known so far.
 #[derive(Debug)]
@@ -15,6 +16,8 @@ pub(super) struct Figures {
     pub(super) memory: MemoryReport,
     pub(super) phases: Vec<(String, u64)>,
     pub(super) downtime_us: u64,
+    /// Pages crossed after the resume.
+    pub(super) postcopy: bool,
     /// From the request to the end of the source's VM.
     pub(super) total: Option<std::time::Duration>,
 }
@@ -26,6 +29,22 @@ impl Figures {
         self.downtime_us = running
             .resumed_at_unix_us
             .saturating_sub(self.frozen_at_unix_us);
+    }
+
+    /// Takes in the destination's word that its guest lacks nothing any more.
+    pub(super) fn complete(&mut self, faults: &FaultFigures) {
+        let of = |part| quantile(&faults.buckets, part);
+        self.memory.faults = Some(FaultReport {
+            missing: faults.missing,
+            count: faults.count,
+            p50_us: of(0.5),
+            p99_us: of(0.99),
+            p999_us: of(0.999),
+            max_us: faults.max_us,
+            histogram: faults.buckets.clone(),
+            took_us: faults.took_us,
+            mismatched: faults.mismatched,
+        });
     }
 
     /// The final report; the two ledgers are the two nodes' own.
@@ -41,7 +60,10 @@ impl Figures {
             pod: self.pod,
             from: self.from,
             to: self.to,
-            mode: "precopy".to_owned(),
+            mode: match self.postcopy {
+                true => "postcopy".to_owned(),
+                false => "precopy".to_owned(),
+            },
             outcome,
             total_ms: total.as_secs_f64() * 1e3,
             downtime_ms: self.downtime_us as f64 / 1e3,

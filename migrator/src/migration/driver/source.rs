@@ -5,17 +5,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use vm_runtime::units::PageRange;
 
 use super::clock::unix_us;
 use super::depart::{end_pod, figures};
 use super::link::{Link, LinkEvent};
 use super::report::Figures;
 use super::runner::{JournalFailed, News, Runner, Side};
+use super::source_link::Loss;
 use super::source_status::phase_of;
-use super::source_steps::{self as steps, Lanes, View};
+use super::source_steps::{self as steps, Lanes};
+use super::source_throttle::{self, Slowed};
 use super::steps::blocking_journal;
 use crate::daemon::migrations::Ticket;
 use crate::daemon::node::Node;
+use crate::memory::compress::Compress;
+use crate::memory::postcopy::{PageServer, PushQueue};
 use crate::memory::send::PageSender;
 use crate::memory::track::Tracking;
 use crate::migration::source::{Input, Outcome, Output, Rollback, Source};
@@ -24,7 +29,8 @@ use crate::pods::{MigrationEnd, PodHandle, PodResources};
 use crate::wire::bulk::Urgent;
 use crate::wire::conn::Connection;
 use crate::wire::control::ControlSender;
-use crate::wire::message::Ledger;
+use crate::wire::fault::Fault;
+use crate::wire::message::{Control, Ledger};
 use crate::wire::session::Session;
 
 /// One machine and what it works with.
@@ -37,12 +43,26 @@ pub(super) struct Run {
     pub(super) ticket: Option<Ticket>,
     pub(super) figures: Figures,
     pub(super) addr: std::net::SocketAddr,
+    /// Of the link that is up, or was last.
+    pub(super) loss: Loss,
     pub(super) dialed: UnboundedSender<Session>,
     sessions: UnboundedReceiver<Session>,
     pub(super) lanes: Option<Lanes>,
     pub(super) urgent: Option<Connection<Urgent>>,
+    pub(super) faults: Vec<Connection<Fault>>,
+    /// Answers who waits for pages of the stopped guest.
+    pub(super) server: Option<Arc<PageServer>>,
+    /// What the destination said that its guest lacks.
+    pub(super) wanted: Vec<PageRange>,
     pub(super) tracking: Tracking,
-    view: View,
+    pub(super) slowed: Slowed,
+    /// What is being pushed.
+    pub(super) queue: Option<Arc<PushQueue>>,
+    /// When the round under way began, by the machine's clock.
+    pub(super) round_began: u64,
+    /// Data connections of a link that is dialed again.
+    pub(super) connections: u8,
+    pub(super) compress: Compress,
     pub(super) held_at_unix_us: u64,
 }
 
@@ -58,11 +78,14 @@ impl Run {
     ) -> Self {
         let (dialed, sessions) = unbounded_channel();
         let pages = pod.spec().memory.pages();
+        let defaults = &node.config.migration;
+        let (connections, compress) = (defaults.connections, defaults.compress);
         let mut runner = Runner::new(node, pod.name().to_owned(), ticket.cancel.clone());
         if let Some(resources) = &resources {
             runner.watch_vm(Arc::clone(&resources.vm));
         }
         Self {
+            loss: Loss::new(runner.inputs.clone()),
             runner,
             machine,
             pod,
@@ -74,8 +97,15 @@ impl Run {
             sessions,
             lanes: None,
             urgent: None,
+            faults: Vec::new(),
+            server: None,
+            wanted: Vec::new(),
             tracking: Tracking::new(pages),
-            view: View::default(),
+            slowed: Slowed::default(),
+            queue: None,
+            round_began: 0,
+            connections,
+            compress,
             held_at_unix_us: 0,
         }
     }
@@ -85,9 +115,17 @@ impl Run {
             control,
             data,
             urgent,
+            faults,
             ..
         } = session;
+        self.faults = faults;
         let inputs = self.runner.inputs.clone();
+        self.loss = Loss::new(inputs.clone());
+        let loss = self.loss.clone();
+        let convert = move |event| match event {
+            LinkEvent::Message(message) => Some(Input::Peer(message)),
+            LinkEvent::Lost(reason) => loss.input(reason),
+        };
         self.runner.link = Some(Link::start(control, inputs, convert));
         self.urgent = urgent;
         if let Some(resources) = &self.resources
@@ -97,7 +135,7 @@ impl Run {
                 data.into_iter().map(Connection::split).unzip();
             let memory = resources.vm.memory();
             self.lanes = Some(Lanes {
-                sender: Arc::new(PageSender::start(&memory, writers, limit)),
+                sender: Arc::new(PageSender::start(&memory, writers, limit, self.compress)),
                 _readers: readers,
             });
         }
@@ -126,7 +164,7 @@ impl Run {
         self.resources.clone()
     }
 
-    fn control(&self) -> Option<ControlSender> {
+    pub(super) fn control(&self) -> Option<ControlSender> {
         self.runner.link.as_ref().map(|link| link.control.clone())
     }
 
@@ -136,6 +174,12 @@ impl Run {
 
     async fn roll_back(&mut self, what: Rollback) {
         self.runner.steps.shutdown().await;
+        self.server = None;
+        if what.unthrottle
+            && let Err(reason) = source_throttle::end(&self.slowed).await
+        {
+            self.runner.tell(Input::Failed { reason });
+        }
         let problems = steps::roll_back(self.resources.as_deref(), &self.tracking, what).await;
         for reason in problems {
             self.runner.tell(Input::Failed { reason });
@@ -191,7 +235,10 @@ impl Run {
         }
         if let Some(sender) = self.sender() {
             self.figures.memory.bytes_sent = sender.bytes_sent();
+            self.figures.memory.bytes_raw = sender.bytes_raw();
+            self.figures.memory.compress = sender.compressed_with();
         }
+        self.figures.memory.throttle_percent = self.machine.throttle_percent();
         self.runner.close().await;
         if let Some(ticket) = self.ticket.take() {
             let figures = std::mem::replace(
@@ -219,6 +266,10 @@ impl Side for Run {
     type Output = Output;
 
     fn handle(&mut self, input: Input) -> Vec<Output> {
+        if let Input::Peer(Control::PageBits(bits)) = &input {
+            self.take_wanted(bits);
+            return Vec::new();
+        }
         self.note(&input);
         self.machine.handle(self.runner.now(), input)
     }
@@ -239,7 +290,10 @@ impl Side for Run {
                 );
             }
             Output::Redial => self.redial(),
-            Output::KillVm => self.kill_vm(),
+            Output::KillVm => {
+                self.server = None;
+                self.kill_vm();
+            }
             Output::Hold => {
                 self.held_at_unix_us = unix_us();
                 self.hold();
@@ -249,27 +303,20 @@ impl Side for Run {
             Output::SaveState => self
                 .runner
                 .step(steps::save_state(self.parts(), self.control())),
-            Output::SendHashes => {
-                let view = Arc::clone(&self.view);
-                self.runner
-                    .step(steps::send_hashes(self.parts(), view, self.control()));
-            }
+            Output::SendHashes => self
+                .runner
+                .step(steps::send_hashes(self.sender(), self.control())),
             Output::SendImages(wants) => {
                 let node = Arc::clone(&self.runner.node);
                 self.runner
                     .step(steps::send_images(node, self.parts(), self.sender(), wants));
             }
             Output::StartTracking => {
-                if self.machine.verifies() {
-                    let view = Arc::clone(&self.view);
-                    self.runner
-                        .helpers
-                        .spawn(steps::map_memory(self.parts(), view));
-                }
                 self.runner
                     .step(steps::start_tracking(self.parts(), self.tracking.clone()));
             }
             Output::SendRound { round } => {
+                self.round_began = self.runner.now();
                 self.runner.step(steps::send_round(
                     self.sender(),
                     self.tracking.clone(),
@@ -279,7 +326,10 @@ impl Side for Run {
             Output::Scan => self.runner.step(steps::scan(self.tracking.clone())),
             Output::DetachAgent => self.runner.step(steps::detach_agent(self.parts())),
             Output::DrainTap => self.runner.step(steps::drain_tap(self.parts())),
-            Output::StopVm => self.runner.step(steps::stop_vm(self.parts())),
+            Output::StopVm => {
+                let slowed = Arc::clone(&self.slowed);
+                self.runner.step(steps::stop_vm(self.parts(), slowed));
+            }
             Output::ReadResidue => self.runner.step(steps::read_residue(self.parts())),
             Output::SendLastPages { round } => {
                 self.runner.step(steps::send_last_pages(
@@ -288,6 +338,10 @@ impl Side for Run {
                     round,
                 ));
             }
+            Output::SendStale { last } => self.send_stale(last),
+            Output::ServeFaults => self.serve_faults(),
+            Output::PushPages => self.push_pages(),
+            Output::Throttle { percent } => self.throttle(percent),
             Output::Rollback(what) => self.roll_back(what).await,
             Output::Finish(outcome) => self.finish(outcome).await,
         }
@@ -308,12 +362,5 @@ impl From<News> for Input {
             News::Failed { reason } => Self::Failed { reason },
             News::JournalFailed { reason } => Self::JournalFailed { reason },
         }
-    }
-}
-
-fn convert(event: LinkEvent) -> Input {
-    match event {
-        LinkEvent::Message(message) => Input::Peer(message),
-        LinkEvent::Lost(reason) => Input::LinkLost { reason },
     }
 }

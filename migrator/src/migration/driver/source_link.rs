@@ -1,6 +1,7 @@
 //! The source's link and its packets: what is begun at once and reports later.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
@@ -19,19 +20,58 @@ use crate::wire::session::{self, Session};
 /// How long the resumed guest has the machine to itself.
 const AFTER_RESUME: Duration = Duration::from_millis(250);
 
+/// The loss of one link, which several of its connections may notice: the machine hears of it once.
+#[derive(Clone, Debug)]
+pub(super) struct Loss {
+    inputs: UnboundedSender<Input>,
+    told: Arc<AtomicBool>,
+}
+
+impl Loss {
+    pub(super) fn new(inputs: UnboundedSender<Input>) -> Self {
+        Self {
+            inputs,
+            told: Arc::default(),
+        }
+    }
+
+    /// What to tell the machine; nothing if it has been told, or has given the link up.
+    pub(super) fn input(&self, reason: String) -> Option<Input> {
+        (!self.told.swap(true, Ordering::SeqCst)).then_some(Input::LinkLost { reason })
+    }
+
+    pub(super) fn tell(&self, reason: String) {
+        if let Some(input) = self.input(reason) {
+            // The machine may be done.
+            drop(self.inputs.send(input));
+        }
+    }
+
+    /// The link is given up: that it ends is no news.
+    fn forget(&self) {
+        self.told.store(true, Ordering::SeqCst);
+    }
+}
+
 impl Run {
     pub(super) fn redial(&mut self) {
+        self.loss.forget();
         self.runner.link = None;
         self.urgent = None;
+        self.server = None;
+        self.lanes = None;
         let (node, to, addr) = (
             Arc::clone(&self.runner.node),
             self.figures.to.clone(),
             self.addr,
         );
+        let shape = Shape::Resume {
+            data: self.connections,
+        };
         let (inputs, sessions) = (self.runner.inputs.clone(), self.dialed.clone());
         self.runner.helpers.spawn(async move {
             // The machine may be done.
-            match session::dial_shape(addr, &node.tls, &to, Shape::Resume, DIAL_DEADLINE).await {
+            match session::dial_shape(addr, &node.tls, &to, shape, DIAL_DEADLINE).await {
                 Ok(session) => drop(sessions.send(session)),
                 Err(error) => {
                     let reason = chain(&error);
@@ -44,6 +84,10 @@ impl Run {
     /// The link is up again: what is parked goes over the new connection from where it is not acknowledged.
     pub(super) async fn relinked(&mut self, session: Session) {
         self.attach(session, None);
+        // The guest stands still: were it not granted away, nobody would dial again.
+        self.server = None;
+        self.wanted.clear();
+        self.serve_faults();
         let Some(resources) = self.parts() else {
             return;
         };
@@ -59,11 +103,10 @@ impl Run {
     pub(super) fn pump(&mut self, resources: &PodResources) -> UnboundedSender<LogItem> {
         let (log, items) = unbounded_channel();
         if let Some(urgent) = self.urgent.take() {
-            let (port, inputs) = (resources.port.clone(), self.runner.inputs.clone());
+            let (port, loss) = (resources.port.clone(), self.loss.clone());
             self.runner.helpers.spawn(async move {
                 if let Err(error) = packets::pump_out(urgent, port, items).await {
-                    let reason = chain(&error);
-                    drop(inputs.send(Input::LinkLost { reason }));
+                    loss.tell(chain(&error));
                 }
             });
         }

@@ -3,15 +3,52 @@
 use super::clock::unix_us;
 use super::source::Run;
 use crate::migration::source::{Input, Output};
-use crate::migration::status::Phase;
+use crate::migration::status::{Phase, RoundReport};
 use crate::wire::message::Control;
 
 impl Run {
     /// What inputs say for the report.
     pub(super) fn note(&mut self, input: &Input) {
+        let since_round = self.runner.now().saturating_sub(self.round_began);
         let memory = &mut self.figures.memory;
         match input {
-            Input::RoundSent { .. } | Input::LastPagesSent { .. } => memory.rounds += 1,
+            Input::RoundSent { pages, bytes } => {
+                memory.rounds += 1;
+                memory.history.push(RoundReport {
+                    round: memory.rounds,
+                    pages: *pages,
+                    bytes: *bytes,
+                    ..RoundReport::default()
+                });
+            }
+            Input::Peer(Control::RoundAck(ack)) => {
+                // It may be heard of before the end of our own sending, which then has the duration.
+                let round = memory.history.iter_mut().rfind(|r| r.round == ack.round);
+                if let Some(round) = round {
+                    round.duration_us = since_round;
+                }
+            }
+            Input::Scanned { dirtied, .. } => {
+                if let Some(round) = memory.history.last_mut() {
+                    round.dirtied = *dirtied;
+                    round.duration_us = match round.duration_us {
+                        0 => since_round,
+                        known => known,
+                    };
+                }
+            }
+            Input::LastPagesSent { pages } => {
+                memory.rounds += 1;
+                memory.history.push(RoundReport {
+                    round: memory.rounds,
+                    pages: *pages,
+                    ..RoundReport::default()
+                });
+            }
+            Input::StaleSent { .. } => self.figures.postcopy = true,
+            Input::Peer(Control::MemoryComplete(complete)) => {
+                self.figures.complete(&complete.faults);
+            }
             Input::Stopped { at_unix_us } => {
                 self.figures.frozen_at_unix_us = *at_unix_us;
                 let held = at_unix_us.saturating_sub(self.held_at_unix_us);
@@ -50,7 +87,10 @@ impl Run {
     pub(super) fn show(&self, phase: Option<Phase>) {
         let Some(ticket) = &self.ticket else { return };
         let rounds = self.machine.convergence();
-        let pages_left = self.tracking.pending();
+        let pages_left = match &self.queue {
+            Some(queue) => queue.left(),
+            None => self.tracking.pending(),
+        };
         let in_doubt = self.machine.in_doubt() && self.runner.link.is_none();
         let bytes_sent = self
             .sender()
@@ -68,6 +108,10 @@ impl Run {
             status.bandwidth_bytes_per_s = rounds.bandwidth_bytes_per_s();
             status.dirty_bytes_per_s = rounds.dirty_bytes_per_s();
             let predicted = rounds.predict_downtime_us(pages_left);
+            status.throttle_percent = self.machine.throttle_percent();
+            if self.machine.pages_due() && status.phase == Phase::Forwarding {
+                status.phase = Phase::Postcopy;
+            }
             status.predicted_downtime_ms = if predicted == u64::MAX {
                 0.0
             } else {
@@ -83,7 +127,7 @@ pub(super) fn phase_of(output: &Output) -> Option<Phase> {
         Output::SendImages(_) => Some(Phase::Image),
         Output::StartTracking | Output::SendRound { .. } => Some(Phase::Precopy),
         Output::Hold | Output::StopVm => Some(Phase::Switchover),
-        Output::Forward => Some(Phase::Forwarding),
+        Output::Forward | Output::KillVm => Some(Phase::Forwarding),
         _ => None,
     }
 }
@@ -93,6 +137,7 @@ fn freeze_step(input: &Input) -> Option<&'static str> {
     match input {
         Input::Stopped { .. } => Some("stopped"),
         Input::LastPagesSent { .. } => Some("pages_sent"),
+        Input::StaleSent { .. } => Some("missing_told"),
         Input::StateSent => Some("state_sent"),
         Input::ResidueRead => Some("residue_read"),
         Input::HashesSent => Some("hashes_sent"),

@@ -1,20 +1,20 @@
 //! The source's steps, one function each. What they return is what the machine is told.
 
 use std::io;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::thread::available_parallelism;
 use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::time::{Instant, sleep, sleep_until};
 use vm_runtime::agent_client::{AgentClient, AgentState};
-use vm_runtime::memory::MemoryView;
 use vm_runtime::units::PageIndex;
 use vm_runtime::vm::RunState;
 
 use super::clock::unix_us;
 use super::device_state;
 use super::handoff::{Handoff, LOG_TAIL};
+use super::source_throttle::{Slowed, at_full_speed};
 use super::steps::{blocking, wire_ledger};
 use crate::api::error::chain;
 use crate::daemon::node::Node;
@@ -46,8 +46,6 @@ const FORWARD_MOST: Duration = Duration::from_secs(10);
 type Step = Result<Input, String>;
 type Parts = Option<Arc<PodResources>>;
 type Sender = Option<Arc<PageSender>>;
-/// The guest's memory, once it is mapped.
-pub(super) type View = Arc<OnceLock<MemoryView>>;
 
 /// The data connections. The destination never writes to them; the halves that read keep them open.
 #[derive(Debug)]
@@ -114,7 +112,8 @@ pub(super) async fn send_round(sender: Sender, tracking: Tracking, round: u32) -
         .map_err(|error| chain(&error))?;
     Ok(Input::RoundSent {
         pages: sent.pages,
-        bytes: sent.bytes,
+        // As many as its pages have: what is left is predicted in pages, which will be compressed as well.
+        bytes: sent.bytes + sent.saved,
     })
 }
 
@@ -180,8 +179,9 @@ pub(super) async fn drain_tap(parts: Parts) -> Step {
     Ok(Input::Drained)
 }
 
-pub(super) async fn stop_vm(parts: Parts) -> Step {
+pub(super) async fn stop_vm(parts: Parts, slowed: Slowed) -> Step {
     let parts = need(parts, "the pod")?;
+    at_full_speed(&slowed).await?;
     let at_unix_us = unix_us();
     parts.vm.stop().await.map_err(|error| chain(&error))?;
     Ok(Input::Stopped { at_unix_us })
@@ -212,36 +212,13 @@ pub(super) async fn save_state(parts: Parts, control: Option<ControlSender>) -> 
     Ok(Input::StateSent)
 }
 
-/// While the guest still runs: maps its memory, so that the frozen guest is hashed without a fault.
-pub(super) async fn map_memory(parts: Parts, view: View) {
-    let Some(parts) = parts else { return };
-    let mapped = blocking(move || {
-        let memory = parts.vm.memory();
-        let new = MemoryView::new(&memory).map_err(|error| chain(&error))?;
-        for range in memory.data_ranges().map_err(|error| chain(&error))? {
-            new.populate(range).map_err(|error| chain(&error))?;
-        }
-        let _ = view.set(new);
-        Ok(())
-    });
-    if let Err(reason) = mapped.await {
-        tracing::debug!(reason, "the guest's memory is not mapped ahead");
-    }
-}
-
-pub(super) async fn send_hashes(parts: Parts, view: View, control: Option<ControlSender>) -> Step {
-    let (parts, control) = (need(parts, "the pod")?, need(control, "the link")?);
+pub(super) async fn send_hashes(sender: Sender, control: Option<ControlSender>) -> Step {
+    let (sender, control) = (need(sender, "the link")?, need(control, "the link")?);
 
     let hashes = blocking(move || {
-        let memory = parts.vm.memory();
-        let view = match view.get() {
-            Some(view) => view,
-            // Its mapping failed, or is still under way.
-            None => &MemoryView::new(&memory).map_err(|error| chain(&error))?,
-        };
         // The other half of the machine belongs to the last pages and the device state.
         let threads = available_parallelism().map_or(1, |cpus| cpus.get().div_ceil(2));
-        hash_all(&memory, view, threads).map_err(|error: io::Error| chain(&error))
+        hash_all(sender.reader(), threads).map_err(|error: io::Error| chain(&error))
     })
     .await?;
 

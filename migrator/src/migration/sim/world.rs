@@ -10,10 +10,12 @@ use crate::migration::destination::{self, Destination};
 use crate::migration::journal::{
     DestinationRecord, DestinationState, Entry, OwnerRecord, OwnerState, SourceRecord, SourceState,
 };
+use crate::migration::mode::Mode;
 use crate::migration::source::{self, Plan, Source};
 use crate::wire::id::MigrationId;
 use crate::wire::message::{
-    Bye, Control, ImageWant, Ledger, Offer, OfferOptions, QueryReply, Refuse, RefuseCode, Verdict,
+    Bye, Control, FaultFigures, ImageWant, Ledger, Offer, OfferOptions, QueryReply, Refuse,
+    RefuseCode, StaleEnd, Verdict, Wanted,
 };
 
 mod accidents;
@@ -35,6 +37,8 @@ pub(super) struct Setting {
     pub(super) verify: bool,
     /// Whether messages of a link that a node has given up still reach its machine.
     pub(super) late: bool,
+    /// Whether pages cross after the resume.
+    pub(super) postcopy: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,6 +104,10 @@ pub(super) struct World {
     no_dial_before: u64,
     double: bool,
     vm_died: bool,
+    /// The destination's guest lacks pages; outlives its service.
+    missing: bool,
+    /// The destination's machine waits for them.
+    awaited: bool,
     /// What a rollback has to undo.
     held: bool,
     tracking: bool,
@@ -140,6 +148,7 @@ fn offer(verify: bool) -> Offer {
             vcpus: 1,
             mac,
             disks: Vec::new(),
+            free_page_reporting: true,
             cmdline: String::new(),
             kernel_sha256: String::new(),
             initramfs_sha256: String::new(),
@@ -181,7 +190,10 @@ impl World {
             epoch: Epoch(1),
             state: OwnerState::Owner,
         };
-        let plan = Plan::new(offer(setting.verify), "b".to_owned(), Epoch(1));
+        let mut plan = Plan::new(offer(setting.verify), "b".to_owned(), Epoch(1));
+        if setting.postcopy {
+            plan.mode = Mode::Postcopy;
+        }
         let mut world = Self {
             setting,
             now: 0,
@@ -199,6 +211,8 @@ impl World {
             no_dial_before: 0,
             double: false,
             vm_died: false,
+            missing: false,
+            awaited: false,
             held: false,
             tracking: false,
             agent_detached: false,

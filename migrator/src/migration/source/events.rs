@@ -3,6 +3,7 @@
 use vm_runtime::units::Epoch;
 
 use crate::migration::journal::Entry;
+use crate::migration::mode::{Mode, OnStall};
 use crate::migration::rounds::Policy;
 use crate::wire::id::MigrationId;
 use crate::wire::message::{Control, ImageWant, Ledger, Offer};
@@ -16,6 +17,10 @@ pub struct Plan {
     pub to: String,
     /// The epoch in which this node runs the guest.
     pub epoch: Epoch,
+    /// When the memory crosses.
+    pub mode: Mode,
+    /// What a stall leads to in [`Mode::Precopy`].
+    pub on_stall: OnStall,
     /// When to freeze.
     pub policy: Policy,
     /// Longest time from the guest's stop to the destination's Ready, in microseconds; then the guest goes on here.
@@ -31,6 +36,8 @@ impl Plan {
             offer,
             to,
             epoch,
+            mode: Mode::default(),
+            on_stall: OnStall::default(),
             policy: Policy::default(),
             freeze_limit_us: 10_000_000,
             relink_limit_us: 30_000_000,
@@ -48,7 +55,8 @@ impl Plan {
 pub enum Input {
     /// The session with the destination is up: begin. Once, and first.
     Begin,
-    /// A message of the link that is up. Not `Ping`, `Pong`; `StateChunk` and `PageHashes` never come to a source.
+    /// A message of the link that is up. Not `Ping`, `Pong`; `StateChunk` and `PageHashes` never come to a source, and `PageBits` go
+    /// to who sends the pages.
     Peer(Control),
     /// The link is lost, or the dial that [`Output::Redial`] asked for failed.
     LinkLost {
@@ -101,6 +109,13 @@ pub enum Input {
     /// [`Output::SendLastPages`] is done: every page and a barrier are on each data connection.
     LastPagesSent {
         /// Pages, zero pages included.
+        pages: u64,
+    },
+    /// [`Output::SendStale`] is done, `StaleEnd` is queued.
+    StaleSent {
+        /// As asked for.
+        last: bool,
+        /// Pages that cross after the resume.
         pages: u64,
     },
     /// [`Output::SaveState`] is done, `StateEnd` is queued.
@@ -166,6 +181,21 @@ pub enum Output {
         /// The round.
         round: u32,
     },
+    /// Send `PageBits` of all pending pages and `StaleEnd`; they stay pending. If it is the last, scan before. Then [`Input::StaleSent`].
+    SendStale {
+        /// Whether the guest stands still.
+        last: bool,
+    },
+    /// Answer who waits for a page, over the fault connections: the guest stands still. Ends with the link. No answer is needed.
+    ServeFaults,
+    /// Send the pages that are pending, or after a lost link those that the destination wants, hottest first; answer who waits
+    /// for one before. A lost connection is [`Input::LinkLost`].
+    PushPages,
+    /// Slow the guest's CPUs. A failure is logged. No answer is needed.
+    Throttle {
+        /// Part of the time for which they stand still.
+        percent: u8,
+    },
     /// Send `StateBegin`, `StateChunk`s, `StateEnd`. Then [`Input::StateSent`].
     SaveState,
     /// Hash every page of the stopped guest, send `PageHashes` and `HashesEnd`. Then [`Input::HashesSent`].
@@ -201,6 +231,8 @@ pub struct Rollback {
     pub attach_agent: bool,
     /// Stop dirty tracking.
     pub stop_tracking: bool,
+    /// Let the guest's CPUs run at full speed.
+    pub unthrottle: bool,
 }
 
 /// How it ended.

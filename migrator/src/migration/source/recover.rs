@@ -10,6 +10,7 @@ const EVERYTHING: Rollback = Rollback {
     release_hold: true,
     attach_agent: true,
     stop_tracking: true,
+    unthrottle: true,
 };
 
 impl Source {
@@ -24,6 +25,7 @@ impl Source {
         let id = record.migration;
         let mut source = Self::blank(record, Policy::default());
         source.vm_alive = vm_alive;
+        source.memory_gone = !vm_alive;
         source.begun = EVERYTHING;
         let mut out = Vec::new();
         match owner.map(|owner| owner.state) {

@@ -1,5 +1,6 @@
 //! Everything that is not the straight way: failures before the grant, doubt after it, lost links, time.
 
+use super::late::Pages;
 use super::{
     ASK_EVERY_US, Dialing, Outcome, Output, REDIAL_MAX_US, Rollback, Source, SourceState, State,
 };
@@ -17,6 +18,7 @@ impl Source {
             | State::Tracking
             | State::Round { .. }
             | State::Scanning { .. }
+            | State::Marking { .. }
             | State::Holding { .. }
             | State::Draining { .. }
             | State::Stopping { .. }
@@ -103,9 +105,17 @@ impl Source {
     }
 
     /// A final answer to our question.
-    pub(super) fn verdict(&mut self, verdict: Verdict, out: &mut Vec<Output>) {
+    pub(super) fn verdict(&mut self, verdict: Verdict, wants_pages: bool, out: &mut Vec<Output>) {
         match (verdict, &self.state) {
-            (Verdict::Running, State::Granted | State::Doubt(_)) => self.taken_over(None, out),
+            (Verdict::Running, State::Granted | State::Doubt(_)) => {
+                let pages = match wants_pages {
+                    true => Pages::Told,
+                    false => Pages::None,
+                };
+                self.taken_over(None, pages, out);
+            }
+            // It had got the last page, and its word of that was lost with the link.
+            (Verdict::Running, State::Forwarding(_)) if !wants_pages => self.memory_complete(out),
             (Verdict::Running, State::Closing(_)) => {
                 out.push(Output::Send(self.released_message()));
             }
@@ -127,7 +137,7 @@ impl Source {
             let to = &self.record.to;
             return self.unwind(&format!("the link to {to} was lost: {reason}"), out);
         }
-        let relink_limit_us = self.relink_limit_us;
+        let (relink_limit_us, pages_due) = (self.relink_limit_us, self.pages_due);
         match &mut self.state {
             State::Granted => {
                 let mut dialing = Dialing::default();
@@ -138,7 +148,10 @@ impl Source {
             State::Doubt(dialing) => dialing.failed(now),
             State::Forwarding(dialing) | State::Releasing(dialing) | State::Closing(dialing) => {
                 dialing.failed(now);
-                dialing.give_up_at.get_or_insert(now + relink_limit_us);
+                // A guest that lacks pages is not given up.
+                if !pages_due {
+                    dialing.give_up_at.get_or_insert(now + relink_limit_us);
+                }
             }
             _ => {}
         }

@@ -1,10 +1,12 @@
 //! The straight way, a step at a time.
 
+use super::late::Pages;
 use super::{
     ANSWER_LIMIT_US, ASK_EVERY_US, BYE_LIMIT_US, Dialing, Input, Outcome, Output, Sending, Source,
     SourceState, State,
 };
 use crate::migration::journal::{Entry, OwnerState};
+use crate::migration::mode::Mode;
 use crate::migration::rounds::{Decision, RoundSample};
 use crate::wire::message::{
     Control, Grant, Handover, ImageDone, Ledger, MemoryDone, Ready, RoundEnd,
@@ -39,6 +41,10 @@ impl Source {
                 acked_at.get_or_insert(now);
                 self.scan_if_round_complete(out);
             }
+            (Control::StaleAck(_), State::Marking { round }) => {
+                let round = *round;
+                self.freeze(round, out);
+            }
             (Control::Ready(ready), State::Sending(sending)) => match doubts(self.verify, ready) {
                 Some(reason) => self.unwind(&reason, out),
                 None => {
@@ -47,11 +53,19 @@ impl Source {
                 }
             },
             (Control::Running(running), State::Granted | State::Doubt(_)) => {
-                self.taken_over(running.failed, out);
+                let pages = match self.postcopy {
+                    true => Pages::Known,
+                    false => Pages::None,
+                };
+                self.taken_over(running.failed, pages, out);
             }
             (Control::QueryReply(reply), _) if reply.migration == self.record.migration => {
-                self.verdict(reply.verdict, out);
+                self.verdict(reply.verdict, reply.wants_pages, out);
             }
+            (Control::Wanted(_), State::Forwarding(_)) if self.pages_due => {
+                out.push(Output::PushPages);
+            }
+            (Control::MemoryComplete(_), _) => self.memory_complete(out),
             (Control::Refuse(refuse), _) => self.refused(&refuse.reason, out),
             (Control::Abort(abort), _) => self.turned_down(&abort.reason, out),
             (Control::Bye(bye), State::Closing(_)) if bye.migration == self.record.migration => {
@@ -71,7 +85,10 @@ impl Source {
             }
             (Input::TrackingStarted, State::Tracking) => {
                 self.scanned_at = now;
-                self.start_round(1, now, out);
+                match self.mode {
+                    Mode::Postcopy => self.mark_stale(1, now, out),
+                    Mode::Precopy | Mode::Hybrid | Mode::Auto => self.start_round(1, now, out),
+                }
             }
             (Input::RoundSent { pages, bytes }, State::Round { round, sent, .. }) => {
                 *sent = Some((pages, bytes));
@@ -126,6 +143,10 @@ impl Source {
                 out.push(Output::Send(MemoryDone { round, pages }.into()));
                 self.grant_if_complete(now, out);
             }
+            (Input::StaleSent { last: true, .. }, State::Sending(sending)) => {
+                sending.pages = true;
+                self.grant_if_complete(now, out);
+            }
             (Input::StateSent, State::Sending(sending)) => {
                 sending.state = true;
                 self.grant_if_complete(now, out);
@@ -167,16 +188,16 @@ impl Source {
     }
 
     pub(super) fn decide(&mut self, round: u32, pending: u64, now: u64, out: &mut Vec<Output>) {
-        match self.rounds.decide(pending) {
+        let decision = self.rounds.decide(pending);
+        if self.mode == Mode::Hybrid && !self.rounds.fits(pending) {
+            return self.mark_stale(round + 1, now, out);
+        }
+        match decision {
             Decision::Round => self.start_round(round + 1, now, out),
             Decision::Freeze => self.freeze(round + 1, out),
             Decision::Stalled(stall) => {
                 self.stall = Some(stall);
-                match (stall.exhausted, self.force) {
-                    (false, _) => self.start_round(round + 1, now, out),
-                    (true, true) => self.freeze(round + 1, out),
-                    (true, false) => self.unwind(&stall.to_string(), out),
-                }
+                self.stalled(round + 1, stall, now, out);
             }
         }
     }
@@ -187,6 +208,7 @@ impl Source {
             agent: None,
             held: false,
         };
+        self.deadline = None;
         self.begun.attach_agent = true;
         out.push(Output::DetachAgent);
     }
@@ -222,8 +244,11 @@ impl Source {
             hashes: !self.verify,
             ready: false,
         });
+        out.extend(match self.postcopy {
+            true => vec![Output::ServeFaults, Output::SendStale { last: true }],
+            false => vec![Output::SendLastPages { round }],
+        });
         out.extend([
-            Output::SendLastPages { round },
             Output::SaveState,
             Output::ReadResidue,
             Output::Send(handover.into()),
@@ -262,18 +287,31 @@ impl Source {
     }
 
     /// The destination runs the guest: this copy must never run again.
-    pub(super) fn taken_over(&mut self, failed: Option<String>, out: &mut Vec<Output>) {
+    pub(super) fn taken_over(
+        &mut self,
+        failed: Option<String>,
+        pages: Pages,
+        out: &mut Vec<Output>,
+    ) {
         self.deadline = None;
-        let released = OwnerState::Released {
-            to: self.record.to.clone(),
-            migration: self.record.migration,
-        };
-        // Packets first: the guest waits for them, and for nothing else here.
+        // Packets first: the guest waits for them.
         if failed.is_none() {
             out.push(Output::Forward);
         }
-        out.push(Output::Note(Entry::Owner(self.owner(released))));
-        out.push(Output::KillVm);
+        match pages {
+            Pages::Told if self.memory_gone => {
+                let reason = "the guest's memory was lost with its VM at the source";
+                out.push(Output::Send(Self::abort_message(reason)));
+                self.let_go(out);
+            }
+            Pages::Known | Pages::Told if failed.is_none() => {
+                self.pages_due = true;
+                if pages == Pages::Known {
+                    out.push(Output::PushPages);
+                }
+            }
+            Pages::None | Pages::Known | Pages::Told => self.let_go(out),
+        }
         let mut dialing = Dialing::default();
         if !self.link {
             self.dial(&mut dialing, out);
@@ -289,6 +327,10 @@ impl Source {
     }
 
     pub(super) fn forwarded(&mut self, out: &mut Vec<Output>) {
+        if self.pages_due {
+            self.forwarding_over = true;
+            return;
+        }
         if let State::Forwarding(dialing) = self.state {
             self.state = State::Releasing(dialing);
             out.push(Output::Release);

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use vm_runtime::units::{Epoch, PAGE_SIZE, PageIndex};
 
 use super::{bytes, offer, parse};
-use crate::wire::bulk::{Data, PacketKind, Urgent};
+use crate::wire::bulk::{Codec, Data, PacketKind, Urgent};
 use crate::wire::codec::Message;
 use crate::wire::id::MigrationId;
 use crate::wire::message::*;
@@ -108,6 +108,25 @@ fn any_bulk() -> impl Strategy<Value = (Option<Data>, Option<Urgent>)> {
             let raw = Bytes::from(vec![byte; count * PAGE_SIZE]);
             (Some(Data::Pages { first, raw }), None)
         }),
+        (
+            page.clone(),
+            1u32..257,
+            any::<bool>(),
+            proptest::collection::vec(any::<u8>(), 1..99)
+        )
+            .prop_map(|(first, count, lz4, raw)| {
+                let codec = if lz4 { Codec::Lz4 } else { Codec::Zstd };
+                let raw = Bytes::from(raw);
+                (
+                    Some(Data::Packed {
+                        first,
+                        count,
+                        codec,
+                        raw,
+                    }),
+                    None,
+                )
+            }),
         (page, 1u64..1 << 40).prop_map(|(first, count)| (Some(Data::Zeros { first, count }), None)),
         any::<u32>().prop_map(|round| (Some(Data::Barrier { round }), None)),
         (any::<[u8; 32]>(), raw())
@@ -139,7 +158,7 @@ proptest! {
         let junk = Bytes::from(junk);
         let _ = Control::decode(kind, junk.clone());
         let _ = Control::decode(kind % 0x19, junk.clone());
-        let _ = Data::decode(0x41 + kind % 4, junk.clone());
+        let _ = Data::decode(0x41 + kind % 5, junk.clone());
         let _ = Urgent::decode(0x61 + kind % 2, junk);
     }
 
@@ -154,7 +173,7 @@ proptest! {
     }
 
     #[test]
-    fn whatever_parses_has_one_encoding(kind in 0x41u8..0x45, junk in proptest::collection::vec(any::<u8>(), 0..64)) {
+    fn whatever_parses_has_one_encoding(kind in 0x41u8..0x46, junk in proptest::collection::vec(any::<u8>(), 0..64)) {
         let mut frame = crate::wire::frame::header(kind, junk.len()).to_vec();
         frame.extend_from_slice(&junk);
         if let Ok(message) = parse::<Data>(&frame) {

@@ -111,6 +111,10 @@ control! {
         0x16 => Ping,
         0x17 => Pong,
         0x18 => Bye,
+        0x1a => StaleEnd,
+        0x1b => StaleAck,
+        0x1c => Wanted,
+        0x1d => MemoryComplete,
     }
     boxed {
         0x01 => Offer,
@@ -118,6 +122,7 @@ control! {
     raw {
         0x0a => StateChunk,
         0x0d => PageHashes,
+        0x19 => PageBits,
     }
 }
 

@@ -22,7 +22,10 @@ impl World {
         node.timer = None;
         match side {
             Side::Source => self.source = None,
-            Side::Destination => self.destination = None,
+            Side::Destination => {
+                self.destination = None;
+                self.awaited = false;
+            }
         }
         let time = self.now + self.delay(400_000);
         self.at(time, Event::Restart { side });
@@ -48,13 +51,13 @@ impl World {
             Side::Destination => {
                 let open = |r: &DestinationRecord| match r.state {
                     DestinationState::Prepared | DestinationState::Owner { resumed: false } => true,
-                    DestinationState::Owner { resumed: true }
-                    | DestinationState::Settled
-                    | DestinationState::Discarded { .. } => false,
+                    DestinationState::Owner { resumed: true } => self.missing,
+                    DestinationState::Settled | DestinationState::Discarded { .. } => false,
                 };
                 if let Some(record) = self.destination_record.clone().filter(open) {
                     self.d.finished = false;
-                    let (machine, out) = Destination::recover(now, record, owner, vm_alive);
+                    let (machine, out) =
+                        Destination::recover(now, record, owner, vm_alive, self.missing);
                     self.destination = Some(machine);
                     self.post(side, out.into_iter().map(Out::Destination).collect());
                 } else if self
@@ -64,6 +67,7 @@ impl World {
                 {
                     // The journal knows nothing to recover; what the crash left of the VM, the start of the service removes.
                     self.d.vm = Vm::None;
+                    self.missing = false;
                 }
             }
         }
@@ -103,6 +107,7 @@ impl World {
             }
             Accident::DestinationVmDies => {
                 if !matches!(self.d.vm, Vm::None | Vm::Dead) {
+                    self.missing = false;
                     // Before the grant this is the source's good luck.
                     let granted = self.destination_record.as_ref().map(|r| r.verdict());
                     self.vm_died |= granted == Some(Some(Verdict::Running)) || self.granting();
@@ -134,6 +139,9 @@ impl World {
         if self.s.vm == Vm::Running {
             assert!(self.s.owns(), "the source runs without the right\n{self:?}");
         }
+        if self.d.vm == Vm::Running && self.missing && !self.vm_died {
+            assert_ne!(self.s.vm, Vm::None, "the guest's pages are gone\n{self:?}");
+        }
         if self.d.vm == Vm::Running {
             assert!(
                 self.d.owns(),
@@ -156,6 +164,10 @@ impl World {
         );
         let owners = u8::from(self.s.owns()) + u8::from(self.d.owns());
         assert_eq!(owners, 1, "not one owner\n{self:?}");
+        assert!(
+            !self.missing || self.vm_died,
+            "the guest still lacks pages\n{self:?}"
+        );
         assert!(!self.held, "the gate still holds packets\n{self:?}");
         if self.s.owns() {
             assert!(

@@ -39,6 +39,10 @@ pub(super) enum Event {
     Restart {
         side: Side,
     },
+    /// All pages have crossed over this link.
+    Pages {
+        link: usize,
+    },
 }
 
 impl World {
@@ -150,8 +154,23 @@ impl World {
                 }
             }
             Event::Restart { side } => self.restart(side),
+            Event::Pages { link } => self.pages_cross(link),
         }
         true
+    }
+
+    /// Pages that were pushed over a link that still stands arrive.
+    fn pages_cross(&mut self, link: usize) {
+        let stands = self.links[link].up
+            && [Side::Source, Side::Destination].map(|side| self.lives(link, side)) == [true; 2];
+        if !(stands && self.missing) {
+            return;
+        }
+        self.missing = false;
+        if std::mem::take(&mut self.awaited) {
+            let faults = FaultFigures::default();
+            self.done(In::Destination(destination::Input::PagesHere { faults }));
+        }
     }
 
     /// What a step has changed in the world once it is done.

@@ -73,6 +73,18 @@ impl World {
                 self.place(round);
                 Input::LastPagesSent { pages: 10 }
             }
+            Output::SendStale { last } => {
+                self.send(Side::Source, self.s.link, StaleEnd { last }.into());
+                Input::StaleSent { last, pages: 10 }
+            }
+            Output::PushPages => {
+                let time = self.now + self.delay(50_000);
+                if let Some(link) = self.s.link {
+                    self.at(time, Event::Pages { link });
+                }
+                return;
+            }
+            Output::ServeFaults | Output::Throttle { .. } => return,
             Output::SaveState => {
                 let end = crate::wire::message::StateEnd { bytes: 1 };
                 self.send(Side::Source, self.s.link, end.into());
@@ -162,8 +174,28 @@ impl World {
                 pages: 100,
                 mismatched: 0,
             },
+            Output::MarkStale { last } => {
+                self.missing = true;
+                Input::StaleMarked { last }
+            }
+            Output::AwaitPages if self.missing => {
+                self.awaited = true;
+                return;
+            }
+            Output::AwaitPages => Input::PagesHere {
+                faults: FaultFigures::default(),
+            },
+            Output::SendWanted => {
+                let wanted = Wanted { pages: 10 };
+                return self.send(Side::Destination, self.d.link, wanted.into());
+            }
             Output::LoadState => Input::StateLoaded,
-            Output::OpenNetwork | Output::Adopt { .. } | Output::PodFailed { .. } => return,
+            Output::PodFailed { .. } => {
+                self.missing = false;
+                self.d.vm = Vm::Dead;
+                return;
+            }
+            Output::OpenNetwork | Output::Adopt { .. } => return,
             Output::Resume if self.d.vm == Vm::Dead => Input::ResumeFailed {
                 reason: "no VM".to_owned(),
             },
@@ -179,6 +211,7 @@ impl World {
             Output::Discard => {
                 self.d.movers += 1;
                 self.d.vm = Vm::None;
+                self.missing = false;
                 Input::Discarded
             }
             Output::SendBye => return self.bye(self.d.link),
@@ -250,11 +283,17 @@ impl World {
             (message, true) if current || self.setting.late => {
                 self.feed(In::Destination(destination::Input::Peer(message)));
             }
+            // Nobody but the machine that is about to be there can say what the guest lacks.
+            (Control::Query(_), false) if self.missing && self.d.vm != Vm::None => {}
             // What the journal answers once there is no machine.
             (Control::Query(_), false) => {
                 let verdict = self.answer();
                 let migration = ID;
-                let reply = QueryReply { migration, verdict };
+                let reply = QueryReply {
+                    migration,
+                    verdict,
+                    wants_pages: false,
+                };
                 self.send(Side::Destination, Some(link), reply.into());
             }
             (Control::Released(_), false) => {

@@ -1,6 +1,10 @@
-//! Which of a pod's migrations away from here goes on after a restart. Pure.
+//! Which of a pod's open migrations goes on after a restart.
 
-use crate::migration::journal::{OwnerRecord, OwnerState, SourceRecord};
+use crate::api::error::chain;
+use crate::daemon::node::Node;
+use crate::migration::journal::{
+    DestinationRecord, Entry, OwnerRecord, OwnerState, SourceRecord, SourceState,
+};
 
 /// Of the migrations that were to take a pod away and were left open, the one that counts: services that were killed one
 /// after the other leave several. And those that do not: they were not handed over, and what they had begun is undone with the one that counts.
@@ -26,12 +30,44 @@ pub(super) fn departing<'a>(
     (counts, open)
 }
 
+/// Notes that a migration of which nothing is left did not take place.
+pub(super) fn close(node: &Node, record: &SourceRecord) {
+    let closed = SourceRecord {
+        state: SourceState::Failed {
+            reason: "the service was restarted, and a later migration counts".to_owned(),
+        },
+        ..record.clone()
+    };
+    if let Err(error) = node.journal.apply(&Entry::Source(closed)) {
+        // The next service tries again.
+        tracing::warn!(
+            pod = record.pod,
+            migration = %record.migration,
+            error = chain(&error),
+            "cannot close an old migration"
+        );
+    }
+}
+
+/// Of the migrations that were to bring a pod here, the one that counts: services that were killed one after the
+/// other leave several that never came to a grant beside the one that did.
+pub(super) fn decisive<'a>(
+    destinations: &'a [(DestinationRecord, Option<OwnerRecord>)],
+    pod: &str,
+) -> Option<&'a DestinationRecord> {
+    destinations
+        .iter()
+        .map(|(record, _)| record)
+        .filter(|record| record.pod == pod)
+        .max_by_key(|record| (record.verdict().is_some(), record.epoch))
+}
+
 #[cfg(test)]
 mod tests {
     use vm_runtime::units::Epoch;
 
     use super::*;
-    use crate::migration::journal::SourceState;
+    use crate::migration::journal::DestinationState;
     use crate::wire::id::MigrationId;
 
     #[test]
@@ -76,5 +112,29 @@ mod tests {
         let (counts, stale) = ids(Some(&owner(OwnerState::Owner)));
         assert!(matches!(counts, Some(2 | 3)) && stale.contains(&1));
         assert_eq!(departing(&records, "other", None), (None, Vec::new()));
+    }
+
+    #[test]
+    fn a_granted_migration_counts_more_than_those_that_never_were() {
+        let record = |id, pod: &str, epoch, state| {
+            let record = DestinationRecord {
+                migration: MigrationId([id; 16]),
+                pod: pod.to_owned(),
+                from: "a".to_owned(),
+                epoch: Epoch(epoch),
+                state,
+            };
+            (record, None)
+        };
+        let granted = DestinationState::Owner { resumed: false };
+        let records = [
+            record(1, "web", 2, DestinationState::Prepared),
+            record(2, "web", 2, granted.clone()),
+            record(3, "web", 2, DestinationState::Prepared),
+            record(4, "db", 9, granted),
+        ];
+        let found = decisive(&records, "web").map(|record| record.migration);
+        assert_eq!(found, Some(MigrationId([2; 16])));
+        assert!(decisive(&records, "other").is_none());
     }
 }

@@ -1,0 +1,120 @@
+//! The guest that all cases measure: one YAML, for the pod that migrator runs and for the one that QEMU alone runs. Pure.
+
+use std::net::{Ipv4Addr, SocketAddr};
+
+use anyhow::{Context, Result};
+use vm_runtime::agent_client::{Configuration, ImageSettings, configuration};
+use vm_runtime::pod::PodSpec;
+
+use super::image;
+
+/// Where the demo's echo and the load listen in a guest.
+const ECHO_PORT: u16 = 7000;
+const LOAD_PORT: u16 = 7001;
+
+/// Serial of the disk that holds the image.
+pub(super) const DISK: &str = "img0";
+
+/// A guest: who runs it, and how large it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Guest {
+    /// The pod's name.
+    pub(super) name: &'static str,
+    /// Its address.
+    address: Ipv4Addr,
+    /// Guest RAM in MiB.
+    pub(super) mib: u32,
+}
+
+impl Guest {
+    /// The one that migrator runs.
+    pub(super) fn ours(mib: u32) -> Guest {
+        Guest {
+            name: "bench",
+            address: Ipv4Addr::new(10, 77, 0, 40),
+            mib,
+        }
+    }
+
+    /// The one that QEMU alone runs. Beside ours, hence the other name and address.
+    pub(super) fn peer(mib: u32) -> Guest {
+        Guest {
+            name: "bench-peer",
+            address: Ipv4Addr::new(10, 77, 0, 41),
+            mib,
+        }
+    }
+
+    /// What the load fills, writes and touches: a quarter of the RAM, in MiB.
+    pub(super) fn set_mib(self) -> u32 {
+        self.mib / 4
+    }
+
+    /// Where the echo answers.
+    pub(super) fn echo(self) -> SocketAddr {
+        (self.address, ECHO_PORT).into()
+    }
+
+    /// Where the load is told what to do.
+    pub(super) fn load(self) -> SocketAddr {
+        (self.address, LOAD_PORT).into()
+    }
+
+    /// Its pod, for `migrator run`.
+    pub(super) fn yaml(self) -> String {
+        format!(
+            "apiVersion: v1
+kind: Pod
+metadata:
+  name: {name}
+  annotations:
+    migrator/ipv4: {address}/24
+    migrator/vm-memory: {mib}Mi
+spec:
+  containers:
+    - name: load
+      image: {image}
+      command: [/usr/local/bin/memory-load, \"{LOAD_PORT}\", \"{set}\"]
+    - name: echo
+      image: {image}
+      command: [/usr/local/bin/udp-echo]
+",
+            name = self.name,
+            address = self.address,
+            mib = self.mib,
+            image = image::REFERENCE,
+            set = self.set_mib(),
+        )
+    }
+
+    /// The same, parsed, and what the guest's agent is told.
+    ///
+    /// # Errors
+    /// The YAML is not a pod.
+    pub(super) fn plan(self) -> Result<(PodSpec, Configuration)> {
+        let spec = PodSpec::from_yaml(&self.yaml()).context("the benchmarks' own pod is wrong")?;
+        let told = configuration(&spec, |_| ImageSettings {
+            disk: DISK.to_owned(),
+            working_dir: "/".to_owned(),
+            ..ImageSettings::default()
+        });
+        Ok((spec, told))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_guests_are_the_same_but_for_name_and_address() {
+        let (ours, told) = Guest::ours(512).plan().unwrap();
+        let (peer, _) = Guest::peer(512).plan().unwrap();
+        assert_eq!((ours.memory, ours.vcpus), (peer.memory, peer.vcpus));
+        assert_ne!(ours.net.mac, peer.net.mac);
+        assert_eq!(ours.containers, peer.containers);
+        let load = &told.containers[0];
+        assert_eq!(load.argv, ["/usr/local/bin/memory-load", "7001", "128"]);
+        assert_eq!(load.disk, DISK);
+    }
+}

@@ -1,0 +1,241 @@
+//! What the cases run on: the lab with one QEMU, and in it the two guests that are compared. Dropping it takes all of it down.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail, ensure};
+use tokio::runtime::Runtime;
+use vm_runtime::probe;
+use vm_runtime::qemu::{QemuBinary, QemuConfig};
+use vm_runtime::spec::AccelChoice;
+
+use super::image;
+use super::load::Work;
+use super::ours::Ours;
+use super::peer::{Ground, Memory, Peer, TAPS};
+use super::pod::Guest;
+use crate::lab::{Lab, Node, Owner};
+use crate::project::Project;
+use crate::{cmd, qemu10};
+
+/// Which QEMU both sides run on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Which {
+    /// The unpacked one.
+    Ten,
+    /// The one that is installed: 7.2 on Debian 12.
+    Installed,
+}
+
+impl Which {
+    /// As in the names of cases.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Which::Ten => "qemu10",
+            Which::Installed => "installed",
+        }
+    }
+}
+
+/// A lab that is up, with what a peer needs beside it.
+pub(super) struct Stage {
+    which: Which,
+    // In this order they are dropped: first the guests, then the lab.
+    pair: Option<Pair>,
+    lab: LabGuard,
+    ground: Arc<Ground>,
+    _runtime: Runtime,
+}
+
+/// The guests of one size. The one that is not measured idles meanwhile.
+pub(super) struct Pair {
+    mib: u32,
+    memory: Memory,
+    pub(super) ours: Ours,
+    pub(super) peer: Peer,
+}
+
+/// Takes the lab down.
+struct LabGuard(Lab);
+
+impl Drop for LabGuard {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.down() {
+            println!("bench: {error:#}");
+        }
+    }
+}
+
+impl Stage {
+    /// Brings the lab up on this QEMU, with the image on both nodes.
+    ///
+    /// # Errors
+    /// A lab of the user's is up, or this one does not come up.
+    pub(super) fn up(project: &Project, which: Which) -> Result<Stage> {
+        let lab = Lab::new(project)?;
+        let mine = lab.state()?.owner != Some(Owner::User);
+        if !mine && Node::ALL.iter().any(|node| lab.is_running(*node)) {
+            bail!(
+                "a lab is up: the benchmark would replace it, so take it down first with `cargo xtask lab down`"
+            );
+        }
+        let image = image::ensure(project)?;
+        let (program, config) = match which {
+            Which::Ten => {
+                let qemu = qemu10::ensure(project)?;
+                let config = QemuConfig {
+                    binary: Some(qemu.binary),
+                    lib_dir: Some(qemu.lib_dir),
+                    data_dirs: qemu.data_dirs,
+                };
+                ("10", config)
+            }
+            Which::Installed => ("qemu-system-x86_64", QemuConfig::default()),
+        };
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .context("cannot start a runtime")?;
+        let qemu = runtime.block_on(QemuBinary::open(&config))?;
+        let program = match which {
+            Which::Ten => program.into(),
+            Which::Installed => qemu.path.to_string_lossy(),
+        };
+        let lab = LabGuard(lab.with_qemu(&program));
+        println!("bench: bringing the lab up with QEMU {}", version(&qemu));
+        lab.0.up(Owner::Demo)?;
+        for node in Node::ALL {
+            cmd::output(lab.0.on(node).args(["image", "import"]).arg(&image))?;
+        }
+        let choice = match std::env::var("MIGRATOR_ACCEL").as_deref() {
+            Ok("kvm") => AccelChoice::Kvm,
+            Ok("tcg") => AccelChoice::Tcg,
+            Ok(_) | Err(_) => AccelChoice::Auto,
+        };
+        let (accel, why) = runtime.block_on(probe::resolve(&qemu, choice))?;
+        println!("bench: guests run under {accel}: {why}");
+        let ground = Arc::new(Ground {
+            disk: imported(&lab.0)?,
+            lab: lab.0.clone(),
+            runtime: runtime.handle().clone(),
+            qemu,
+            accel,
+            kernel: project.kernel(),
+            initramfs: project.initramfs(),
+        });
+        peers_network(&ground)?;
+        Ok(Stage {
+            which,
+            pair: None,
+            lab,
+            ground,
+            _runtime: runtime,
+        })
+    }
+
+    /// The lab.
+    pub(super) fn lab(&self) -> &Lab {
+        &self.lab.0
+    }
+
+    /// The QEMU of both sides, for people.
+    pub(super) fn qemu(&self) -> String {
+        format!("QEMU {}", version(&self.ground.qemu))
+    }
+
+    /// Which QEMU that is.
+    pub(super) fn which(&self) -> Which {
+        self.which
+    }
+
+    /// Both guests with so much RAM, well and idle. Guests of another size, or of other memory for the peer, end first; one
+    /// that is not well is started anew.
+    ///
+    /// # Errors
+    /// One does not start.
+    pub(super) fn pair(&mut self, mib: u32, memory: Memory) -> Result<&mut Pair> {
+        let (ours, peer) = match self.pair.take() {
+            Some(pair) if pair.mib == mib && pair.memory == memory => {
+                (Some(pair.ours), Some(pair.peer))
+            }
+            Some(pair) if pair.mib == mib => (Some(pair.ours), None),
+            Some(_) | None => (None, None),
+        };
+        let ours = match ours.and_then(Ours::well) {
+            Some(ours) => ours,
+            None => {
+                println!("bench: booting a guest of {mib} MiB under migrator");
+                Ours::start(&self.lab.0, Guest::ours(mib))?
+            }
+        };
+        let peer = match peer.and_then(Peer::well) {
+            Some(peer) => peer,
+            None => {
+                println!("bench: booting a guest of {mib} MiB under QEMU alone");
+                Peer::start(&self.ground, Guest::peer(mib), memory)?
+            }
+        };
+        ours.load.set(Work::Idle)?;
+        peer.load.set(Work::Idle)?;
+        Ok(self.pair.insert(Pair {
+            mib,
+            memory,
+            ours,
+            peer,
+        }))
+    }
+}
+
+fn version(qemu: &QemuBinary) -> String {
+    let (major, minor, micro) = qemu.version;
+    format!("{major}.{minor}.{micro}")
+}
+
+/// The block device that node a made of the image.
+fn imported(lab: &Lab) -> Result<PathBuf> {
+    let images = lab.node_dir(Node::A).join("state/images");
+    let entries = std::fs::read_dir(&images)
+        .with_context(|| format!("cannot list {}", images.display()))?
+        .flatten();
+    let found: Vec<PathBuf> = entries
+        .map(|entry| entry.path().join("image.erofs"))
+        .filter(|path| path.is_file())
+        .collect();
+    ensure!(
+        found.len() == 1,
+        "{} holds {} images where one was imported",
+        images.display(),
+        found.len()
+    );
+    Ok(found.into_iter().next().unwrap_or_default())
+}
+
+/// Ports of the bridges for the peer's TAPs, and certificates under the names that QEMU looks for.
+fn peers_network(ground: &Ground) -> Result<()> {
+    for node in Node::ALL {
+        let netns = ground.lab.netns(node.name());
+        for tap in TAPS {
+            for words in [
+                format!("-n {netns} tuntap add dev {tap} mode tap vnet_hdr"),
+                format!("-n {netns} link set {tap} master br0"),
+                format!("-n {netns} link set {tap} up"),
+            ] {
+                cmd::output(&mut cmd::command("ip", words.split(' ')))?;
+            }
+        }
+        let (from, to) = (ground.lab.node_dir(node), ground.tls_dir(node));
+        std::fs::create_dir_all(&to).with_context(|| format!("cannot make {}", to.display()))?;
+        for (ours, theirs) in [
+            ("ca.pem", "ca-cert.pem"),
+            ("cert.pem", "server-cert.pem"),
+            ("key.pem", "server-key.pem"),
+            ("cert.pem", "client-cert.pem"),
+            ("key.pem", "client-key.pem"),
+        ] {
+            std::os::unix::fs::symlink(from.join(ours), to.join(theirs))
+                .with_context(|| format!("cannot link {theirs}"))?;
+        }
+    }
+    Ok(())
+}
