@@ -29,9 +29,7 @@ use super::open::{close, decisive, departing};
 use super::state::{self, PodFile};
 use crate::api::error::chain;
 use crate::daemon::node::Node;
-use crate::migration::journal::{
-    DestinationRecord, OwnerState, Recovery, SourceRecord,
-};
+use crate::migration::journal::{DestinationRecord, OwnerState, Recovery, SourceRecord};
 use crate::network::{Port, Role, Stage};
 
 /// A migration that an earlier service left open, for the driver to end.
