@@ -2,8 +2,9 @@
 
 use anyhow::{Result, ensure};
 use migrator::migration::status::{MigrationStatus, Phase};
-use migrator_tests::lab::{POD, TestLab};
+use migrator_tests::lab::{POD, SOON, TestLab};
 use xtask::lab::Node;
+use xtask::process::poll_until;
 
 /// Cancels a migration away from a that is in `phase`; exit code and all that was said.
 fn cancelled(
@@ -102,7 +103,9 @@ fn a_cancel_while_pages_cross_is_refused_with_what_is_still_to_come() -> Result<
         said.contains("pages of its memory are still to come"),
         "{said}"
     );
-    // Neither is it moved on before it has everything.
+    // Neither is it moved on before it has everything. It shows there a moment after its resume.
+    let shows = poll_until(SOON, || matches!(test.pod_state(Node::B), Ok(Some(_))));
+    ensure!(shows, "the pod does not show on b");
     let again = test.says(Node::B, &["migrate", POD, "--to", "a"])?;
     ensure!(again.code == Some(4), "{again:?}");
     test.runs_on(Node::B)?;
