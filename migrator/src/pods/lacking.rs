@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vm_runtime::units::Epoch;
-use vm_runtime::vm::AttachError;
+use vm_runtime::vm::{AttachError, Vm};
 
 use super::Reservation;
 use super::actor::{self, Birth};
 use super::handle::{Facts, PodHandle, PodResources};
-use super::recover::{attach, find_vm};
+use super::recover::attach;
 use crate::api::error::chain;
 use crate::api::types::ContainerStatus;
 use crate::daemon::node::Node;
@@ -32,7 +32,7 @@ impl LackingPod {
     /// Waits until its VMM answers or is gone. `None`: gone, and the pod shows as failed.
     pub async fn find(self, node: &Arc<Node>) -> Option<(PodHandle, Arc<PodResources>)> {
         let name = self.facts.spec.name.clone();
-        while let Err(error) = find_vm(&self.facts.dir).await {
+        while let Err(error) = Vm::find(&self.facts.dir).await {
             if matches!(error, AttachError::Gone { .. }) {
                 break;
             }

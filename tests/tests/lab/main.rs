@@ -5,9 +5,11 @@
 mod any_moment;
 mod cancel;
 mod certificate;
+mod connection;
 mod policies;
 mod postcopy;
 mod soak;
+mod upgrade;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

@@ -7,6 +7,7 @@
 mod balloon;
 mod guest;
 mod lab;
+mod succession;
 mod throttle;
 
 use std::collections::HashSet;
