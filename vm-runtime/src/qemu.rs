@@ -119,6 +119,12 @@ impl QemuBinary {
         Ok(qemu)
     }
 
+    /// The version as text, such as `7.2.22`.
+    pub fn version_text(&self) -> String {
+        let (major, minor, micro) = self.version;
+        format!("{major}.{minor}.{micro}")
+    }
+
     /// Whether it offers this machine type.
     pub fn supports(&self, machine: &str) -> bool {
         self.machine_types.iter().any(|known| known == machine)

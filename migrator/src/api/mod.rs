@@ -5,6 +5,7 @@ pub mod error;
 pub mod frames;
 pub mod server;
 pub mod types;
+pub mod upgrade;
 
 mod exec;
 mod images;

@@ -15,7 +15,7 @@ use tokio::net::UnixListener;
 
 use super::error::ApiError;
 use super::types::{ErrorCode, Health, NodeInfo, QemuInfo};
-use super::{exec, images, logs, migrations, pods};
+use super::{exec, images, logs, migrations, pods, upgrade};
 use crate::daemon::node::Node;
 use crate::doctor;
 
@@ -88,6 +88,7 @@ fn router(node: Arc<Node>) -> Router {
         .route("/v1/pods/{name}/logs", get(logs::logs))
         .route("/v1/pods/{name}/exec", post(exec::exec))
         .route("/v1/pods/{name}/migrate", post(migrations::start))
+        .route("/v1/pods/{name}/upgrade", post(upgrade::upgrade))
         .route("/v1/migrations", get(migrations::list))
         .route(
             "/v1/migrations/{id}",
@@ -126,7 +127,6 @@ async fn health(State(node): State<Arc<Node>>) -> Json<Health> {
 
 async fn about(State(node): State<Arc<Node>>) -> Json<NodeInfo> {
     let config = &node.config;
-    let (major, minor, micro) = node.qemu.version;
     Json(NodeInfo {
         name: node.name().to_owned(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -142,7 +142,7 @@ async fn about(State(node): State<Arc<Node>>) -> Json<NodeInfo> {
             .collect(),
         qemu: QemuInfo {
             path: node.qemu.path.clone(),
-            version: format!("{major}.{minor}.{micro}"),
+            version: node.qemu.version_text(),
             machine: node.machine.clone(),
         },
         accel: node.accel,

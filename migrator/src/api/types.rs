@@ -53,14 +53,14 @@ pub struct NodeInfo {
     pub pods: usize,
 }
 
-/// The VMM of a node.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// The VMM of a node, or of a pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QemuInfo {
     /// The program.
     pub path: PathBuf,
     /// Its version.
     pub version: String,
-    /// The machine type that new pods get.
+    /// The machine type that new pods get, or that the pod has.
     pub machine: String,
 }
 
@@ -76,6 +76,8 @@ pub enum PodState {
     Migrating,
     /// The migration's grant was sent and not answered: it stands still here until that is known.
     InDoubt,
+    /// The guest runs here, or stands still, and gets another VMM.
+    Upgrading,
     /// Containers are being stopped.
     Stopping,
     /// The VM is gone; see the reason. `stop` removes what is left.
@@ -90,6 +92,7 @@ impl PodState {
             Self::Running => "running",
             Self::Migrating => "migrating",
             Self::InDoubt => "in_doubt",
+            Self::Upgrading => "upgrading",
             Self::Stopping => "stopping",
             Self::Failed => "failed",
         }
@@ -168,6 +171,8 @@ pub struct PodDetail {
     pub vm: VmSpec,
     /// The VMM's process; absent if there is none.
     pub vmm_pid: Option<u32>,
+    /// What runs it: the node's VMM of when it began here, or of its last upgrade; absent if nothing does.
+    pub qemu: Option<QemuInfo>,
     /// Its folder, with console, VMM log and sockets.
     pub dir: PathBuf,
     /// Its slot on this node, which names its links.
@@ -358,7 +363,7 @@ pub enum ErrorCode {
     Conflict,
     /// The pod is in a state that does not allow this now. HTTP 409.
     Busy,
-    /// The destination refused the pod. HTTP 409.
+    /// The destination refused the pod, or another QEMU did. HTTP 409.
     Refused,
     /// Not enough memory, disk or slots. HTTP 507.
     Exhausted,

@@ -66,8 +66,10 @@ fn describe(pod: &PodDetail) -> String {
         ),
         (
             "VMM",
-            pod.vmm_pid
-                .map_or_else(none, |pid| format!("process {pid}")),
+            match (&pod.qemu, pod.vmm_pid) {
+                (Some(qemu), Some(pid)) => format!("QEMU {}, process {pid}", qemu.version),
+                (Some(_), None) | (None, _) => none(),
+            },
         ),
         ("Slot", pod.slot.to_string()),
         ("Folder", pod.dir.display().to_string()),

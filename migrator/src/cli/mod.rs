@@ -15,6 +15,7 @@ mod run;
 mod status;
 mod stop;
 mod tty;
+mod upgrade;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -89,6 +90,8 @@ enum Verb {
     Stop(stop::StopArgs),
     /// Move a pod to another node
     Migrate(migrate::MigrateArgs),
+    /// Replace the QEMU under a running pod
+    Upgrade(upgrade::UpgradeArgs),
     /// Show migrations: all, or one in full
     Status(status::StatusArgs),
     /// Cancel a migration: the pod goes on where it runs
@@ -133,6 +136,7 @@ pub fn main() -> ExitCode {
         | Verb::Exec(_)
         | Verb::Stop(_)
         | Verb::Migrate(_)
+        | Verb::Upgrade(_)
         | Verb::Status(_)
         | Verb::Cancel(_)
         | Verb::Image(_)
@@ -163,6 +167,7 @@ async fn dispatch(verb: Verb, context: &Context) -> Result<ExitCode, Failure> {
         Verb::Exec(args) => args.run(context).await,
         Verb::Stop(args) => args.run(context).await,
         Verb::Migrate(args) => args.run(context).await,
+        Verb::Upgrade(args) => args.run(context).await,
         Verb::Status(args) => args.run(context).await,
         Verb::Cancel(args) => args.run(context).await,
         Verb::Image(args) => args.run(context).await,

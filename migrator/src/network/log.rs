@@ -329,11 +329,6 @@ impl InboundLog {
         Some(item)
     }
 
-    /// Whether the residue is complete.
-    pub(crate) fn residue_ended(&self) -> bool {
-        self.residue_ended
-    }
-
     /// Frames that wait for their turn.
     pub(crate) fn waiting(&self) -> usize {
         self.waiting

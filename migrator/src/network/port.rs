@@ -1,6 +1,8 @@
-//! A pod's port: what the conductor holds of it. [`source`] and [`destination`] are its parts in a migration.
+//! A pod's port: what the conductor holds of it. [`source`] and [`destination`] are its parts in a migration,
+//! [`replace`] is the one in an upgrade.
 
 mod destination;
+mod replace;
 mod source;
 
 use std::os::fd::OwnedFd;

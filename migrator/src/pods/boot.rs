@@ -227,11 +227,18 @@ pub(super) fn check_memory(spec: &PodSpec) -> Result<(), PodError> {
             available,
         });
     }
-    let need = Bytes(ordinary.0 + VMM_OVERHEAD.0);
+    check_available(&spec.name, Bytes(ordinary.0 + VMM_OVERHEAD.0))
+}
+
+/// Refuses what this node has not so much memory for.
+///
+/// # Errors
+/// [`PodError::Memory`].
+pub(super) fn check_available(pod: &str, need: Bytes) -> Result<(), PodError> {
     let available = crate::doctor::available_memory();
     if available < need {
         return Err(PodError::Memory {
-            pod: spec.name.clone(),
+            pod: pod.to_owned(),
             need,
             available,
         });

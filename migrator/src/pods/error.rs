@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use vm_runtime::units::Bytes;
 
+use super::upgrade::UpgradeError;
 use crate::api::error::{ApiError, chain};
 use crate::api::types::{ErrorCode, PodState};
 
@@ -109,6 +110,15 @@ pub enum PodError {
         /// What was asked.
         verb: &'static str,
     },
+    /// Its VMM was not replaced.
+    #[error("pod `{pod}` was not upgraded, and goes on as it was")]
+    NotUpgraded {
+        /// The pod.
+        pod: String,
+        /// Why not.
+        #[source]
+        source: UpgradeError,
+    },
     /// A step of starting, stopping or finding it again failed.
     #[error("pod `{pod}`: cannot {step}")]
     Step {
@@ -167,7 +177,7 @@ impl PodError {
         }
     }
 
-    fn code(&self) -> ErrorCode {
+    pub(super) fn code(&self) -> ErrorCode {
         match self {
             Self::Spec(_) | Self::NameTooLong { .. } | Self::Plan { .. } => ErrorCode::Invalid,
             Self::NameTaken(_) | Self::AddressTaken { .. } => ErrorCode::Conflict,
@@ -177,6 +187,7 @@ impl PodError {
             }
             Self::Busy { .. } | Self::NoAgent(_) => ErrorCode::Busy,
             Self::Slow { .. } => ErrorCode::Timeout,
+            Self::NotUpgraded { source, .. } => source.code(),
             Self::ShuttingDown => ErrorCode::Unavailable,
             Self::Image { .. } | Self::Step { .. } | Self::Died { .. } | Self::State { .. } => {
                 ErrorCode::Internal
@@ -220,6 +231,7 @@ impl PodError {
             | Self::Plan { .. }
             | Self::NoContainer { .. }
             | Self::Busy { .. }
+            | Self::NotUpgraded { .. }
             | Self::State { .. }
             | Self::ShuttingDown => return None,
         })

@@ -16,7 +16,10 @@ use super::agent::AgentSlot;
 use super::error::PodError;
 use super::logs::LogStore;
 use super::state::PodRecord;
-use crate::api::types::{ContainerState, ContainerStatus, PodDetail, PodState, PodSummary};
+use super::upgrade::{UpgradeOrder, UpgradeReport};
+use crate::api::types::{
+    ContainerState, ContainerStatus, PodDetail, PodState, PodSummary, QemuInfo,
+};
 use crate::network::Port;
 
 /// What a pod with a VM is made of. Handles: whoever has this shares them with the pod's actor.
@@ -95,6 +98,10 @@ pub(super) enum Command {
     BeginMigration {
         id: String,
         reply: oneshot::Sender<Result<Arc<PodResources>, PodError>>,
+    },
+    Upgrade {
+        order: UpgradeOrder,
+        reply: oneshot::Sender<Result<UpgradeReport, PodError>>,
     },
     MarkInDoubt,
     EndMigration {
@@ -178,17 +185,23 @@ impl PodHandle {
 
     /// In full.
     pub fn detail(&self) -> PodDetail {
-        let vmm_pid = self
+        let vmm = self
             .view
             .borrow()
             .resources
             .as_ref()
-            .and_then(|r| u32::try_from(r.vm.pid()).ok());
+            .map(|parts| parts.vm.record());
+        let qemu = vmm.as_ref().map(|record| QemuInfo {
+            path: record.qemu.path.clone(),
+            version: record.qemu.version_text(),
+            machine: record.spec.machine.clone(),
+        });
         PodDetail {
             summary: self.summary(),
             spec: self.facts.spec.clone(),
             vm: self.facts.vm_spec.clone(),
-            vmm_pid,
+            vmm_pid: vmm.and_then(|record| u32::try_from(record.pid).ok()),
+            qemu,
             dir: self.facts.dir.clone(),
             slot: self.facts.slot,
         }
@@ -212,7 +225,7 @@ impl PodHandle {
         };
         let view = self.view.borrow();
         match (view.state, &view.resources) {
-            (PodState::Running | PodState::Migrating, Some(resources)) => {
+            (PodState::Running | PodState::Migrating | PodState::Upgrading, Some(resources)) => {
                 let agent = resources.agent.get();
                 let agent = agent.ok_or_else(|| PodError::NoAgent(self.name().to_owned()))?;
                 Ok((agent, found.name.clone()))
@@ -249,6 +262,14 @@ impl PodHandle {
     /// It is migrating, or something of it could not be removed.
     pub async fn stop(&self, grace: Duration) -> Result<(), PodError> {
         self.ask(|reply| Command::Stop { grace, reply }).await
+    }
+
+    /// Replaces its VMM under the running guest; see [`super::upgrade`].
+    ///
+    /// # Errors
+    /// It is not running; or it was not upgraded, and goes on as it was.
+    pub async fn upgrade(&self, order: UpgradeOrder) -> Result<UpgradeReport, PodError> {
+        self.ask(|reply| Command::Upgrade { order, reply }).await
     }
 
     /// Marks it as migrating and lends what it is made of: from here to [`PodHandle::end_migration`]

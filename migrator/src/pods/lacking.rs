@@ -4,15 +4,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vm_runtime::units::Epoch;
-use vm_runtime::vm::AttachError;
+use vm_runtime::vm::{AttachError, Vm};
 
 use super::Reservation;
 use super::actor::{self, Birth};
 use super::handle::{Facts, PodHandle, PodResources};
-use super::recover::{attach, find_vm};
+use super::recover::attach;
 use crate::api::error::chain;
 use crate::api::types::ContainerStatus;
 use crate::daemon::node::Node;
+use crate::network::Role;
 
 /// How long a VMM that waits for a page is left alone before it is spoken to again.
 const AGAIN: Duration = Duration::from_millis(200);
@@ -31,7 +32,7 @@ impl LackingPod {
     /// Waits until its VMM answers or is gone. `None`: gone, and the pod shows as failed.
     pub async fn find(self, node: &Arc<Node>) -> Option<(PodHandle, Arc<PodResources>)> {
         let name = self.facts.spec.name.clone();
-        while let Err(error) = find_vm(&self.facts.dir).await {
+        while let Err(error) = Vm::find(&self.facts.dir).await {
             if matches!(error, AttachError::Gone { .. }) {
                 break;
             }
@@ -49,7 +50,7 @@ impl LackingPod {
                 () = tokio::time::sleep(AGAIN) => {}
             }
         }
-        let found = attach(node, &self.facts, true, true).await;
+        let found = attach(node, &self.facts, true, Role::Incoming).await;
         let birth = match &found {
             Err(reason) => Birth::Dead(reason.clone()),
             Ok(resources) => Birth::Migrating {

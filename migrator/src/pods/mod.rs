@@ -7,6 +7,8 @@
 //!                          ▼  │
 //!                       Migrating ──▶ InDoubt ──▶ end_migration(MovedAway) ──▶ (removed)
 //!
+//!   Running ──▶ Upgrading ──▶ Running, in another VMM or in the same one
+//!
 //!   incoming: prepare ──▶ build ──▶ (grant) ──▶ adopt ──▶ Running
 //!                 └───────────┴──▶ discard ──▶ (removed)
 //!   the VM ends by itself ──▶ Failed, until `stop` removes it
@@ -23,11 +25,13 @@ pub mod plan;
 pub mod recover;
 pub mod run;
 pub mod state;
+pub mod upgrade;
 
 mod actor;
 mod agent;
 mod boot;
 mod console;
+mod open;
 mod sink;
 
 use std::collections::BTreeMap;

@@ -25,12 +25,11 @@ use super::error::PodError;
 use super::handle::{Facts, PodHandle, PodResources};
 use super::lacking::LackingPod;
 use super::logs::LogStore;
+use super::open::{close, decisive, departing};
 use super::state::{self, PodFile};
 use crate::api::error::chain;
 use crate::daemon::node::Node;
-use crate::migration::journal::{
-    DestinationRecord, OwnerRecord, OwnerState, Recovery, SourceRecord,
-};
+use crate::migration::journal::{DestinationRecord, OwnerState, Recovery, SourceRecord};
 use crate::network::{Port, Role, Stage};
 
 /// A migration that an earlier service left open, for the driver to end.
@@ -44,6 +43,11 @@ pub enum OpenMigration {
         handed_over: bool,
         /// The pod, marked as migrating, and its parts; absent if its VM is gone.
         pod: Option<(PodHandle, Arc<PodResources>)>,
+    },
+    /// It has taken a pod away from here, and nothing of it is left: only the destination is to be told.
+    Departed {
+        /// As journaled.
+        record: SourceRecord,
     },
     /// It brought a pod here, and the grant came.
     Destination {
@@ -112,13 +116,17 @@ pub async fn recover(node: &Arc<Node>, journal: Recovery) -> io::Result<Vec<Open
     }
     for (record, owner) in &journal.sources {
         if !seen.contains(&record.pod) {
-            let handed_over = owner
-                .as_ref()
-                .is_some_and(|o| matches!(o.state, OwnerState::HandedOver { .. }));
-            open.push(OpenMigration::Source {
-                record: record.clone(),
-                handed_over,
-                pod: None,
+            let record = record.clone();
+            let state = owner.as_ref().map(|owner| &owner.state);
+            open.push(match state {
+                Some(OwnerState::Released { migration, .. }) if *migration == record.migration => {
+                    OpenMigration::Departed { record }
+                }
+                _ => OpenMigration::Source {
+                    record,
+                    handed_over: matches!(state, Some(OwnerState::HandedOver { .. })),
+                    pod: None,
+                },
             });
         }
     }
@@ -143,13 +151,13 @@ async fn find(
     dir: &Path,
     name: &str,
     journal: &Recovery,
-) -> Result<Option<OpenMigration>, PodError> {
+) -> Result<Vec<OpenMigration>, PodError> {
     let file = match state::load(dir) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             // Half made or half removed: at most a VMM is left of it.
             remove(node, dir, None).await?;
-            return Ok(None);
+            return Ok(Vec::new());
         }
         Err(source) => {
             return Err(PodError::State {
@@ -170,7 +178,10 @@ async fn find(
             return Err(PodError::step(name, "read whose it is", error));
         }
     };
-    let source = journal.sources.iter().find(|(r, _)| r.pod == name);
+    let (source, stale) = departing(&journal.sources, name, owner.as_ref());
+    for record in stale {
+        close(node, record);
+    }
     let destination = decisive(&journal.destinations, name);
     let handed_over = owner
         .as_ref()
@@ -181,20 +192,23 @@ async fn find(
     let Some(owner) = mine else {
         remove(node, dir, Some(&file)).await?;
         drop(reservation);
+        let departed = source.map(|record| OpenMigration::Departed {
+            record: record.clone(),
+        });
         let discarded = destination.map(|record| OpenMigration::Discarded {
             record: record.clone(),
         });
-        return Ok(discarded);
+        return Ok([departed, discarded].into_iter().flatten().collect());
     };
     if file.booting {
         let epoch_noted = node.journal.stop_owner(name);
         remove(node, dir, Some(&file)).await?;
         epoch_noted.map_err(|e| PodError::step(name, "note that it was stopped", e))?;
-        return Ok(None);
+        return Ok(Vec::new());
     }
     let granted = destination.filter(|r| r.verdict().is_some() && r.epoch == owner.epoch);
     let migration = source
-        .map(|(r, _)| r.migration)
+        .map(|record| record.migration)
         .or(granted.map(|r| r.migration));
     let containers = file.record.containers.clone();
     let facts = facts(node, dir, file)?;
@@ -202,7 +216,7 @@ async fn find(
     if let Some(record) = granted
         && node.arrivals.is_paged(record.migration)
     {
-        return Ok(Some(OpenMigration::Lacking {
+        return Ok(vec![OpenMigration::Lacking {
             record: record.clone(),
             pod: Box::new(LackingPod {
                 reservation,
@@ -211,9 +225,10 @@ async fn find(
                 containers,
                 migration: record.migration.to_string(),
             }),
-        }));
+        }]);
     }
-    let found = attach(node, &facts, migration.is_some(), granted.is_some()).await;
+    let role = role(source.is_some(), granted.is_some());
+    let found = attach(node, &facts, migration.is_some(), role).await;
     let birth = match (&found, migration) {
         (Err(reason), _) => Birth::Dead(reason.clone()),
         (Ok(resources), None) => Birth::Running(Arc::clone(resources)),
@@ -225,8 +240,8 @@ async fn find(
     };
     let handle = actor::spawn(node, reservation, facts, epoch, Some(containers), birth);
     let pod = found.ok().map(|resources| (handle, resources));
-    Ok(match (source, granted) {
-        (Some((record, _)), _) => Some(OpenMigration::Source {
+    let open = match (source, granted) {
+        (Some(record), _) => Some(OpenMigration::Source {
             record: record.clone(),
             handed_over,
             pod,
@@ -236,20 +251,18 @@ async fn find(
             pod,
         }),
         (None, None) => None,
-    })
+    };
+    Ok(open.into_iter().collect())
 }
 
-/// Of the migrations that were to bring a pod here, the one that counts: services that were killed one after the
-/// other leave several that never came to a grant beside the one that did.
-fn decisive<'a>(
-    destinations: &'a [(DestinationRecord, Option<OwnerRecord>)],
-    pod: &str,
-) -> Option<&'a DestinationRecord> {
-    destinations
-        .iter()
-        .map(|(record, _)| record)
-        .filter(|record| record.pod == pod)
-        .max_by_key(|record| (record.verdict().is_some(), record.epoch))
+/// Which part a found port plays. A pod departs only after its arrival has settled here: a gate that holds is then the
+/// departure's, even where the journal still has the arrival, since its source has not been told.
+fn role(departs: bool, arrives: bool) -> Role {
+    if arrives && !departs {
+        Role::Incoming
+    } else {
+        Role::Local
+    }
 }
 
 fn facts(node: &Node, dir: &Path, file: PodFile) -> Result<Facts, PodError> {
@@ -277,10 +290,10 @@ pub(super) async fn attach(
     node: &Arc<Node>,
     facts: &Facts,
     migrating: bool,
-    granted: bool,
+    role: Role,
 ) -> Result<Arc<PodResources>, String> {
     let name = facts.spec.name.as_str();
-    let vm = match find_vm(&facts.dir).await {
+    let vm = match Vm::find(&facts.dir).await {
         Ok(vm) => Arc::new(vm),
         Err(error) => {
             // Nothing of a dead VM may stay behind on the bridge.
@@ -294,7 +307,6 @@ pub(super) async fn attach(
         }
     };
     let fds = boot::existing(&vm).map_err(|e| format!("cannot take its TAP back: {e}"))?;
-    let role = if granted { Role::Incoming } else { Role::Local };
     let port = node
         .network
         .attach(&boot::net_id(&facts.spec), facts.slot, role, Some(fds))
@@ -314,11 +326,6 @@ pub(super) async fn attach(
     });
     attach_later(node, &resources, None);
     Ok(resources)
-}
-
-pub(super) async fn find_vm(dir: &Path) -> Result<Vm, AttachError> {
-    let record = VmRecord::load(dir).map_err(|_| AttachError::Gone { pid: 0 })?;
-    Vm::attach(&record).await
 }
 
 /// A guest that this node owns, and that no migration holds, has no reason to stand still or to wait for
@@ -345,12 +352,16 @@ async fn resume(pod: &str, vm: &Vm, port: &Port) {
 async fn remove(node: &Node, dir: &Path, file: Option<&PodFile>) -> Result<(), PodError> {
     let name = dir.file_name().unwrap_or_default().to_string_lossy();
     tracing::warn!(pod = %name, "it is not this node's (any more): removing what is left of it");
-    if let Ok(record) = VmRecord::load(dir) {
-        record
-            .kill()
-            .await
-            .map_err(|e| PodError::step(&name, "end its VM", e))?;
-    }
+    let ended = async {
+        VmRecord::kill_others(dir).await?;
+        match VmRecord::load(dir) {
+            Ok(record) => record.kill().await,
+            Err(_) => Ok(()),
+        }
+    };
+    ended
+        .await
+        .map_err(|e| PodError::step(&name, "end its VM", e))?;
     if let Some(file) = file {
         clean_network(node, file.slot, &name).await;
     }
@@ -370,31 +381,11 @@ async fn clean_network(node: &Node, slot: u16, pod: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::migration::journal::DestinationState;
-    use crate::wire::id::MigrationId;
-    use vm_runtime::units::Epoch;
 
     #[test]
-    fn a_granted_migration_counts_more_than_those_that_never_were() {
-        let record = |id, pod: &str, epoch, state| {
-            let record = DestinationRecord {
-                migration: MigrationId([id; 16]),
-                pod: pod.to_owned(),
-                from: "a".to_owned(),
-                epoch: Epoch(epoch),
-                state,
-            };
-            (record, None)
-        };
-        let granted = DestinationState::Owner { resumed: false };
-        let records = [
-            record(1, "web", 2, DestinationState::Prepared),
-            record(2, "web", 2, granted.clone()),
-            record(3, "web", 2, DestinationState::Prepared),
-            record(4, "db", 9, granted),
-        ];
-        let found = decisive(&records, "web").map(|record| record.migration);
-        assert_eq!(found, Some(MigrationId([2; 16])));
-        assert!(decisive(&records, "other").is_none());
+    fn a_departure_counts_more_than_the_arrival_before_it() {
+        assert_eq!(role(true, true), Role::Local);
+        assert_eq!(role(false, true), Role::Incoming);
+        assert_eq!(role(false, false), Role::Local);
     }
 }

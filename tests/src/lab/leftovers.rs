@@ -35,9 +35,9 @@ impl TestLab {
     }
 }
 
-/// TAPs and parks: `mt` and `mp` with the slot's number.
+/// TAPs, parks, and the TAPs that an upgrade begins with: `mt`, `mp` and `ms` with the slot's number.
 fn is_of_a_pod(link: &str) -> bool {
-    ["mt", "mp"].iter().any(|prefix| {
+    ["mt", "mp", "ms"].iter().any(|prefix| {
         link.strip_prefix(prefix)
             .is_some_and(|slot| slot.parse::<u16>().is_ok())
     })

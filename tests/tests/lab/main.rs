@@ -5,10 +5,12 @@
 mod any_moment;
 mod cancel;
 mod certificate;
+mod connection;
 mod large_pages;
 mod policies;
 mod postcopy;
 mod soak;
+mod upgrade;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

@@ -13,7 +13,7 @@ use vm_runtime::memory::{GuestMemory, is_zero, page_hash};
 use vm_runtime::qemu::{QemuBinary, QemuConfig};
 use vm_runtime::spec::{Accel, CPU, DiskSpec, KERNEL_CMDLINE, MACHINE, VmSpec};
 use vm_runtime::units::{Bytes, PAGE_SIZE, PageIndex};
-use vm_runtime::vm::{CONSOLE, Vm, VmRecord, VmResources};
+use vm_runtime::vm::{CONSOLE, SuccessorResources, Vm, VmRecord, VmResources};
 use xtask::process::poll_until;
 
 use crate::guest::{self, Program};
@@ -23,8 +23,12 @@ const BOOT_LIMIT: Duration = Duration::from_secs(120);
 /// One virtual machine at a time: emulation needs the processor.
 static ONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
+/// The file behind a VM's disk, in its folder.
+const DISK: &str = "a disk, with a comma";
+
 pub struct Lab {
     pub dir: tempfile::TempDir,
+    console: PathBuf,
     pub qemu: QemuBinary,
     kernel: PathBuf,
     memory: Bytes,
@@ -56,6 +60,7 @@ impl Lab {
         };
         guest::write_initramfs(&dir.path().join("initramfs"), program, &modules)?;
         Ok(Self {
+            console: dir.path().join("vm"),
             dir,
             memory: match program {
                 Program::Hog => Bytes(2 * guest::HOG_BYTES),
@@ -108,7 +113,7 @@ impl Lab {
     pub fn resources(&self, name: &str, qemu: &QemuBinary) -> anyhow::Result<VmResources> {
         let dir = self.dir.path().join(name);
         std::fs::create_dir(&dir)?;
-        let disk = dir.join("a disk, with a comma");
+        let disk = dir.join(DISK);
         File::create(&disk)?.set_len(Bytes::mib(1).0)?;
         Ok(VmResources {
             dir,
@@ -125,6 +130,22 @@ impl Lab {
         })
     }
 
+    /// What a QEMU gets that replaces the one of the VM `vm`.
+    pub fn successor(&self, qemu: &QemuBinary) -> anyhow::Result<SuccessorResources> {
+        Ok(SuccessorResources {
+            qemu: qemu.clone(),
+            kernel: self.kernel.clone(),
+            initramfs: self.dir.path().join("initramfs"),
+            disks: vec![self.dir.path().join("vm").join(DISK)],
+            spare_tap: tap("spare0")?,
+        })
+    }
+
+    /// The folder with the console of the VM `vm`.
+    pub fn console(&self) -> &Path {
+        self.console.as_path()
+    }
+
     /// A VM whose guest counts already.
     pub async fn booted(&self, name: &str) -> anyhow::Result<Vm> {
         let vm = Vm::boot(&self.spec(), self.resources(name, &self.qemu)?).await?;
@@ -137,15 +158,19 @@ impl Drop for Lab {
     /// A test that failed leaves its VMs running: they are made to outlive whoever started them.
     fn drop(&mut self) {
         let dirs = std::fs::read_dir(self.dir.path()).into_iter().flatten();
-        let records: Vec<VmRecord> = dirs
-            .filter_map(|entry| VmRecord::load(&entry.ok()?.path()).ok())
+        let dirs: Vec<PathBuf> = dirs
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .filter(|path| path.is_dir())
             .collect();
         let kill = move || -> anyhow::Result<()> {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
                 .build()?;
-            for record in records {
-                runtime.block_on(record.kill())?;
+            for dir in dirs {
+                runtime.block_on(VmRecord::kill_others(&dir))?;
+                if let Ok(record) = VmRecord::load(&dir) {
+                    runtime.block_on(record.kill())?;
+                }
             }
             Ok(())
         };

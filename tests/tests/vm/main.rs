@@ -9,6 +9,7 @@ mod guest;
 mod lab;
 mod large_pages;
 mod link;
+mod succession;
 mod throttle;
 
 use std::collections::HashSet;

@@ -56,6 +56,8 @@ pub(super) enum Command {
     },
     Reattach {
         reconnect: bool,
+        /// Where to connect from now on, if not where until now.
+        socket: Option<PathBuf>,
     },
 }
 
@@ -307,8 +309,11 @@ impl Actor {
                 };
                 reply.send(state).ok();
             }
-            Command::Reattach { reconnect } => {
+            Command::Reattach { reconnect, socket } => {
                 self.mode = Mode::Open;
+                if let Some(socket) = socket {
+                    self.socket = socket;
+                }
                 self.settling.clear();
                 if reconnect {
                     self.stream = None;

@@ -10,6 +10,7 @@
 //!                (VM stops)
 //!                state()           what moves with the pod; nothing is read any more
 //!   rollback     reattach()        as if nothing had happened
+//!   other VMM    reattach_at()     the same on the node itself, where another VMM has taken the guest over
 //!   destination  resume(state)     may be called before the VM runs: the answer comes when it does
 //! ```
 //!
@@ -94,8 +95,8 @@ pub enum AgentError {
     /// No answer in time.
     #[error("the guest's agent did not answer within {0:?}")]
     NoAnswer(Duration),
-    /// The pod is being moved.
-    #[error("the pod is being migrated: try again when it has moved")]
+    /// The pod is being moved, or its VMM replaced.
+    #[error("the pod is being migrated or upgraded: try again when that is over")]
     Detached,
     /// The connection is gone, and the VM with it.
     #[error("the connection to the guest's agent is gone: the VM has ended")]
@@ -311,7 +312,22 @@ impl AgentClient {
     /// # Errors
     /// [`AgentError::Gone`].
     pub fn reattach(&self) -> Result<(), AgentError> {
-        self.send(Command::Reattach { reconnect: false })
+        self.send(Command::Reattach {
+            reconnect: false,
+            socket: None,
+        })
+    }
+
+    /// The guest runs under another VMM on this node, which serves its port at `socket`: goes on there. Commands in
+    /// the guest keep their clients.
+    ///
+    /// # Errors
+    /// [`AgentError::Gone`].
+    pub fn reattach_at(&self, socket: PathBuf) -> Result<(), AgentError> {
+        self.send(Command::Reattach {
+            reconnect: true,
+            socket: Some(socket),
+        })
     }
 
     /// Drops the connection and makes a new one. Nothing is lost; for tests, and for a link that hangs.
@@ -319,7 +335,10 @@ impl AgentClient {
     /// # Errors
     /// [`AgentError::Gone`].
     pub fn reconnect(&self) -> Result<(), AgentError> {
-        self.send(Command::Reattach { reconnect: true })
+        self.send(Command::Reattach {
+            reconnect: true,
+            socket: None,
+        })
     }
 
     /// Ends the connection for all handles: requests and execs that wait get [`AgentError::Gone`]. For a

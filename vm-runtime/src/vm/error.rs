@@ -45,6 +45,20 @@ pub enum SpawnError {
         /// The end of its log.
         log: String,
     },
+    /// It does not know the VM's machine.
+    #[error("the QEMU at {path} does not know the machine type {machine} of this VM")]
+    Machine {
+        /// The binary.
+        path: PathBuf,
+        /// The VM's machine type.
+        machine: String,
+    },
+    /// A descriptor cannot be put in another's place in it.
+    #[error("the QEMU at {path} waits by io_uring, and cannot be given another's TAP")]
+    Polling {
+        /// The binary.
+        path: PathBuf,
+    },
     /// QEMU does not do what it is asked at the start.
     #[error("QEMU started but cannot be set up")]
     Setup(#[from] QmpError),
@@ -58,6 +72,12 @@ pub enum AttachError {
     Gone {
         /// Its number.
         pid: i32,
+    },
+    /// A QEMU beside it, which must not run, cannot be ended.
+    #[error("cannot end the other QEMU of an upgrade that was cut short")]
+    Others {
+        /// Why not.
+        source: io::Error,
     },
     /// A descriptor cannot be taken back.
     #[error("cannot take the {what} back from QEMU process {pid}")]
@@ -143,6 +163,38 @@ pub enum StateError {
         verb: &'static str,
         /// How long it was waited for.
         after: Duration,
+    },
+}
+
+/// A QEMU does not take over from another.
+#[derive(Debug, thiserror::Error)]
+pub enum SuccessionError {
+    /// It cannot be given the guest's TAP.
+    #[error("cannot give the TAP to QEMU process {pid}")]
+    Tap {
+        /// Its number.
+        pid: i32,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The one before cannot be suspended, or woken.
+    #[error("cannot send a signal to QEMU process {pid}")]
+    Suspend {
+        /// Its number.
+        pid: i32,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The record that says which one runs the guest cannot be written.
+    #[error("cannot write down which QEMU runs the VM")]
+    Record(#[source] io::Error),
+    /// It does not end.
+    #[error("cannot end QEMU process {pid}")]
+    Kill {
+        /// Its number.
+        pid: i32,
+        /// Why not.
+        source: io::Error,
     },
 }
 

@@ -5,6 +5,7 @@
 //! incoming -> load_state -> paused -> cont -> running
 //! running -> stop -> save_state -> quit        the guest now lives elsewhere
 //!                        \-> cont              rollback: it goes on here
+//! running -> successor -> hand_over -> kill     the guest now lives in another QEMU, on the same memory
 //! ```
 //!
 //! Dropping a [`Vm`] leaves its QEMU running; [`Vm::attach`] finds it again. Only `kill` and `quit`
@@ -12,14 +13,17 @@
 
 mod child;
 mod error;
+mod find;
 mod inject;
 mod pidfd;
 mod process;
 mod ram;
 mod record;
+mod replace_fd;
 mod spawn;
 mod start;
 mod state;
+mod successor;
 pub mod throttle;
 
 use std::io;
@@ -32,14 +36,15 @@ use serde_json::Value;
 use tokio::sync::broadcast;
 use tokio::time::{Instant, sleep, timeout};
 
-pub use self::error::{AttachError, ControlError, SpawnError, StateError};
+pub use self::error::{AttachError, ControlError, SpawnError, StateError, SuccessionError};
 pub use self::ram::VmRam;
-pub use self::record::{VmRecord, VmmFds};
+pub use self::record::{VmRecord, VmmFds, VmmProcess};
 pub use self::state::{LoadStats, SaveStats};
+pub use self::successor::{HandOver, Successor, SuccessorResources};
 
 use self::process::Process;
+use self::spawn::Birth;
 use self::start::start;
-use crate::command_line::BootMode;
 use crate::memory::GuestMemory;
 use crate::qemu::QemuBinary;
 use crate::qmp::{Qmp, QmpError, QmpEvent};
@@ -140,7 +145,7 @@ impl Vm {
     /// # Errors
     /// The spec is wrong, the system refuses, or QEMU ends; nothing is left running.
     pub async fn boot(spec: &VmSpec, res: VmResources) -> Result<Self, SpawnError> {
-        let (vm, guard) = start(spec, res, BootMode::Boot).await?;
+        let (vm, guard) = start(spec, res, Birth::Boot).await?;
         vm.qmp.execute("cont", Value::Null, QMP_DEADLINE).await?;
         guard.disarm();
         Ok(vm)
@@ -154,7 +159,7 @@ impl Vm {
     /// # Errors
     /// The spec is wrong, the system refuses, or QEMU ends; nothing is left running.
     pub async fn incoming(spec: &VmSpec, res: VmResources) -> Result<Self, SpawnError> {
-        let (vm, guard) = start(spec, res, BootMode::Incoming).await?;
+        let (vm, guard) = start(spec, res, Birth::Incoming).await?;
         guard.disarm();
         Ok(vm)
     }
@@ -327,7 +332,7 @@ impl Vm {
         if !matches!(asked, Err(QmpError::Timeout { .. }))
             && let Ok(Ok(())) = timeout(QUIT_DEADLINE, self.process.exited()).await
         {
-            VmRecord::remove(self.dir());
+            self.record.remove();
             return Ok(());
         }
         self.kill().await
@@ -342,7 +347,7 @@ impl Vm {
             .kill()
             .await
             .map_err(|source| self.cannot_end(source))?;
-        VmRecord::remove(self.dir());
+        self.record.remove();
         Ok(())
     }
 

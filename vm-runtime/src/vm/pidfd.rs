@@ -3,9 +3,12 @@
 //! pidfd_open(2), pidfd_getfd(2), pidfd_send_signal(2); Linux 5.6 and later.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use libc::{c_int, c_long};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -23,14 +26,14 @@ pub(super) fn get_fd(pidfd: BorrowedFd<'_>, fd: RawFd) -> io::Result<OwnedFd> {
     owned(fd)
 }
 
-/// Sends SIGKILL to that very process, never to a later one of the same number.
-pub(super) fn kill(pidfd: BorrowedFd<'_>) -> io::Result<()> {
+/// Sends a signal to that very process, never to a later one of the same number.
+pub(super) fn signal(pidfd: BorrowedFd<'_>, signal: Signal) -> io::Result<()> {
     // SAFETY: a null siginfo is allowed, and makes the kernel fill in what kill(2) would.
     let result = unsafe {
         libc::syscall(
             libc::SYS_pidfd_send_signal,
             pidfd.as_raw_fd(),
-            libc::SIGKILL,
+            signal as c_int,
             std::ptr::null::<libc::siginfo_t>(),
             0,
         )
@@ -39,6 +42,19 @@ pub(super) fn kill(pidfd: BorrowedFd<'_>) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// Blocks until that child has exited; it is not reaped.
+pub(super) fn await_exit(pid: u32) -> io::Result<()> {
+    let pidfd = open(i32::try_from(pid).map_err(io::Error::other)?)?;
+    loop {
+        let mut asked = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut asked, PollTimeout::NONE) {
+            Ok(0) | Err(Errno::EINTR) => {}
+            Ok(_) => return Ok(()),
+            Err(errno) => return Err(errno.into()),
+        }
+    }
 }
 
 /// A duplicate that the async runtime tells the exit from. Needs a runtime around it.

@@ -6,6 +6,7 @@ use std::process::ExitStatus;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -16,7 +17,6 @@ const KILL_DEADLINE: Duration = Duration::from_secs(20);
 
 #[derive(Debug)]
 pub(super) struct Process {
-    pub(super) pid: i32,
     pub(super) start_time: u64,
     pidfd: OwnedFd,
     /// The exit status, if it is our child: the thread that started it reaps it.
@@ -27,7 +27,6 @@ impl Process {
     /// A child that the calling code keeps from being reaped until this has returned.
     pub(super) fn child(pid: i32, status: watch::Receiver<Option<ExitStatus>>) -> io::Result<Self> {
         Ok(Self {
-            pid,
             start_time: start_time(pid)?,
             pidfd: pidfd::open(pid)?,
             status: Some(status),
@@ -47,7 +46,6 @@ impl Process {
             return Err(gone());
         }
         Ok(Self {
-            pid,
             start_time: began,
             pidfd,
             status: None,
@@ -75,18 +73,20 @@ impl Process {
 
     /// Kills it, and waits until it is gone.
     pub(super) async fn kill(&self) -> io::Result<()> {
-        match pidfd::kill(self.pidfd.as_fd()) {
-            Ok(()) => {}
-            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
-            Err(error) => return Err(error),
-        }
+        self.kill_now()?;
         timeout(KILL_DEADLINE, self.exited()).await?
     }
 
-    /// Sends SIGKILL and does not wait: for drop guards.
-    pub(super) fn kill_now(&self) {
-        if let Err(error) = pidfd::kill(self.pidfd.as_fd()) {
-            tracing::debug!(pid = self.pid, %error, "QEMU was not killed");
+    /// Sends SIGKILL and does not wait.
+    pub(super) fn kill_now(&self) -> io::Result<()> {
+        self.signal(Signal::SIGKILL)
+    }
+
+    /// Sends a signal. One that is gone already needs none.
+    pub(super) fn signal(&self, signal: Signal) -> io::Result<()> {
+        match pidfd::signal(self.pidfd.as_fd(), signal) {
+            Err(error) if error.raw_os_error() != Some(libc::ESRCH) => Err(error),
+            Ok(()) | Err(_) => Ok(()),
         }
     }
 }
@@ -105,9 +105,20 @@ fn start_time(pid: i32) -> io::Result<u64> {
 }
 
 fn parse_start_time(stat: &str) -> Option<u64> {
+    field(stat, 22)?.parse().ok()
+}
+
+/// Whether the process of this number was suspended by a signal, as field 3 of `/proc/PID/stat` tells.
+pub(super) fn is_suspended(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
+    stat.is_ok_and(|stat| field(&stat, 3) == Some("T"))
+}
+
+/// A field behind the name, numbered as in proc_pid_stat(5).
+fn field(stat: &str, number: usize) -> Option<&str> {
     // The second field is the name in parentheses, and may hold blanks and parentheses itself.
     let (_, rest) = stat.rsplit_once(')')?;
-    rest.split_ascii_whitespace().nth(19)?.parse().ok()
+    rest.split_ascii_whitespace().nth(number.checked_sub(3)?)
 }
 
 #[cfg(test)]
@@ -131,21 +142,46 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_child_is_suspended_and_goes_on() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("600")
+            .spawn()
+            .unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let process = Process::child(pid, watch::channel(None).1).unwrap();
+        assert!(!is_suspended(pid));
+        process.signal(Signal::SIGSTOP).unwrap();
+        let until = std::time::Instant::now() + KILL_DEADLINE;
+        while !is_suspended(pid) {
+            assert!(std::time::Instant::now() < until, "it does not stop");
+            std::thread::yield_now();
+        }
+        process.signal(Signal::SIGCONT).unwrap();
+        while is_suspended(pid) {
+            assert!(std::time::Instant::now() < until, "it does not go on");
+            std::thread::yield_now();
+        }
+        process.kill().await.unwrap();
+        child.wait().unwrap();
+    }
+
+    #[tokio::test]
     async fn a_child_is_watched_and_killed_by_its_pidfd() {
         let mut child = std::process::Command::new("sleep")
             .arg("600")
             .spawn()
             .unwrap();
         let (sender, status) = watch::channel(None);
-        let process = Process::child(i32::try_from(child.id()).unwrap(), status).unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let process = Process::child(pid, status).unwrap();
         process.kill().await.unwrap();
         // Not reaped yet, and gone all the same.
-        let gone = Process::find(process.pid, process.start_time).unwrap_err();
+        let gone = Process::find(pid, process.start_time).unwrap_err();
         assert_eq!(gone.kind(), io::ErrorKind::NotFound);
         sender.send(Some(child.wait().unwrap())).unwrap();
         assert_eq!(process.status().await.unwrap().code(), None);
         process.kill().await.unwrap();
-        let gone = Process::find(process.pid, process.start_time).unwrap_err();
+        let gone = Process::find(pid, process.start_time).unwrap_err();
         assert_eq!(gone.kind(), io::ErrorKind::NotFound);
     }
 }

@@ -22,14 +22,36 @@ use nix::unistd::Pid;
 use tokio::sync::{oneshot, watch};
 
 use super::process::Process;
-use super::record::{VmRecord, VmmFds};
-use super::{AGENT_SOCKET, LOG, QMP_SOCKET, SpawnError, VmResources, child, inject};
+use super::record::{VmRecord, VmmFds, VmmProcess};
+use super::{AGENT_SOCKET, LOG, QMP_SOCKET, SpawnError, VmResources, child, inject, pidfd};
 use crate::command_line::{self, BootMode, FdNumbers, Local};
 use crate::memory;
 use crate::spec::VmSpec;
 
 /// `sizeof(sun_path)` without the final zero, unix(7).
 const MAX_SOCKET_PATH: usize = 107;
+
+/// How a QEMU begins.
+#[derive(Debug)]
+pub(super) enum Birth {
+    /// At the kernel's first instruction.
+    Boot,
+    /// With a state that comes from elsewhere.
+    Incoming,
+    /// With the state of a QEMU on this machine, whose memory and TAP it shares.
+    Successor(Succession),
+}
+
+/// What a QEMU that replaces another gets in addition.
+#[derive(Debug)]
+pub(super) struct Succession {
+    /// The VM's folder.
+    pub(super) home: PathBuf,
+    /// Who is replaced.
+    pub(super) predecessor: VmmProcess,
+    /// The TAP that it takes for its own until it gets the other.
+    pub(super) spare_tap: OwnedFd,
+}
 
 pub(super) struct Spawned {
     pub(super) process: Process,
@@ -41,9 +63,9 @@ pub(super) struct Spawned {
 pub(super) async fn spawn(
     spec: &VmSpec,
     res: &VmResources,
-    mode: BootMode,
+    birth: Birth,
 ) -> Result<Spawned, SpawnError> {
-    let plan = Plan::new(spec, res, mode)?;
+    let plan = Plan::new(spec, res, &birth)?;
     let (sender, receiver) = oneshot::channel();
     thread::Builder::new()
         .name(format!("vmm {}", spec.name))
@@ -64,14 +86,17 @@ struct Plan {
     kept: Vec<OwnedFd>,
     memory: RawFd,
     tap: RawFd,
+    netdev: RawFd,
     park: Option<RawFd>,
     spec: VmSpec,
     dir: PathBuf,
+    home: Option<PathBuf>,
+    predecessor: Option<VmmProcess>,
     qemu: crate::qemu::QemuBinary,
 }
 
 impl Plan {
-    fn new(spec: &VmSpec, res: &VmResources, mode: BootMode) -> Result<Self, SpawnError> {
+    fn new(spec: &VmSpec, res: &VmResources, birth: &Birth) -> Result<Self, SpawnError> {
         let given = res.memory.len().0;
         if given != spec.memory.0 {
             return Err(SpawnError::Memory {
@@ -89,9 +114,18 @@ impl Plan {
         let memory = keep(&*res.memory)?;
         let tap = keep(&res.tap)?;
         let park = res.park.as_ref().map(|park| keep(park)).transpose()?;
+        let (mode, succession) = match birth {
+            Birth::Boot => (BootMode::Boot, None),
+            Birth::Incoming => (BootMode::Incoming, None),
+            Birth::Successor(succession) => (BootMode::Incoming, Some(succession)),
+        };
+        let netdev = match succession {
+            Some(succession) => keep(&succession.spare_tap)?,
+            None => tap,
+        };
         let fds = FdNumbers {
             memory,
-            tap,
+            tap: netdev,
             qmp: keep(&listen(&res.dir, QMP_SOCKET)?)?,
             agent: keep(&listen(&res.dir, AGENT_SOCKET)?)?,
         };
@@ -124,9 +158,12 @@ impl Plan {
             kept,
             memory,
             tap,
+            netdev,
             park,
             spec: spec.clone(),
             dir: res.dir.clone(),
+            home: succession.map(|succession| succession.home.clone()),
+            predecessor: succession.map(|succession| succession.predecessor),
             qemu: res.qemu.clone(),
         })
     }
@@ -150,13 +187,18 @@ fn run(mut plan: Plan, sender: oneshot::Sender<Result<Spawned, SpawnError>>) {
             sender.send(Err(error))
         }
     };
-    if let Err(Ok(_)) = sent {
+    if let Err(Ok(spawned)) = sent {
         // The caller has gone away, and with it the only owner.
         end(&mut child);
-        VmRecord::remove(&plan.dir);
+        spawned.record.remove();
     }
     // The listening sockets must be QEMU's alone, so that its death ends whoever connects.
     drop(plan);
+    // Not wait(2) from here on: it would take the stops of a traced child away from whoever traces it.
+    if let Err(error) = pidfd::await_exit(child.id()) {
+        tracing::warn!(%error, "QEMU's end cannot be awaited");
+        return;
+    }
     publish(child.wait(), &exit);
 }
 
@@ -182,9 +224,12 @@ fn adopt(
         start_time: process.start_time,
         qemu: plan.qemu.clone(),
         dir: plan.dir.clone(),
+        home: plan.home.clone(),
+        predecessor: plan.predecessor,
         fds: VmmFds {
             memory: plan.memory,
             tap: plan.tap,
+            netdev: (plan.netdev != plan.tap).then_some(plan.netdev),
             park: plan.park,
             uffd: number,
         },

@@ -1,6 +1,6 @@
 //! From a started QEMU to a [`Vm`]: its monitor, and how it will migrate.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,9 +9,8 @@ use serde_json::json;
 use super::error::log_tail;
 use super::process::Process;
 use super::record::VmRecord;
-use super::spawn::{self, Spawned};
+use super::spawn::{self, Birth, Spawned};
 use super::{QMP_DEADLINE, QMP_SOCKET, SpawnError, Vm, VmResources};
-use crate::command_line::BootMode;
 use crate::qmp::{Qmp, QmpError};
 use crate::spec::VmSpec;
 
@@ -21,7 +20,7 @@ const START_DEADLINE: Duration = Duration::from_secs(60);
 /// Kills a QEMU whose start was not finished, also if the caller went away meanwhile.
 pub(super) struct Guard {
     process: Arc<Process>,
-    dir: PathBuf,
+    record: VmRecord,
     armed: bool,
 }
 
@@ -34,8 +33,10 @@ impl Guard {
 impl Drop for Guard {
     fn drop(&mut self) {
         if self.armed {
-            self.process.kill_now();
-            VmRecord::remove(&self.dir);
+            if let Err(error) = self.process.kill_now() {
+                tracing::warn!(pid = self.record.pid, %error, "QEMU was not killed");
+            }
+            self.record.remove();
         }
     }
 }
@@ -44,17 +45,17 @@ impl Drop for Guard {
 pub(super) async fn start(
     spec: &VmSpec,
     res: VmResources,
-    mode: BootMode,
+    birth: Birth,
 ) -> Result<(Vm, Guard), SpawnError> {
     let Spawned {
         process,
         uffd,
         record,
-    } = spawn::spawn(spec, &res, mode).await?;
+    } = spawn::spawn(spec, &res, birth).await?;
     let process = Arc::new(process);
     let guard = Guard {
         process: Arc::clone(&process),
-        dir: record.dir.clone(),
+        record: record.clone(),
         armed: true,
     };
     let qmp = match set_up(&record.dir.join(QMP_SOCKET)).await {

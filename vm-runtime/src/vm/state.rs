@@ -21,10 +21,10 @@ use crate::units::Bytes;
 /// The socket QEMU saves to.
 const SAVE_SOCKET: &str = "save.sock";
 /// The socket QEMU loads from.
-const LOAD_SOCKET: &str = "load.sock";
+pub(super) const LOAD_SOCKET: &str = "load.sock";
 /// Half a megabyte takes some milliseconds; what takes this long is stuck. A caller with less
 /// patience drops the future, which aborts as well.
-const STATE_DEADLINE: Duration = Duration::from_secs(30);
+pub(super) const STATE_DEADLINE: Duration = Duration::from_secs(30);
 /// How often to ask for what QEMU has no event for: a matter of a millisecond, and of failed saves.
 pub(super) const SETTLE_PERIOD: Duration = Duration::from_millis(2);
 /// One read of the state's bytes.
@@ -207,7 +207,7 @@ impl Vm {
     }
 
     /// Awaits the end of the migration that QEMU was told to do.
-    async fn ended(
+    pub(super) async fn ended(
         &self,
         verb: &'static str,
         events: &mut broadcast::Receiver<QmpEvent>,

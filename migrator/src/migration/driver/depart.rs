@@ -1,5 +1,6 @@
 //! Migrations away from here: how one begins, and how an open one goes on after a restart.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -92,6 +93,12 @@ pub(super) async fn outgoing(node: Arc<Node>, job: Outgoing) {
     run.events().await;
 }
 
+/// Where another node's service listens.
+pub(super) fn peer_addr(node: &Node, peer: &str) -> Option<SocketAddr> {
+    let mut peers = node.config.peers.iter();
+    peers.find_map(|(name, addr)| (name.as_str() == peer).then_some(*addr))
+}
+
 /// Ends a migration away from here that an earlier service left open.
 pub(super) async fn recover(
     node: Arc<Node>,
@@ -99,12 +106,7 @@ pub(super) async fn recover(
     handed_over: bool,
     pod: Option<(PodHandle, Arc<PodResources>)>,
 ) {
-    let Some(addr) = node
-        .config
-        .peers
-        .iter()
-        .find_map(|(name, addr)| (name.as_str() == record.to).then_some(*addr))
-    else {
+    let Some(addr) = peer_addr(&node, &record.to) else {
         tracing::error!(
             migration = %record.migration, pod = record.pod, to = record.to,
             "cannot ask who runs the pod: add that node to `peers` and start the service again"

@@ -27,6 +27,7 @@ mod arrive;
 mod checks;
 mod clock;
 mod depart;
+mod departed;
 mod destination;
 mod destination_pages;
 mod destination_pod;
@@ -108,6 +109,7 @@ pub async fn recover(node: Arc<Node>, migration: OpenMigration) {
             handed_over,
             pod,
         } => depart::recover(node, record, handed_over, pod).await,
+        OpenMigration::Departed { record } => departed::tell(node, record).await,
         OpenMigration::Destination { record, pod } => arrive::recover(node, record, pod).await,
         OpenMigration::Lacking { record, pod } => {
             let pod = pod.find(&node).await;

@@ -43,7 +43,8 @@ pub(super) async fn offer(
         pod: resources.spec.clone(),
         vm: resources.vm_spec.clone(),
         ram: resources.vm_spec.memory,
-        qemu_version: version(node.qemu.version),
+        // Not the node's: the pod may have been upgraded, or not yet.
+        qemu_version: resources.vm.record().qemu.version_text(),
         options: OfferOptions {
             verify: options.verify,
         },

@@ -290,10 +290,6 @@ impl Side for Run {
                 );
             }
             Output::Redial => self.redial(),
-            Output::KillVm => {
-                self.server = None;
-                self.kill_vm();
-            }
             Output::Hold => {
                 self.held_at_unix_us = unix_us();
                 self.hold();

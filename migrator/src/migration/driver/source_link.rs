@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
@@ -16,9 +15,6 @@ use crate::network::{LogItem, Stage};
 use crate::pods::PodResources;
 use crate::wire::preamble::Shape;
 use crate::wire::session::{self, Session};
-
-/// How long the resumed guest has the machine to itself.
-const AFTER_RESUME: Duration = Duration::from_millis(250);
 
 /// The loss of one link, which several of its connections may notice: the machine hears of it once.
 #[derive(Clone, Debug)]
@@ -125,6 +121,7 @@ impl Run {
     }
 
     pub(super) async fn forward(&mut self) {
+        self.figures.total = Some(self.figures.started.elapsed());
         let Some(resources) = self.parts() else {
             return;
         };
@@ -137,20 +134,8 @@ impl Run {
         self.runner.step(steps::forwarded(resources));
     }
 
-    pub(super) fn kill_vm(&mut self) {
-        let Some(resources) = self.parts() else {
-            return;
-        };
-        self.figures.total = Some(self.figures.started.elapsed());
-        self.runner.helpers.spawn(async move {
-            // On a small machine the end of a large process is felt by the guest that has just begun elsewhere.
-            tokio::time::sleep(AFTER_RESUME).await;
-            // No answer is needed: the release kills again, and waits.
-            drop(resources.vm.kill().await);
-        });
-    }
-
     pub(super) fn release(&mut self) {
+        self.server = None;
         let (pod, to) = (self.pod.clone(), self.figures.to.clone());
         let resources = self.resources.take();
         self.runner.step(steps::release(resources, pod, to));

@@ -47,6 +47,7 @@ impl Run {
             }
             Input::StaleSent { .. } => self.figures.postcopy = true,
             Input::Peer(Control::MemoryComplete(complete)) => {
+                self.figures.total = Some(self.figures.started.elapsed());
                 self.figures.complete(&complete.faults);
             }
             Input::Stopped { at_unix_us } => {
@@ -127,7 +128,7 @@ pub(super) fn phase_of(output: &Output) -> Option<Phase> {
         Output::SendImages(_) => Some(Phase::Image),
         Output::StartTracking | Output::SendRound { .. } => Some(Phase::Precopy),
         Output::Hold | Output::StopVm => Some(Phase::Switchover),
-        Output::Forward | Output::KillVm => Some(Phase::Forwarding),
+        Output::Forward => Some(Phase::Forwarding),
         _ => None,
     }
 }

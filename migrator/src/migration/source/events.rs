@@ -206,9 +206,7 @@ pub enum Output {
     /// Keep relaying until the neighbours have learned and the log is acknowledged; after a lost link, go on from the last
     /// acknowledgement once there is an urgent connection again. Then [`Input::Forwarded`].
     Forward,
-    /// Kill the VMM and free its memory. No answer is needed.
-    KillVm,
-    /// Stop forwarding; remove the pod's TAP, park, gate, folder. Then [`Input::Released`].
+    /// Stop forwarding; kill the VMM; remove the pod's TAP, park, gate, folder. Then [`Input::Released`].
     Release,
     /// Dial a session of the shape `Resume`, with a deadline. Then [`Input::LinkUp`] or [`Input::LinkLost`].
     Redial,

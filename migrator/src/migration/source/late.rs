@@ -48,14 +48,14 @@ impl Source {
         out.push(Output::SendStale { last: false });
     }
 
-    /// Nothing of this copy is needed any more.
+    /// Nothing of this copy is needed any more: not a page, not a packet.
     pub(super) fn let_go(&mut self, out: &mut Vec<Output>) {
         let released = OwnerState::Released {
             to: self.record.to.clone(),
             migration: self.record.migration,
         };
         out.push(Output::Note(Entry::Owner(self.owner(released))));
-        out.push(Output::KillVm);
+        out.push(Output::Release);
     }
 
     /// The destination has every page.
@@ -63,7 +63,6 @@ impl Source {
         if !std::mem::take(&mut self.pages_due) {
             return;
         }
-        self.let_go(out);
         if self.forwarding_over {
             self.forwarded(out);
         }

@@ -39,14 +39,15 @@ impl Source {
                 source.dial(&mut dialing, &mut out);
                 source.state = State::Doubt(dialing);
             }
+            // Nothing was left to forward.
             Some(OwnerState::Released { migration, .. }) if migration == id => {
                 let mut dialing = Dialing {
                     give_up_at: Some(now + source.relink_limit_us),
                     ..Dialing::default()
                 };
-                out.extend([Output::Forward, Output::KillVm]);
+                out.push(Output::Release);
                 source.dial(&mut dialing, &mut out);
-                source.state = State::Forwarding(dialing);
+                source.state = State::Releasing(dialing);
             }
             // The pod is gone, or in a later migration: this one is history.
             Some(

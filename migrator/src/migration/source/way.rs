@@ -286,7 +286,8 @@ impl Source {
         }
     }
 
-    /// The destination runs the guest: this copy must never run again.
+    /// The destination runs the guest: this copy must never run again. It is kept until nothing is forwarded any more, since
+    /// the pod's network devices, and the packets in them, live as long as this service or the VMM does.
     pub(super) fn taken_over(
         &mut self,
         failed: Option<String>,
@@ -302,7 +303,6 @@ impl Source {
             Pages::Told if self.memory_gone => {
                 let reason = "the guest's memory was lost with its VM at the source";
                 out.push(Output::Send(Self::abort_message(reason)));
-                self.let_go(out);
             }
             Pages::Known | Pages::Told if failed.is_none() => {
                 self.pages_due = true;
@@ -310,7 +310,7 @@ impl Source {
                     out.push(Output::PushPages);
                 }
             }
-            Pages::None | Pages::Known | Pages::Told => self.let_go(out),
+            Pages::None | Pages::Known | Pages::Told => {}
         }
         let mut dialing = Dialing::default();
         if !self.link {
@@ -320,7 +320,7 @@ impl Source {
             None => State::Forwarding(dialing),
             // The guest that the parked packets were for is gone at both ends.
             Some(_) => {
-                out.push(Output::Release);
+                self.let_go(out);
                 State::Releasing(dialing)
             }
         };
@@ -332,8 +332,8 @@ impl Source {
             return;
         }
         if let State::Forwarding(dialing) = self.state {
+            self.let_go(out);
             self.state = State::Releasing(dialing);
-            out.push(Output::Release);
         }
     }
 

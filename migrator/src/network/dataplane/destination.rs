@@ -11,10 +11,9 @@ use super::super::log::{InboundLog, LogItem, LogKind};
 use super::super::sys::VNET_HEADER;
 use super::{Dataplane, ETHERNET_MIN, Origin, PENDING_MAX, Pending, Stage};
 
-/// How long the destination waits for the end marker, from the opening of its gate.
-const END_LIMIT: Duration = Duration::from_millis(50);
-/// The same while not even the residue has come.
-const RESIDUE_LIMIT: Duration = Duration::from_secs(2);
+/// How long the destination waits for the end marker of a source that it has a connection to, from the opening of its gate.
+/// The source sees to it that there is one; this is for a source that stands still.
+const END_LIMIT: Duration = Duration::from_secs(2);
 /// How long a source whose connection ended in the middle of the log is waited for, before the order is given up: either service may
 /// have been killed, and takes a second to be back.
 const SOURCE_LIMIT: Duration = Duration::from_secs(3);
@@ -87,18 +86,15 @@ impl Dataplane {
 
     /// The end of the log has come, or was waited for long enough.
     pub(super) fn log_is_over(&mut self, now: Instant) -> bool {
-        let waited = self.opened_at.map_or(RESIDUE_LIMIT, |opened| {
-            now.saturating_duration_since(opened)
-        });
         if self.end_seen {
             return true;
         }
-        let limit = if self.source_is_away {
-            SOURCE_LIMIT
-        } else if self.inbound.residue_ended() {
-            END_LIMIT
-        } else {
-            RESIDUE_LIMIT
+        let waited = self
+            .opened_at
+            .map_or(END_LIMIT, |opened| now.saturating_duration_since(opened));
+        let limit = match self.source_is_away {
+            true => SOURCE_LIMIT,
+            false => END_LIMIT,
         };
         if waited < limit {
             return false;

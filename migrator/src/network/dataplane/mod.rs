@@ -46,6 +46,8 @@ use super::sys::{FRAME_MAX, PacketSocket};
 /// From the echo of the announcement to the end marker: frames that came before it may still be in
 /// the backlog of another CPU.
 const END_DELAY: Duration = Duration::from_millis(2);
+/// How long the source waits for the echo, once the guest runs elsewhere: not every network brings it back.
+const ECHO_LIMIT: Duration = Duration::from_millis(100);
 /// Pause before the next attempt at a full TAP.
 const FULL_PAUSE: Duration = Duration::from_micros(250);
 /// Longest sleep: a safety net, since every event wakes the thread.
@@ -122,6 +124,7 @@ impl Dataplane {
             setup.acked.send_replace(injected_seq);
         }
         let log = setup.take_log_back();
+        let end_owed = setup.stage == Stage::Forwarding && !log.ended();
         Self {
             stage: setup.stage,
             tally: setup.tally.restored(log.kept_from()),
@@ -135,7 +138,7 @@ impl Dataplane {
             log,
             outbox: Vec::new(),
             sink: None,
-            end_due: None,
+            end_due: end_owed.then(|| Instant::now() + ECHO_LIMIT),
             early_ack: 0,
             drain_tap: None,
             inbound: match taken_over {
@@ -299,7 +302,8 @@ impl Dataplane {
             }
         }
         if let Some((until, reply)) = self.drain_tap.take() {
-            let empty = !readable(&self.setup.tap);
+            // What waits for a full TAP is on its way into it.
+            let empty = self.pending.is_empty() && !readable(&self.setup.tap);
             if empty || now >= until {
                 answer(reply, empty);
             } else {

@@ -107,7 +107,7 @@ impl Dataplane {
         if echo && self.stage != Stage::Local {
             // Shown by the gate, and booked there. At the source it is the end marker.
             if matches!(self.stage, Stage::Holding | Stage::Forwarding) {
-                self.end_due.get_or_insert(now + END_DELAY);
+                self.end_within(END_DELAY, now);
             }
             return;
         }

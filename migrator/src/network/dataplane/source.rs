@@ -1,7 +1,7 @@
 //! The source's part: hold, log, roll back or forward.
 
 use std::os::fd::AsFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use migrator_ebpf::Mode;
 use nix::errno::Errno;
@@ -11,7 +11,7 @@ use super::super::error::PortError;
 use super::super::log::{InboundLog, LogItem, SourceLog};
 use super::super::marker::is_marker;
 use super::super::sys;
-use super::{Dataplane, Origin, Pending, Setup, Stage, normalise};
+use super::{Dataplane, ECHO_LIMIT, Origin, Pending, Setup, Stage, normalise};
 
 impl Setup {
     /// The log of a service that was killed while it held or forwarded. In every other stage, what lies in the spool is
@@ -78,6 +78,14 @@ impl Dataplane {
                 // As above: kept until it is acknowledged.
                 let _ = sink.send(item);
             }
+        }
+    }
+
+    /// The end marker follows after this time, if none is due earlier.
+    pub(super) fn end_within(&mut self, delay: Duration, now: Instant) {
+        if !self.log.ended() {
+            let due = now + delay;
+            self.end_due = Some(self.end_due.map_or(due, |earlier| earlier.min(due)));
         }
     }
 
@@ -185,6 +193,7 @@ impl Dataplane {
         self.set_gate(Mode::Forward, false);
         self.set_stage(Stage::Forwarding);
         self.ack(self.early_ack);
+        self.end_within(ECHO_LIMIT, Instant::now());
         Ok(())
     }
 

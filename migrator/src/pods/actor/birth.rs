@@ -40,6 +40,9 @@ impl Actor {
                                 verb: "go on starting",
                             });
                         }
+                        Command::Upgrade { reply, .. } => {
+                            let _ = reply.send(Err(busy(&facts, "upgrade")));
+                        }
                         Command::BeginMigration { reply, .. } => {
                             // Whoever asked may be gone; that is his business. So everywhere below.
                             let _ = reply.send(Err(busy(&facts, "migrate")));

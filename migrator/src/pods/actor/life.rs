@@ -20,9 +20,27 @@ use crate::pods::sink;
 /// What the agent may take beyond the containers' grace period.
 const STOP_MARGIN: Duration = Duration::from_secs(10);
 
+/// What becomes of a pod that was served.
+enum Turn {
+    /// It is over.
+    End(End),
+    /// It goes on with another VM.
+    Replaced(Arc<PodResources>),
+}
+
 impl Actor {
-    /// Serves a pod that has a VM.
-    pub(super) async fn live(&mut self, resources: Arc<PodResources>) -> End {
+    /// Serves a pod that has a VM, until it has none.
+    pub(super) async fn live(&mut self, mut resources: Arc<PodResources>) -> End {
+        loop {
+            match self.serve(&resources).await {
+                Turn::End(end) => return end,
+                Turn::Replaced(parts) => resources = parts,
+            }
+        }
+    }
+
+    /// Serves a pod as long as its VM is the same.
+    async fn serve(&mut self, resources: &Arc<PodResources>) -> Turn {
         let mut agent = resources.agent.subscribe();
         agent.mark_changed();
         let mut events: Option<broadcast::Receiver<Event>> = None;
@@ -35,16 +53,16 @@ impl Actor {
                 // Commands first: what a client was promised comes before news.
                 biased;
                 // A migration is ended by its driver first.
-                () = self.node.shutdown.cancelled(), if !migrating => return End::Left,
+                () = self.node.shutdown.cancelled(), if !migrating => return Turn::End(End::Left),
                 command = self.commands.recv() => {
-                    let Some(command) = command else { return End::Left };
-                    if let Some(end) = self.command(command, &resources).await {
-                        return end;
+                    let Some(command) = command else { return Turn::End(End::Left) };
+                    if let Some(turn) = self.command(command, resources).await {
+                        return turn;
                     }
                 }
                 // During a migration the VM's end is the driver's to judge.
                 exit = vm.wait_exit(), if !migrating => {
-                    return self.died(exit.ok(), &resources).await;
+                    return Turn::End(self.died(exit.ok(), resources).await);
                 }
                 // Before the events, which a busy guest has always more of.
                 _ = console.tick() => self.bound_console().await,
@@ -69,7 +87,7 @@ impl Actor {
         }
     }
 
-    async fn command(&mut self, command: Command, resources: &Arc<PodResources>) -> Option<End> {
+    async fn command(&mut self, command: Command, resources: &Arc<PodResources>) -> Option<Turn> {
         match command {
             Command::Stop { grace, reply } => {
                 if self.view.borrow().migration.is_some() {
@@ -79,7 +97,11 @@ impl Actor {
                 let result = self.stop(grace, resources).await;
                 self.registry.remove(self.name());
                 let _ = reply.send(result);
-                Some(End::Removed)
+                Some(Turn::End(End::Removed))
+            }
+            Command::Upgrade { order, reply } => {
+                let replaced = self.upgrade(order, resources, reply).await;
+                replaced.map(Turn::Replaced)
             }
             Command::BeginMigration { id, reply } => {
                 if self.view.borrow().state != PodState::Running {
@@ -125,12 +147,12 @@ impl Actor {
                         let result = self.remove_files().await;
                         self.registry.remove(self.name());
                         let _ = reply.send(result);
-                        Some(End::Removed)
+                        Some(Turn::End(End::Removed))
                     }
                     MigrationEnd::Died { reason } => {
                         self.release(resources).await;
                         let _ = reply.send(Ok(()));
-                        Some(End::Dead(reason))
+                        Some(Turn::End(End::Dead(reason)))
                     }
                 }
             }

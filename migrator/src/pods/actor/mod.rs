@@ -1,9 +1,10 @@
 //! The actor of one pod: it alone changes the pod's state, VM and files, and so nothing races.
 //!
-//! [`birth`] is its part until the guest runs, [`life`] its part as long as there is a VM.
+//! [`birth`] is its part until the guest runs, [`life`] its part as long as there is a VM, [`upgrade`] the replacing of that.
 
 mod birth;
 mod life;
+mod upgrade;
 
 use std::sync::Arc;
 
@@ -188,6 +189,9 @@ impl Actor {
                     self.registry.remove(self.name());
                     let _ = reply.send(result);
                     return End::Removed;
+                }
+                Some(Command::Upgrade { reply, .. }) => {
+                    let _ = reply.send(Err(self.busy("upgrade")));
                 }
                 Some(Command::BeginMigration { reply, .. }) => {
                     let _ = reply.send(Err(self.busy("migrate")));

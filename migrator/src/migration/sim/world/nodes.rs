@@ -106,11 +106,8 @@ impl World {
                 Input::RolledBack
             }
             Output::Forward => Input::Forwarded,
-            Output::KillVm => {
-                self.s.vm = Vm::None;
-                return;
-            }
             Output::Release => {
+                self.s.vm = Vm::None;
                 self.held = false;
                 let ledger = Ledger::default();
                 Input::Released { ledger }
