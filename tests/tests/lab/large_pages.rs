@@ -80,9 +80,11 @@ fn a_pod_of_reserved_huge_pages_moves_to_where_there_are_enough() -> Result<()> 
         test.exec_works(to)?;
         test.probe_is_perfect()?;
         test.start_probe()?;
-        // What the next service knows of it, it has from the VMM.
+        // What the next service knows of it, it has from the VMM; and another VMM can have its memory.
         test.restart(to, || Ok(()))?;
         test.runs_on(to)?;
+        test.succeeds(to, &["upgrade", POD])?;
+        available(RAM)?;
     }
     test.end()?;
     available(Bytes(2 * RAM.0))
