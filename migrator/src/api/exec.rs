@@ -41,7 +41,7 @@ pub(super) async fn exec(
         ));
     }
     let pod = node.pods.get(&name)?;
-    let (agent, container) = pod.agent_for(exec.container.as_deref())?;
+    let (agent, container) = pod.agent_for(exec.container.as_deref()).await?;
     let running = agent
         .exec(ExecSpec {
             container,

@@ -64,6 +64,10 @@ enum State {
 /// What has come of the memory and the state.
 #[derive(Clone, Copy, Debug, Default)]
 struct Receiving {
+    /// The VMM waits for the state.
+    vm: bool,
+    /// Pages are to be made missing as soon as there is a VMM.
+    stale: bool,
     placed: u32,
     last: Option<u32>,
     /// What is not there is missing.

@@ -62,6 +62,8 @@ pub struct Source {
     postcopy: bool,
     /// The guest runs at the destination, and lacks pages that are here.
     pages_due: bool,
+    /// The destination's VM waits for its state.
+    vm_waits: bool,
     /// The service was restarted and found no VM: no page can be sent.
     memory_gone: bool,
     /// Nothing needs the old way any more, and only pages keep the source's copy alive.
@@ -92,6 +94,10 @@ enum State {
         acked_at: Option<u64>,
     },
     Scanning {
+        round: u32,
+    },
+    /// The rest would fit into the freeze, and the destination's VM is not there yet.
+    Waiting {
         round: u32,
     },
     Marking {
@@ -189,6 +195,7 @@ impl Source {
             throttled: 0,
             postcopy: false,
             pages_due: false,
+            vm_waits: false,
             memory_gone: false,
             forwarding_over: false,
             handed_over: false,

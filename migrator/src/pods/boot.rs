@@ -68,7 +68,8 @@ pub(super) async fn boot(
     parts: &mut Parts,
 ) -> Result<PodResources, PodError> {
     let name = facts.spec.name.as_str();
-    let (port, res) = resources(node, facts, &order.disks, Role::Local, parts).await?;
+    let memory = memory(&facts.vm_spec)?;
+    let (port, res) = resources(node, facts, &order.disks, memory, Role::Local, parts).await?;
     let vm = Vm::boot(&facts.vm_spec, res)
         .await
         .map_err(|e| PodError::step(name, "start its VM", e))?;
@@ -125,21 +126,27 @@ async fn start_containers(
     Ok(agent)
 }
 
-/// Makes guest memory and the port, and gathers what the VMM needs.
+/// Makes guest memory, which is a hole all over.
+pub(super) fn memory(spec: &VmSpec) -> Result<Arc<GuestMemory>, PodError> {
+    let name = spec.name.as_str();
+    let memory = match spec.hugepages {
+        false => GuestMemory::create(name, spec.memory),
+        true => GuestMemory::create_huge(name, spec.memory),
+    };
+    let memory = memory.map_err(|e| PodError::step(name, "make its memory", e))?;
+    Ok(Arc::new(memory))
+}
+
+/// Makes the port, and gathers what the VMM needs.
 pub(super) async fn resources(
     node: &Node,
     facts: &Facts,
     disks: &[PathBuf],
+    memory: Arc<GuestMemory>,
     role: Role,
     parts: &mut Parts,
 ) -> Result<(Port, VmResources), PodError> {
     let name = facts.spec.name.as_str();
-    let size = facts.vm_spec.memory;
-    let memory = match facts.vm_spec.hugepages {
-        false => GuestMemory::create(name, size),
-        true => GuestMemory::create_huge(name, size),
-    };
-    let memory = memory.map_err(|e| PodError::step(name, "make its memory", e))?;
     let port = node
         .network
         .attach(&net_id(&facts.spec), facts.slot, role, None)
@@ -149,7 +156,7 @@ pub(super) async fn resources(
     let dup = |e| PodError::step(name, "share its TAP with the VMM", e);
     let res = VmResources {
         dir: facts.dir.clone(),
-        memory: Arc::new(memory),
+        memory,
         tap: port.tap_fd().map_err(dup)?,
         park: Some(port.park_fd().map_err(dup)?),
         qemu: node.qemu.clone(),

@@ -22,6 +22,9 @@ use crate::api::types::{
 };
 use crate::network::Port;
 
+/// How long a command waits for the agent in a guest that runs.
+const AGENT_WITHIN: Duration = Duration::from_secs(10);
+
 /// What a pod with a VM is made of. Handles: whoever has this shares them with the pod's actor.
 #[derive(Debug)]
 pub struct PodResources {
@@ -207,11 +210,14 @@ impl PodHandle {
         }
     }
 
-    /// The agent inside, for a command in `container`.
+    /// The agent inside, for a command in `container`. Waits for it: after a move or a restart it takes a moment.
     ///
     /// # Errors
-    /// There is no such container, or the guest does not run.
-    pub fn agent_for(&self, container: Option<&str>) -> Result<(AgentClient, String), PodError> {
+    /// There is no such container, the guest does not run, or its agent stays silent.
+    pub async fn agent_for(
+        &self,
+        container: Option<&str>,
+    ) -> Result<(AgentClient, String), PodError> {
         let containers = &self.facts.spec.containers;
         let found = match container {
             Some(name) => containers.iter().find(|c| c.name == name),
@@ -223,10 +229,13 @@ impl PodHandle {
                 container: container.unwrap_or_default().to_owned(),
             });
         };
-        let view = self.view.borrow();
-        match (view.state, &view.resources) {
+        let (state, resources) = {
+            let view = self.view.borrow();
+            (view.state, view.resources.clone())
+        };
+        match (state, resources) {
             (PodState::Running | PodState::Migrating | PodState::Upgrading, Some(resources)) => {
-                let agent = resources.agent.get();
+                let agent = resources.agent.wait(AGENT_WITHIN).await;
                 let agent = agent.ok_or_else(|| PodError::NoAgent(self.name().to_owned()))?;
                 Ok((agent, found.name.clone()))
             }

@@ -1,8 +1,8 @@
 //! A pod on its way to this node: everything it needs here, until it runs here or is discarded.
 //!
 //! ```text
-//!   prepare ──▶ build ──▶ adopt        the guest runs here
-//!      └───────────┴────▶ discard      as if it had never been offered
+//!   prepare ──▶ make_memory ──▶ build ──▶ adopt        the guest runs here
+//!      └─────────────┴────────────┴────▶ discard      as if it had never been offered
 //! ```
 //!
 //! Whose the pod is, is the migration's business: nothing here writes the journal. A service that is
@@ -11,6 +11,7 @@
 use std::sync::Arc;
 
 use vm_runtime::agent_client::AgentState;
+use vm_runtime::memory::GuestMemory;
 use vm_runtime::pod::PodSpec;
 use vm_runtime::spec::VmSpec;
 use vm_runtime::units::Epoch;
@@ -36,6 +37,7 @@ pub struct IncomingPod {
     reservation: Reservation,
     facts: Facts,
     record: PodRecord,
+    memory: Option<Arc<GuestMemory>>,
     parts: Parts,
 }
 
@@ -74,22 +76,38 @@ impl IncomingPod {
             reservation,
             facts,
             record,
+            memory: None,
             parts: Parts::default(),
         })
     }
 
-    /// Makes guest memory and the port (in the role Incoming), and starts a VM that awaits its state.
-    /// Every image must be here.
+    /// Makes guest memory, all zeros. Pages may be placed in it from now on, also while the VM is being built: a VMM that awaits a
+    /// state leaves guest memory alone.
+    ///
+    /// # Errors
+    /// The system has no memory to give.
+    pub fn make_memory(&mut self) -> Result<Arc<GuestMemory>, PodError> {
+        let memory = boot::memory(&self.facts.vm_spec)?;
+        self.memory = Some(Arc::clone(&memory));
+        Ok(memory)
+    }
+
+    /// Makes the port (in the role Incoming), and starts a VM that awaits its state. Memory and every image must be here.
     ///
     /// # Errors
     /// The step that failed; what was built before it stays, for [`IncomingPod::discard`].
     pub async fn build(&mut self) -> Result<(Arc<Vm>, Port), PodError> {
         let name = self.facts.spec.name.as_str();
+        let memory = match &self.memory {
+            Some(memory) => Arc::clone(memory),
+            None => boot::memory(&self.facts.vm_spec)?,
+        };
         let disks = disk_paths(&self.node, name, &self.facts.vm_spec).await?;
         let (port, res) = boot::resources(
             &self.node,
             &self.facts,
             &disks,
+            memory,
             Role::Incoming,
             &mut self.parts,
         )

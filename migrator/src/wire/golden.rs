@@ -60,6 +60,7 @@ fn control_messages_have_these_bytes() {
     control(refuse, "05000000 03 06 02 6e6f");
     control(ImageDone, "01000000 04");
     control(Prepared, "01000000 05");
+    control(VmWaits, "01000000 1e");
     control(
         RoundEnd {
             round: 2,

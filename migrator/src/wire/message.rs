@@ -136,9 +136,13 @@ pub enum RefuseCode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageDone;
 
-/// The destination's VM waits for its memory and its state.
+/// The destination has made the guest's memory: pages may come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Prepared;
+
+/// The destination's VM waits for its state; until then the guest goes on at the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmWaits;
 
 /// Every page of a round has been sent, and a barrier behind them on each data connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -38,11 +38,12 @@
 //!   | Offer ---------------------------------------->|  checks; on failure Refuse, and nothing is kept
 //!   |<--------------------------------- Accept{wants}|
 //!   | Chunk* (data), ImageDone --------------------->|  only if something is wanted
-//!   |<--------------------------------------Prepared |  the VM waits, its gate is shut
+//!   |<--------------------------------------Prepared |  its memory is there; the VM is being started
 //!   | Pages* Zeros* Barrier(n) (data) -------------->|
 //!   | RoundEnd(n) ---------------------------------->|
 //!   |<----------------------------------- RoundAck(n)|  every barrier seen, every page placed; then the next round
 //!   .   ...                                          .
+//!   |<-------------------------------------- VmWaits |  some time after Prepared: the VM waits, its gate is shut
 //!   | gate to HOLD, stop: Packet* (urgent) --------->|  the log flows from here to the end, PacketAck comes back
 //!   | Handover ------------------------------------->|
 //!   | Pages* Zeros* Barrier(last) (data) ----------->|  in parallel with

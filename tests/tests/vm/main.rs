@@ -6,6 +6,7 @@
 
 mod balloon;
 mod guest;
+mod incoming;
 mod lab;
 mod large_pages;
 mod link;

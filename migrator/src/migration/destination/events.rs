@@ -29,6 +29,8 @@ pub enum Input {
     Checked(Result<Vec<ImageWant>, Refuse>),
     /// [`Output::ReceiveImages`] is done: every wanted chunk is verified and in place.
     ImagesReceived,
+    /// [`Output::PrepareMemory`] is done.
+    MemoryPrepared,
     /// [`Output::PrepareVm`] is done.
     VmPrepared,
     /// Every data connection has delivered its barrier of this round, and every page before it is in the guest's memory.
@@ -97,7 +99,9 @@ pub enum Output {
     Check(Box<Offer>),
     /// Take chunks from the data connections until all are there. Begun before they are asked for. Then [`Input::ImagesReceived`].
     ReceiveImages(Vec<ImageWant>),
-    /// Memory, gate (shut), VMM waiting for state; from here on place the pages that come. Then [`Input::VmPrepared`].
+    /// Make the guest's memory; from here on place the pages that come. Then [`Input::MemoryPrepared`].
+    PrepareMemory,
+    /// Gate (shut), VMM waiting for state, while pages come. Then [`Input::VmPrepared`].
     PrepareVm,
     /// Make the pages of the `PageBits` that came missing, and from the first time on have whoever touches a page that is not there wait for it.
     /// Then [`Input::StaleMarked`].

@@ -6,7 +6,7 @@ use super::{Destination, Input, Loading, Outcome, Output, Receiving, State};
 use crate::migration::journal::{DestinationState, Entry};
 use crate::wire::message::{
     Accept, Control, FaultFigures, MemoryComplete, Prepared, Ready, RoundAck, Running, StaleAck,
-    Verdict,
+    Verdict, VmWaits,
 };
 
 impl Destination {
@@ -36,9 +36,13 @@ impl Destination {
                 loading.comparing = true;
                 out.push(Output::Verify);
             }
-            (Control::StaleEnd(end), State::Receiving(_)) => {
+            (Control::StaleEnd(end), State::Receiving(receiving)) => {
                 self.wants_pages = true;
-                out.push(Output::MarkStale { last: end.last });
+                match receiving.vm {
+                    true => out.push(Output::MarkStale { last: end.last }),
+                    // The last ones come after the guest's stop, and that after `VmWaits`.
+                    false => receiving.stale = true,
+                }
             }
             (Control::Handover(handover), State::Receiving(_)) => self.handover = Some(handover),
             (Control::Grant(grant), State::Ready) => self.take_grant(grant.epoch, out),
@@ -83,9 +87,17 @@ impl Destination {
                 *received = true;
                 self.prepare_if_complete(out);
             }
-            (Input::VmPrepared, State::Preparing) => {
+            (Input::MemoryPrepared, State::Preparing) => {
                 self.state = State::Receiving(Receiving::default());
                 out.push(Output::Send(Prepared.into()));
+                out.push(Output::PrepareVm);
+            }
+            (Input::VmPrepared, State::Receiving(receiving)) => {
+                receiving.vm = true;
+                out.push(Output::Send(VmWaits.into()));
+                if std::mem::take(&mut receiving.stale) {
+                    out.push(Output::MarkStale { last: false });
+                }
             }
             (Input::RoundPlaced { round }, State::Receiving(receiving)) => {
                 receiving.placed = receiving.placed.max(round);
@@ -137,7 +149,7 @@ impl Destination {
         } = self.state
         {
             self.state = State::Preparing;
-            out.push(Output::PrepareVm);
+            out.push(Output::PrepareMemory);
         }
     }
 
@@ -147,7 +159,7 @@ impl Destination {
         };
         let memory =
             receiving.marked || receiving.last.is_some_and(|last| last == receiving.placed);
-        if !(memory && receiving.state && self.handover.is_some()) {
+        if !(receiving.vm && memory && receiving.state && self.handover.is_some()) {
             return;
         }
         let comparing = self.verify && receiving.hashes;

@@ -16,7 +16,7 @@ use super::clock::Steps;
 use super::device_state::MAX_STATE;
 use super::link::{Link, LinkEvent};
 use super::packets;
-use super::prepare::{self, Chunk, Images, Prepared};
+use super::prepare::{self, Built, Chunk, Images, Prepared};
 use super::runner::{JournalFailed, News, Runner, Side};
 use super::steps::wire_ledger;
 use crate::api::error::chain;
@@ -60,6 +60,8 @@ pub(super) struct Run {
     pub(super) chunks: Option<mpsc::Receiver<Chunk>>,
     pub(super) images: Images,
     pub(super) prepared: Arc<tokio::sync::Mutex<Option<Prepared>>>,
+    /// The VM and the port that are being built.
+    pub(super) built: Built,
     /// The VM and the port once they exist.
     pub(super) parts: Option<(Arc<Vm>, Port)>,
     /// Where the time of the freeze goes on this side.
@@ -99,6 +101,7 @@ impl Run {
             chunks: None,
             images: Images::default(),
             prepared: Arc::new(tokio::sync::Mutex::new(None)),
+            built: Built::default(),
             parts: None,
             times: Steps::default(),
             found: None,
@@ -294,6 +297,9 @@ impl Side for Run {
             tracing::warn!(reason, "after the grant");
         }
         self.time_input(&mut input);
+        if matches!(input, Input::VmPrepared) {
+            self.take_vm();
+        }
         self.machine.handle(self.runner.now(), input)
     }
 
@@ -319,7 +325,8 @@ impl Side for Run {
                     self.runner.step(prepare::receive_images(images, chunks));
                 }
             }
-            Output::PrepareVm => self.prepare_vm().await,
+            Output::PrepareMemory => self.make_memory().await,
+            Output::PrepareVm => self.prepare_vm(),
             Output::Verify => {
                 self.times.begin("compare_pages");
                 let theirs = std::mem::take(&mut self.theirs);

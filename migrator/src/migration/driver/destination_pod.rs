@@ -1,6 +1,6 @@
 //! What the destination's machine asks for of the pod: to check it, build it, take it or let it go.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use vm_runtime::vm::Vm;
@@ -59,26 +59,47 @@ impl Run {
         self.runner.tell(Input::Checked(checked));
     }
 
-    pub(super) async fn prepare_vm(&mut self) {
+    pub(super) async fn make_memory(&mut self) {
         let verify = self
             .offer
             .as_ref()
             .is_some_and(|offer| offer.options.verify);
-        let built = prepare::build(&self.prepared, &self.target, verify).await;
-        match built {
-            Ok((vm, port)) => {
-                self.hashes = self.target.get().and_then(|target| target.hashes.clone());
-                let (sink, source) = tokio::io::duplex(StateChunk::MAX);
-                self.loader = Some(sink);
-                self.runner
-                    .step(prepare::load_state(Arc::clone(&vm), source));
-                self.parts = Some((vm, port));
-                self.watch_vm();
-                self.pump();
-                self.runner.tell(Input::VmPrepared);
-            }
-            Err(reason) => self.runner.tell(Input::Failed { reason }),
-        }
+        let made = prepare::make_memory(&self.prepared, &self.target, verify).await;
+        self.hashes = self.target.get().and_then(|target| target.hashes.clone());
+        self.runner.tell(match made {
+            Ok(()) => Input::MemoryPrepared,
+            Err(reason) => Input::Failed { reason },
+        });
+    }
+
+    pub(super) fn prepare_vm(&mut self) {
+        let building = prepare::build(Arc::clone(&self.prepared), Arc::clone(&self.built));
+        let inputs = self.runner.inputs.clone();
+        // Not a step that can be cancelled: what is half built is nobody's. Whoever discards the pod waits for it.
+        self.runner.node.tasks.spawn(async move {
+            let input = building
+                .await
+                .unwrap_or_else(|reason| Input::Failed { reason });
+            // The machine may be done.
+            let _ = inputs.send(input);
+        });
+    }
+
+    /// The VM that was being built is there.
+    pub(super) fn take_vm(&mut self) {
+        let built = self
+            .built
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let Some((vm, port)) = built else { return };
+        let (sink, source) = tokio::io::duplex(StateChunk::MAX);
+        self.loader = Some(sink);
+        self.runner
+            .step(prepare::load_state(Arc::clone(&vm), source));
+        self.parts = Some((vm, port));
+        self.watch_vm();
+        self.pump();
     }
 
     pub(super) async fn open_network(&mut self) {

@@ -1,12 +1,12 @@
 //! The destination's steps, one function each. What they return is what the machine is told.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, PoisonError};
 
 use bytes::Bytes;
 use tokio::io::{AsyncWriteExt, DuplexStream};
 use tokio::sync::{Mutex, mpsc};
 use tokio_util::sync::CancellationToken;
-use vm_runtime::units::{Epoch, PageIndex, PageRange};
+use vm_runtime::units::{Epoch, PageIndex};
 use vm_runtime::vm::{RunState, Vm, VmExit};
 
 use std::time::Duration;
@@ -197,31 +197,32 @@ pub(super) async fn receive_images(images: Images, mut chunks: mpsc::Receiver<Ch
     Ok(Input::ImagesReceived)
 }
 
-/// Makes memory, gate and VM. From here on pages are placed.
-pub(super) async fn build(
+/// Makes the guest's memory. From here on pages are placed.
+pub(super) async fn make_memory(
     prepared: &Shared,
     target: &OnceLock<Target>,
     verify: bool,
-) -> Result<(Arc<Vm>, Port), String> {
+) -> Result<(), String> {
     let mut prepared = prepared.lock().await;
     let pod = prepared.as_mut().ok_or("the pod is gone")?;
-    let (vm, port) = pod.build().await.map_err(|error| chain(&error))?;
-    let memory = vm.memory();
-    let pages = memory.pages();
-    // The VMM has set up its firmware in there; the source's first pass leaves zero pages out.
-    let clean = Arc::clone(&memory);
-    blocking(move || {
-        let all = PageRange::new(0, pages);
-        clean
-            .punch(all)
-            .map_err(|error| format!("cannot clear the guest's memory: {error}"))
-    })
-    .await?;
-    let hashes = verify.then(|| Arc::new(PageHashes::new(pages)));
+    let memory = pod.make_memory().map_err(|error| chain(&error))?;
+    let hashes = verify.then(|| Arc::new(PageHashes::new(memory.pages())));
     if target.set(Target::new(memory, hashes)).is_err() {
         return Err("the guest's memory was made twice".to_owned());
     }
-    Ok((vm, port))
+    Ok(())
+}
+
+/// What [`build`] makes.
+pub(super) type Built = Arc<std::sync::Mutex<Option<(Arc<Vm>, Port)>>>;
+
+/// Makes gate and VM, while pages are placed.
+pub(super) async fn build(prepared: Arc<Shared>, built: Built) -> Step {
+    let mut prepared = prepared.lock().await;
+    let pod = prepared.as_mut().ok_or("the pod is gone")?;
+    let made = pod.build().await.map_err(|error| chain(&error))?;
+    *built.lock().unwrap_or_else(PoisonError::into_inner) = Some(made);
+    Ok(Input::VmPrepared)
 }
 
 /// Hashes what has been placed so far, if the migration verifies.

@@ -32,10 +32,12 @@ impl Source {
                     out.push(Output::Throttle { percent: *percent });
                     self.start_round(round, now, out);
                 }
-                None if self.force => self.freeze(round, out),
+                None if self.force => self.freeze(round, now, out),
                 None => self.unwind(&stall.to_string(), out),
             },
-            (Mode::Precopy, OnStall::Wait | OnStall::Fail) if self.force => self.freeze(round, out),
+            (Mode::Precopy, OnStall::Wait | OnStall::Fail) if self.force => {
+                self.freeze(round, now, out)
+            }
             (Mode::Precopy, OnStall::Wait | OnStall::Fail) => self.unwind(&stall.to_string(), out),
         }
     }

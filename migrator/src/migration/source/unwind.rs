@@ -18,6 +18,7 @@ impl Source {
             | State::Tracking
             | State::Round { .. }
             | State::Scanning { .. }
+            | State::Waiting { .. }
             | State::Marking { .. }
             | State::Holding { .. }
             | State::Draining { .. }

@@ -32,6 +32,14 @@ impl Source {
                 self.begun.stop_tracking = true;
                 out.push(Output::StartTracking);
             }
+            (Control::VmWaits(_), state) => {
+                self.vm_waits = true;
+                if let State::Waiting { round } = *state {
+                    self.state = State::Scanning { round };
+                    self.deadline = None;
+                    out.push(Output::Scan);
+                }
+            }
             (
                 Control::RoundAck(ack),
                 State::Round {
@@ -43,7 +51,7 @@ impl Source {
             }
             (Control::StaleAck(_), State::Marking { round }) => {
                 let round = *round;
-                self.freeze(round, out);
+                self.freeze(round, now, out);
             }
             (Control::Ready(ready), State::Sending(sending)) => match doubts(self.verify, ready) {
                 Some(reason) => self.unwind(&reason, out),
@@ -194,7 +202,7 @@ impl Source {
         }
         match decision {
             Decision::Round => self.start_round(round + 1, now, out),
-            Decision::Freeze => self.freeze(round + 1, out),
+            Decision::Freeze => self.freeze(round + 1, now, out),
             Decision::Stalled(stall) => {
                 self.stall = Some(stall);
                 self.stalled(round + 1, stall, now, out);
@@ -202,7 +210,13 @@ impl Source {
         }
     }
 
-    pub(super) fn freeze(&mut self, round: u32, out: &mut Vec<Output>) {
+    pub(super) fn freeze(&mut self, round: u32, now: u64, out: &mut Vec<Output>) {
+        if !self.vm_waits {
+            // What is written meanwhile is looked at again then.
+            self.state = State::Waiting { round: round - 1 };
+            self.deadline = Some(now + ANSWER_LIMIT_US);
+            return;
+        }
         self.state = State::Holding {
             round,
             agent: None,

@@ -115,6 +115,7 @@ control! {
         0x1b => StaleAck,
         0x1c => Wanted,
         0x1d => MemoryComplete,
+        0x1e => VmWaits,
     }
     boxed {
         0x01 => Offer,

@@ -163,6 +163,7 @@ impl World {
             }
             Output::Check(_) => Input::Checked(self.verdict_of_check()),
             Output::ReceiveImages(_) => Input::ImagesReceived,
+            Output::PrepareMemory => Input::MemoryPrepared,
             Output::PrepareVm => {
                 self.d.vm = Vm::Incoming;
                 Input::VmPrepared
