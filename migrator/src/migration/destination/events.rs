@@ -55,7 +55,7 @@ pub enum Input {
         /// Pages that differ.
         mismatched: u64,
     },
-    /// [`Output::LoadState`] is done.
+    /// [`Output::EndState`] is done.
     StateLoaded,
     /// [`Output::Resume`] is done.
     Resumed {
@@ -115,8 +115,10 @@ pub enum Output {
     SendWanted,
     /// Compare the guest's memory with the hashes that came. Then [`Input::Verified`].
     Verify,
-    /// Give the VMM the device state that came. The memory is complete: devices look into it. Then [`Input::StateLoaded`].
+    /// Give the VMM the device state that came, and what comes from now on. The memory is complete: devices look into it.
     LoadState,
+    /// No more of the state comes. Once it is loaded, [`Input::StateLoaded`].
+    EndState,
     /// *Awaited.* Open the gate, announce. Harmless when done before. A failure is logged: the guest must run all the same.
     OpenNetwork,
     /// Resume the vCPUs; harmless when they run. Then [`Input::Resumed`], or [`Input::ResumeFailed`] once it is certain that they never will: the

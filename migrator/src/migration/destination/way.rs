@@ -22,10 +22,8 @@ impl Destination {
                 receiving.last = Some(done.round);
                 self.load_if_complete(out);
             }
-            (Control::StateEnd(_), State::Receiving(receiving)) => {
-                receiving.state = true;
-                self.load_if_complete(out);
-            }
+            (Control::StateEnd(_), State::Receiving(receiving)) => receiving.state = true,
+            (Control::StateEnd(_), State::Loading(_)) => out.push(Output::EndState),
             (Control::HashesEnd(_), State::Receiving(receiving)) => {
                 receiving.hashes = true;
                 self.load_if_complete(out);
@@ -159,7 +157,8 @@ impl Destination {
         };
         let memory =
             receiving.marked || receiving.last.is_some_and(|last| last == receiving.placed);
-        if !(receiving.vm && memory && receiving.state && self.handover.is_some()) {
+        // The device state loads while it comes.
+        if !(receiving.vm && memory && self.handover.is_some()) {
             return;
         }
         let comparing = self.verify && receiving.hashes;
@@ -170,6 +169,9 @@ impl Destination {
             verified: (!self.verify).then_some(0),
         });
         out.push(Output::LoadState);
+        if receiving.state {
+            out.push(Output::EndState);
+        }
         if comparing {
             out.push(Output::Verify);
         }

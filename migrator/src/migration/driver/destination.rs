@@ -3,8 +3,9 @@
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::io::DuplexStream;
-use tokio::sync::mpsc::{self, UnboundedReceiver, unbounded_channel};
+use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -54,7 +55,11 @@ pub(super) struct Run {
     pub(super) target: Arc<OnceLock<Target>>,
     pub(super) hashes: Option<Arc<PageHashes>>,
     pub(super) theirs: Vec<(vm_runtime::units::PageIndex, Vec<u64>)>,
-    pub(super) state: Vec<u8>,
+    /// The device state, as it comes, and how much of it has come.
+    pub(super) state: UnboundedSender<Bytes>,
+    pub(super) state_bytes: usize,
+    /// What has come of it and nobody loads yet.
+    pub(super) waiting_state: Option<UnboundedReceiver<Bytes>>,
     /// Where the device state goes in: the VMM listens already.
     pub(super) loader: Option<DuplexStream>,
     pub(super) chunks: Option<mpsc::Receiver<Chunk>>,
@@ -78,6 +83,7 @@ impl Run {
     pub(super) fn new(node: Arc<Node>, machine: Destination) -> Self {
         let (_, link_events) = unbounded_channel();
         let (relink, relinked) = unbounded_channel();
+        let (state, waiting_state) = unbounded_channel();
         let id = machine.migration();
         node.arrivals.lock().insert(id, relink);
         // Only the source's user can wish to cancel.
@@ -96,7 +102,9 @@ impl Run {
             target: Arc::new(OnceLock::new()),
             hashes: None,
             theirs: Vec::new(),
-            state: Vec::new(),
+            state,
+            state_bytes: 0,
+            waiting_state: Some(waiting_state),
             loader: None,
             chunks: None,
             images: Images::default(),
@@ -201,12 +209,14 @@ impl Run {
                 Some(Input::LinkLost { reason })
             }
             LinkEvent::Message(Control::StateChunk(chunk)) => {
-                if self.state.len() + chunk.0.len() > MAX_STATE {
+                self.state_bytes += chunk.0.len();
+                if self.state_bytes > MAX_STATE {
                     let reason =
                         format!("the source sends more than {MAX_STATE} bytes of device state");
                     return Some(Input::Failed { reason });
                 }
-                self.state.extend_from_slice(&chunk.0);
+                // Whoever loads it may have failed, and says so.
+                drop(self.state.send(chunk.0));
                 None
             }
             LinkEvent::Message(Control::PageBits(bits)) => match self.take_stale(&bits) {
@@ -336,11 +346,12 @@ impl Side for Run {
             Output::LoadState => {
                 self.times = Steps::default();
                 self.times.begin("load_state");
-                let state = std::mem::take(&mut self.state);
-                if let Some(sink) = self.loader.take() {
+                if let (Some(sink), Some(state)) = (self.loader.take(), self.waiting_state.take()) {
                     self.runner.helpers.spawn(prepare::feed(sink, state));
                 }
             }
+            // What was sent is still given out.
+            Output::EndState => self.state = unbounded_channel().0,
             Output::OpenNetwork => {
                 self.times.begin("open_network");
                 self.open_network().await;

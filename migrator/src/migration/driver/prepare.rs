@@ -321,12 +321,15 @@ pub(super) fn died(exit: &VmExit) -> String {
     format!("QEMU ended ({})", reason.unwrap_or("no reason is known"))
 }
 
-/// Gives the complete state to [`load_state`].
-pub(super) async fn feed(mut sink: DuplexStream, state: Vec<u8>) {
-    // A loader that fails closes its end, and reports why.
-    if sink.write_all(&state).await.is_ok() {
-        let _ = sink.shutdown().await;
+/// Gives the state to [`load_state`], as it comes.
+pub(super) async fn feed(mut sink: DuplexStream, mut state: mpsc::UnboundedReceiver<Bytes>) {
+    while let Some(piece) = state.recv().await {
+        // A loader that fails closes its end, and reports why.
+        if sink.write_all(&piece).await.is_err() {
+            return;
+        }
     }
+    let _ = sink.shutdown().await;
 }
 
 pub(super) async fn resume(vm: Option<Arc<Vm>>) -> Step {

@@ -187,13 +187,13 @@ impl World {
                 let wanted = Wanted { pages: 10 };
                 return self.send(Side::Destination, self.d.link, wanted.into());
             }
-            Output::LoadState => Input::StateLoaded,
+            Output::EndState => Input::StateLoaded,
             Output::PodFailed { .. } => {
                 self.missing = false;
                 self.d.vm = Vm::Dead;
                 return;
             }
-            Output::OpenNetwork | Output::Adopt { .. } => return,
+            Output::LoadState | Output::OpenNetwork | Output::Adopt { .. } => return,
             Output::Resume if self.d.vm == Vm::Dead => Input::ResumeFailed {
                 reason: "no VM".to_owned(),
             },
