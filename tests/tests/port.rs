@@ -83,7 +83,7 @@ fn a_pod_moves_there_and_back_under_load_and_no_frame_is_lost() -> anyhow::Resul
 
     let sent = sender.finish();
     inbox.check(&sent)?;
-    let ledger = lab.a.ledger(&at_a)?;
+    let ledger = lab.a.settled_ledger(&at_a)?;
     check_ledger(&ledger)?;
     ensure!(at_a.stage() == Stage::Local);
     guest.stop();
@@ -128,7 +128,7 @@ fn an_aborted_move_gives_every_frame_back_in_order() -> anyhow::Result<()> {
     let port = at_a.clone();
     lab.a
         .call(async move { port.reached(Stage::Local).await })??;
-    let ledger = lab.a.ledger(&at_a)?;
+    let ledger = lab.a.settled_ledger(&at_a)?;
     check_ledger(&ledger)?;
     ensure!(ledger.reasons.residue > 0, "{ledger:?}");
     guest.stop();
@@ -177,7 +177,7 @@ fn a_pod_gets_its_frames_while_no_service_runs_and_the_next_one_takes_over() -> 
     guest.stop();
     let port = at_a.clone();
     check_ledger(&lab.a.call(async move { port.release().await })??)?;
-    check_ledger(&lab.b.ledger(&at_b)?)
+    check_ledger(&lab.b.settled_ledger(&at_b)?)
 }
 
 /// A TCP segment of 40 KB that is to be cut at 1448 bytes, its checksum unfinished.
@@ -280,7 +280,7 @@ fn a_segment_crosses_park_residue_and_log_whole() -> anyhow::Result<()> {
         frame.len(),
         &frame[..80.min(frame.len())]
     );
-    check_ledger(&lab.b.ledger(&at_b)?)
+    check_ledger(&lab.b.settled_ledger(&at_b)?)
 }
 
 /// As [`say_hello`], from a TAP with a header of 12 bytes.

@@ -144,7 +144,7 @@ pub struct MigrationReport {
     pub mode: String,
     /// How it ended.
     pub outcome: Outcome,
-    /// Milliseconds from the request to the release of the source's VM.
+    /// Milliseconds from the request until the guest runs at the destination and has all of its memory.
     pub total_ms: f64,
     /// Milliseconds from the source's stop to the destination's resume.
     pub downtime_ms: f64,

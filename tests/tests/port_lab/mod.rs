@@ -124,6 +124,18 @@ impl Node {
         let port = port.clone();
         Ok(self.call(async move { port.ledger().await })??)
     }
+
+    /// The books once nothing is held: a frame of the network's own may be on its way at any time.
+    pub(crate) fn settled_ledger(&self, port: &Port) -> anyhow::Result<Ledger> {
+        let until = Instant::now() + DEADLINE;
+        loop {
+            let ledger = self.ledger(port)?;
+            if ledger.held == 0 || Instant::now() > until {
+                return Ok(ledger);
+            }
+            std::thread::yield_now();
+        }
+    }
 }
 
 /// A bridge forwards on a port only when it has heard of its carrier, which takes the kernel a second.
