@@ -42,7 +42,10 @@ impl Destination {
                     false => receiving.stale = true,
                 }
             }
-            (Control::Handover(handover), State::Receiving(_)) => self.handover = Some(handover),
+            (Control::Handover(handover), State::Receiving(_)) => {
+                self.handover = Some(handover);
+                self.load_if_complete(out);
+            }
             (Control::Grant(grant), State::Ready) => self.take_grant(grant.epoch, out),
             (Control::Abort(abort), _) if early => {
                 let reason = format!("{}: {}", self.record.from, abort.reason);
