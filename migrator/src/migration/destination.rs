@@ -240,3 +240,6 @@ impl Destination {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
