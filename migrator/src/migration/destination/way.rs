@@ -99,6 +99,7 @@ impl Destination {
                 if std::mem::take(&mut receiving.stale) {
                     out.push(Output::MarkStale { last: false });
                 }
+                self.load_if_complete(out);
             }
             (Input::RoundPlaced { round }, State::Receiving(receiving)) => {
                 receiving.placed = receiving.placed.max(round);
