@@ -16,7 +16,7 @@ use super::agent::AgentSlot;
 use super::console;
 use super::error::PodError;
 use super::handle::{Facts, PodResources};
-use super::plan::VMM_OVERHEAD;
+use super::plan::{VMM_OVERHEAD, ordinary_and_huge};
 use super::sink::LogSink;
 use crate::daemon::node::Node;
 use crate::network::{ExistingDevices, PodNetId, Port, Role};
@@ -221,11 +221,7 @@ pub(super) async fn disk_paths(
 /// # Errors
 /// [`PodError::Memory`], [`PodError::HugePages`].
 pub(super) fn check_memory(spec: &PodSpec) -> Result<(), PodError> {
-    // Huge pages are not part of the memory that is available.
-    let (ordinary, huge) = match spec.hugepages {
-        false => (spec.memory, Bytes(0)),
-        true => (Bytes(0), spec.memory),
-    };
+    let (ordinary, huge) = ordinary_and_huge(spec.memory, spec.hugepages);
     let available = huge_pages_available();
     if available < huge {
         return Err(PodError::HugePages {

@@ -15,6 +15,14 @@ use super::error::{Cause, PodError};
 /// What the VMM needs beside guest RAM: QEMU's own heap, its code, and the emulator's translations.
 pub const VMM_OVERHEAD: Bytes = Bytes::mib(96);
 
+/// Of guest RAM, what comes out of the memory that is available, and what out of the reserved huge pages, which are no part of that.
+pub fn ordinary_and_huge(ram: Bytes, hugepages: bool) -> (Bytes, Bytes) {
+    match hugepages {
+        false => (ram, Bytes(0)),
+        true => (Bytes(0), ram),
+    }
+}
+
 /// What this node gives to every VM.
 #[derive(Clone, Debug)]
 pub struct Base<'a> {

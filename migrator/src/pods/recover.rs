@@ -9,6 +9,7 @@
 //! | a migration from here is open | attached as migrating; the driver ends the migration |
 //! | granted to this node, not settled with the source | attached as migrating; the driver resumes it if need be |
 //! | the same, and its guest lacks pages | attached as soon as its VMM answers, which may itself wait for a page |
+//! | released to another node | what is left of it is removed; the driver tells that node |
 //! | anything else | the VM is killed and everything removed |
 //! | damaged | left alone; its name and slot stay taken |
 

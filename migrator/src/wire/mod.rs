@@ -26,7 +26,7 @@
 //!
 //! | lane | types | payload |
 //! |---|---|---|
-//! | control | `0x01`-`0x1d` ([`message`]) | postcard; `StateChunk`, `PageHashes` and `PageBits` raw |
+//! | control | `0x01`-`0x1e` ([`message`]) | postcard; `StateChunk`, `PageHashes` and `PageBits` raw |
 //! | data | `0x41` Pages, `0x42` Zeros, `0x43` Barrier, `0x44` Chunk, `0x45` Packed ([`bulk`]) | fixed header, raw bytes |
 //! | urgent | `0x61` Packet, `0x62` PacketAck ([`bulk`]) | fixed header, raw bytes |
 //! | fault | `0x71` Request, `0x72` Pages ([`mod@fault`]) | fixed header, raw bytes |

@@ -3,6 +3,7 @@
 use vm_runtime::spec::Accel;
 use vm_runtime::units::Bytes;
 
+use crate::pods::plan::ordinary_and_huge;
 use crate::wire::message::{Offer, Refuse, RefuseCode};
 
 /// This node, as far as an offer can disagree with it.
@@ -53,10 +54,7 @@ pub(super) fn check(offer: &Offer, here: &Facts) -> Result<(), Refuse> {
         let reason = format!("{node}'s kernel lacks {missing}; run `migrator doctor` there");
         return refuse(RefuseCode::KernelFeature, reason);
     }
-    let (ordinary, huge) = match offer.vm.hugepages {
-        false => (offer.ram, Bytes(0)),
-        true => (Bytes(0), offer.ram),
-    };
+    let (ordinary, huge) = ordinary_and_huge(offer.ram, offer.vm.hugepages);
     if here.huge_available < huge {
         let available = here.huge_available;
         let reason = format!(

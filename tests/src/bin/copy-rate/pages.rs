@@ -1,5 +1,6 @@
 //! Pages in our frames, by the engine's own sender and receiver: over TLS, and over plain TCP.
 
+use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use vm_runtime::units::PageRange;
 
-use super::{Args, CONNECTS_WITHIN, announced, connect, empty, noise, settle};
+use super::{Args, CONNECTS_WITHIN, announced, connect, empty, listening, noise, settle};
 
 /// The lab's nodes: the sender is a, the listener b.
 const SENDER: &str = "a";
@@ -27,10 +28,11 @@ pub(super) async fn send_tls(args: &Args, side: TcpStream) -> Result<(u64, Durat
     send(args, side, writers.collect()).await
 }
 
-pub(super) async fn listen_tls(args: &Args, side: &TcpListener) -> Result<()> {
+pub(super) async fn listen_tls(args: &Args, side: SocketAddr) -> Result<()> {
     let tls = identity(args)?;
     let peers = vec![SENDER.to_owned()];
     let mut listener = Listener::bind(args.address, tls, peers, Limits::default()).await?;
+    let side = listening(side).await?;
     let session = listener.accept().await;
     let readers = session.data.into_iter().map(Connection::into_reader);
     listen(side, readers.collect()).await
@@ -52,8 +54,9 @@ pub(super) async fn send_plain(args: &Args, side: TcpStream) -> Result<(u64, Dur
     send(args, side, writers).await
 }
 
-pub(super) async fn listen_plain(args: &Args, side: &TcpListener) -> Result<()> {
+pub(super) async fn listen_plain(args: &Args, side: SocketAddr) -> Result<()> {
     let listener = TcpListener::bind(args.address).await?;
+    let side = listening(side).await?;
     let (mut readers, mut kept) = (Vec::new(), Vec::new());
     for _ in 0..args.connections {
         let (read, write) = listener.accept().await?.0.into_split();
@@ -83,7 +86,7 @@ async fn send<W: AsyncWrite + Unpin + Send + 'static>(
 }
 
 async fn listen<R: AsyncRead + Unpin + Send + 'static>(
-    side: &TcpListener,
+    side: TcpListener,
     readers: Vec<Reader<Data, R>>,
 ) -> Result<()> {
     let target = Arc::new(OnceLock::new());
@@ -94,14 +97,26 @@ async fn listen<R: AsyncRead + Unpin + Send + 'static>(
     let (arrivals, mut arrived) = mpsc::channel(64);
     let mut done = vec![0; readers.len()];
     receive::start(readers, &target, &arrivals);
-    let (mut side, rounds) = announced(side).await?;
-    while done.iter().any(|done| u64::from(*done) < rounds) {
-        match arrived.recv().await.context("the receiver has ended")? {
-            Arrival::Barrier { lane, round } => done[lane] = round,
-            Arrival::Chunk { .. } => bail!("chunks of images are not sent here"),
-            Arrival::Ended(error) => return Err(error.into()),
+    let announced = announced(side);
+    tokio::pin!(announced);
+    let mut end = None;
+    // Barriers come all the time, and who reads the pages waits until they are taken.
+    let mut side = loop {
+        tokio::select! {
+            found = &mut announced, if end.is_none() => end = Some(found?),
+            arrival = arrived.recv() => match arrival.context("the receiver has ended")? {
+                Arrival::Barrier { lane, round } => done[lane] = round,
+                Arrival::Chunk { .. } => bail!("chunks of images are not sent here"),
+                Arrival::Ended(error) => return Err(error.into()),
+            },
         }
-    }
+        end = match end {
+            Some((side, rounds)) if done.iter().all(|done| u64::from(*done) >= rounds) => {
+                break side;
+            }
+            end => end,
+        };
+    };
     side.write_all(&[1]).await?;
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! Bytes over TLS and nothing else: what rustls itself does with the same certificates, versions and suites.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-use super::{Args, connect, settle};
+use super::{Args, connect, listening, settle};
 
 /// One write, as large as a full frame of pages; and one read.
 const WRITE: usize = 1 << 20;
@@ -48,9 +49,10 @@ pub(super) async fn send(args: &Args, side: TcpStream) -> Result<(u64, Duration)
     Ok((bytes, begun.elapsed()))
 }
 
-pub(super) async fn listen(args: &Args, side: &TcpListener) -> Result<()> {
+pub(super) async fn listen(args: &Args, side: SocketAddr) -> Result<()> {
     let acceptor = TlsAcceptor::from(Arc::new(server(args)?));
     let listener = TcpListener::bind(args.address).await?;
+    let side = listening(side).await?;
     let (mut side, mut tasks) = (side.accept().await?.0, JoinSet::new());
     for _ in 0..args.connections {
         let (tcp, _) = listener.accept().await?;

@@ -1,5 +1,6 @@
 //! How fast pages cross the lab's link: our frames over plain TCP against iperf3, and over TLS against rustls alone.
 
+use std::io::{BufRead, BufReader};
 use std::process::Child;
 use std::time::Duration;
 
@@ -119,8 +120,13 @@ impl Link<'_> {
                 .arg(self.lab.node_dir(node));
             command
         };
-        let listener = netns::spawn(&self.lab.netns("b"), &mut end("listen", Node::B))?;
-        let _listener = Ended(listener);
+        let mut listen = end("listen", Node::B);
+        listen.stdout(std::process::Stdio::piped());
+        let mut listener = Ended(netns::spawn(&self.lab.netns("b"), &mut listen)?);
+        let said = listener.0.stdout.take().context("it says nothing")?;
+        let mut line = String::new();
+        BufReader::new(said).read_line(&mut line)?;
+        ensure!(line == "listening\n", "{PROGRAM} does not listen: {line}");
         let said = self.at_a(&mut end("send", Node::A))?;
         let Copied { bytes, seconds } =
             serde_json::from_str(&said).with_context(|| format!("{PROGRAM} says {said}"))?;
