@@ -42,8 +42,8 @@ pub enum OpenMigration {
         record: SourceRecord,
         /// Whether the right was handed over already.
         handed_over: bool,
-        /// The pod, marked as migrating, and its parts; absent if its VM is gone.
-        pod: Option<(PodHandle, Arc<PodResources>)>,
+        /// The pod, and its parts, with which it is marked as migrating; without parts if its VM is gone. Absent if its folder is.
+        pod: Option<(PodHandle, Option<Arc<PodResources>>)>,
     },
     /// It has taken a pod away from here, and nothing of it is left: only the destination is to be told.
     Departed {
@@ -240,16 +240,16 @@ async fn find(
         },
     };
     let handle = actor::spawn(node, reservation, facts, epoch, Some(containers), birth);
-    let pod = found.ok().map(|resources| (handle, resources));
+    let resources = found.ok();
     let open = match (source, granted) {
         (Some(record), _) => Some(OpenMigration::Source {
             record: record.clone(),
             handed_over,
-            pod,
+            pod: Some((handle, resources)),
         }),
         (None, Some(record)) => Some(OpenMigration::Destination {
             record: record.clone(),
-            pod,
+            pod: resources.map(|resources| (handle, resources)),
         }),
         (None, None) => None,
     };

@@ -3,12 +3,13 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use migrator::api::types::PodState;
-use migrator::migration::status::Phase;
-use migrator_tests::lab::{SOON, TestLab};
+use migrator::migration::status::{Outcome, Phase};
+use migrator_tests::lab::{POD, SOON, TestLab};
+use nix::sys::signal::Signal;
 use xtask::lab::Node;
-use xtask::process::poll_until;
+use xtask::process::{ProcessId, poll_until};
 
 /// When a service is killed.
 #[derive(Clone, Copy, Debug)]
@@ -126,5 +127,32 @@ fn a_source_killed_at_any_moment_costs_no_packet() -> Result<()> {
         println!("{moment:?}, killed in {phase:?}");
         from = settles(&mut test)?;
     }
+    test.end()
+}
+
+/// The machine's power fails, as far as the pod is concerned: service and VMM are gone at once. The guest has left before.
+#[test]
+fn a_source_that_loses_service_and_vmm_after_the_grant_lets_the_pod_go() -> Result<()> {
+    let test = TestLab::with_pod()?;
+    let shown = test.succeeds(Node::A, &["--output", "json", "inspect", POD])?;
+    let shown: serde_json::Value = serde_json::from_str(&shown)?;
+    let vmm = shown["vmm_pid"].as_i64().context("no vmm_pid")?;
+    let vmm = ProcessId::of("the VMM", i32::try_from(vmm)?)?;
+    let id = test.begins(Node::A, &[])?;
+    test.comes_to(Node::A, &id, "forwarding", |status| {
+        status.phase == Phase::Forwarding
+    })?;
+    test.restart(Node::A, || vmm.signal(Signal::SIGKILL))?;
+    ensure!(place(&test)? == Node::B, "the pod is not on b");
+    test.nothing_is_left_on(Node::A)?;
+    let status = test.comes_to(Node::A, &id, "its end", |status| status.report.is_some())?;
+    ensure!(
+        status
+            .report
+            .is_some_and(|report| report.outcome == Outcome::Completed),
+        "the migration's record is not closed"
+    );
+    test.moves(Node::B)?;
+    test.log_is_whole(Node::A)?;
     test.end()
 }

@@ -104,7 +104,7 @@ pub(super) async fn recover(
     node: Arc<Node>,
     record: SourceRecord,
     handed_over: bool,
-    pod: Option<(PodHandle, Arc<PodResources>)>,
+    pod: Option<(PodHandle, Option<Arc<PodResources>>)>,
 ) {
     let Some(addr) = peer_addr(&node, &record.to) else {
         tracing::error!(
@@ -114,7 +114,7 @@ pub(super) async fn recover(
         return;
     };
     let Some((pod, resources)) = pod else {
-        tracing::warn!(migration = %record.migration, pod = record.pod, "its VM is gone");
+        tracing::warn!(migration = %record.migration, pod = record.pod, "nothing of it is here any more");
         return;
     };
     let Some(owner) = owner_to_go_on(&node, &record.pod).await else {
@@ -125,14 +125,16 @@ pub(super) async fn recover(
         .begin(record.migration, &record.pod, node.name(), &record.to);
     let figures = figures(&node, &ticket, &pod, &record.to);
     let to = record.to.clone();
-    let (machine, first) = Source::recover(0, record, owner, true);
+    let vm_alive = resources.is_some();
+    let (machine, first) = Source::recover(0, record, owner, vm_alive);
     tracing::info!(
         pod = pod.name(),
         to,
         handed_over,
+        vm_alive,
         "going on with an open migration"
     );
-    let mut run = Run::new(node, pod, Some(resources), ticket, figures, machine, addr);
+    let mut run = Run::new(node, pod, resources, ticket, figures, machine, addr);
     run.carry_out(first).await;
     run.events().await;
 }

@@ -123,7 +123,8 @@ impl Run {
     pub(super) async fn forward(&mut self) {
         self.figures.total = Some(self.figures.started.elapsed());
         let Some(resources) = self.parts() else {
-            return;
+            // Its VMM is gone, and with it what was parked.
+            return self.runner.tell(Input::Forwarded);
         };
         if let Err(error) = resources.port.forward().await {
             tracing::warn!(

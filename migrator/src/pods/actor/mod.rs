@@ -14,7 +14,7 @@ use vm_runtime::units::Epoch;
 use super::boot::BootOrder;
 use super::console;
 use super::error::PodError;
-use super::handle::{Command, Facts, PodHandle, PodResources, View, waiting};
+use super::handle::{Command, Facts, MigrationEnd, PodHandle, PodResources, View, waiting};
 use super::{PodRegistry, Reservation};
 use crate::api::error::chain;
 use crate::api::types::{ContainerState, ContainerStatus, PodState};
@@ -196,7 +196,28 @@ impl Actor {
                 Some(Command::BeginMigration { reply, .. }) => {
                     let _ = reply.send(Err(self.busy("migrate")));
                 }
-                Some(Command::EndMigration { reply, .. }) => {
+                // Its VM had ended, and the right to run it had been given away before.
+                Some(Command::EndMigration {
+                    end: MigrationEnd::MovedAway { to },
+                    reply,
+                }) => {
+                    tracing::info!(pod = self.name(), to, "moved away");
+                    let result = self.remove_files().await;
+                    self.registry.remove(self.name());
+                    let _ = reply.send(result);
+                    return End::Removed;
+                }
+                Some(Command::EndMigration {
+                    end: MigrationEnd::Died { reason },
+                    reply,
+                }) => {
+                    self.view.send_modify(|view| view.reason = Some(reason));
+                    let _ = reply.send(Ok(()));
+                }
+                Some(Command::EndMigration {
+                    end: MigrationEnd::Kept { .. },
+                    reply,
+                }) => {
                     let _ = reply.send(Err(self.busy("end a migration of")));
                 }
                 Some(Command::MarkInDoubt) => {}
