@@ -119,8 +119,11 @@ pub(crate) struct Dataplane {
 impl Dataplane {
     pub(crate) fn new(mut setup: Setup) -> Self {
         let taken_over = setup.stage == Stage::Opened;
+        let settled = setup.stage == Stage::Local;
+        // A pod that has settled may still be relayed to: the log goes on after its end.
+        let arrived = taken_over || settled;
         let injected_seq = setup.gate.injected();
-        if taken_over {
+        if arrived {
             setup.acked.send_replace(injected_seq);
         }
         let log = setup.take_log_back();
@@ -141,16 +144,16 @@ impl Dataplane {
             end_due: end_owed.then(|| Instant::now() + ECHO_LIMIT),
             early_ack: 0,
             drain_tap: None,
-            inbound: match taken_over {
+            inbound: match arrived {
                 true => InboundLog::resumed(injected_seq),
                 false => InboundLog::new(),
             },
             log_left: false,
             copies: Copies::default(),
-            opened_at: taken_over.then(Instant::now),
+            opened_at: arrived.then(Instant::now),
             source_is_away: taken_over,
-            end_seen: false,
-            injected_seq: if taken_over { injected_seq } else { 0 },
+            end_seen: settled,
+            injected_seq: if arrived { injected_seq } else { 0 },
             settle: None,
             resync: None,
             resync_due: false,
