@@ -394,10 +394,10 @@ impl<'a> Soak<'a> {
         }
         let before = std::mem::take(&mut self.faults);
         let looked = self.look(true);
+        let mut later = std::mem::replace(&mut self.faults, before);
         // What was told once is not told again.
-        if !before.is_empty() {
-            self.faults = before;
-        }
+        later.retain(|text| !self.faults.contains(text));
+        self.faults.append(&mut later);
         let mut summary = Summary {
             seconds: took.as_secs_f64(),
             seed: self.seed,
