@@ -45,13 +45,13 @@ impl Way {
 }
 
 /// When it is ended: of each two, one at any time, and one around the switchover, which is short. `lead` is what usually
-/// passes from the request to the freeze.
+/// passes from the request to the freeze; to end it takes some time itself.
 pub(super) fn delay(seed: u64, number: u32, lead: Duration) -> Duration {
     let random = nth(seed, u64::from(number) * 2 + 1);
     let lead_us = lead.as_micros() as u64;
-    let after_us = match number % 2 {
-        0 => random % (lead_us * 2).max(1),
-        _ => lead_us.saturating_sub(60_000) + random % 160_000,
+    let after_us = match number.is_multiple_of(2) {
+        true => random % lead_us.max(1),
+        false => lead_us.saturating_sub(120_000) + random % 160_000,
     };
     Duration::from_micros(after_us)
 }

@@ -8,10 +8,10 @@ use serde_json::Value;
 
 use super::Options;
 use super::abort::{self, Way};
-use super::kind::Kind;
-use super::peers::{Peer, ReceiverStats, SenderStats};
+use super::look::Look;
+use super::peers::Peer;
 use super::pods::{self, Outside, POD};
-use super::summary::{Flow, Move, SENDERS, Summary, tell};
+use super::summary::{Move, SENDERS, Summary};
 use crate::cmd;
 use crate::lab::{Lab, Node};
 use crate::migrate::migrate_with;
@@ -35,8 +35,6 @@ const CLEAR_WITHIN: Duration = Duration::from_secs(60);
 const LEAD: Duration = Duration::from_millis(400);
 /// The pod stays on a node for up to this long, so that moves meet the earlier one's forwarding, and also its end.
 const STAY_MS: u64 = 300;
-/// Events of a flow that are told.
-const TOLD: usize = 12;
 
 fn now_us() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -55,13 +53,6 @@ struct Soak<'a> {
     at: Node,
     moves: Vec<Move>,
     faults: Vec<String>,
-}
-
-/// What all flows looked like at one moment.
-#[derive(Default)]
-struct Look {
-    receiver: ReceiverStats,
-    senders: Vec<SenderStats>,
 }
 
 /// Runs the soak test in a lab that is up, with nothing but the demo's image on both nodes. Each line of its course
@@ -297,92 +288,32 @@ impl<'a> Soak<'a> {
         })
     }
 
-    /// Waits until everything that was sent before has arrived and was answered; what is wrong becomes faults. At the end nothing is
-    /// sent any more.
-    fn look(&mut self, at_end: bool) -> Option<(Vec<Flow>, Look)> {
-        let (mut marks, mut last): (Option<Vec<Vec<u64>>>, _) =
-            (None, Err(anyhow::anyhow!("not asked")));
+    /// Waits until everything that was sent before has arrived and was answered; what is wrong becomes faults. At the end
+    /// nothing is sent any more.
+    fn look(&mut self, at_end: bool) -> Option<Look> {
+        let mut marks = None;
+        let mut last = Err(anyhow::anyhow!("not asked"));
         poll_until(SETTLES_WITHIN, || {
             last = self.ask();
             let Ok(look) = &last else {
                 return false;
             };
-            let marks = marks.get_or_insert_with(|| sent(look));
-            let all = flows(look);
-            let whole = all.iter().all(|(sender, kind, flow)| {
-                let mark = marks[*sender][kind.index()].max(1);
-                let tallies = tallies(look, *sender, *kind);
-                flow.sent >= mark
-                    && tallies.iter().all(|t| t.next >= mark && t.missing == 0)
-                    && (!at_end || flow.is_whole())
-            });
-            whole
-                || all
-                    .iter()
-                    .any(|(.., flow)| flow.doubled != (0, 0) || flow.reordered != (0, 0))
+            let marks = marks.get_or_insert_with(|| look.sent());
+            look.is_whole(marks, at_end) || look.is_wrong()
         });
-        let look = match last {
-            Ok(look) => look,
+        match last {
+            Ok(look) => {
+                let marks = match at_end {
+                    true => look.sent(),
+                    false => marks.unwrap_or_default(),
+                };
+                self.faults.extend(look.faults(&marks, &self.moves));
+                Some(look)
+            }
             Err(error) => {
                 self.faults.push(format!("{error:#}"));
-                return None;
+                None
             }
-        };
-        let marks = marks.unwrap_or_default();
-        for (sender, kind, flow) in flows(&look) {
-            let mark = marks[sender][kind.index()];
-            self.judge(
-                &look,
-                sender,
-                kind,
-                &flow,
-                if at_end { flow.sent } else { mark },
-            );
-        }
-        for (place, streams) in SENDERS
-            .iter()
-            .zip(look.senders.iter().map(|stats| &stats.streams))
-            .chain([(&"the pod that moves", &look.receiver.streams)])
-        {
-            for text in &streams.faults {
-                self.faults.push(format!("TCP, {place}: {text}"));
-            }
-        }
-        Some((
-            flows(&look).into_iter().map(|(.., flow)| flow).collect(),
-            look,
-        ))
-    }
-
-    /// Packets up to `mark` must have arrived and been answered.
-    fn judge(&mut self, look: &Look, sender: usize, kind: Kind, flow: &Flow, mark: u64) {
-        let sent = &look.senders[sender].flows[kind.index()];
-        let [there, back] = tallies(look, sender, kind);
-        if sent.refused > 0 {
-            self.faults.push(format!(
-                "{} {}: {} packets could not be sent: {}",
-                flow.sender, flow.kind, sent.refused, sent.refusal
-            ));
-        }
-        for (way, tally) in [("there", there), ("back", back)] {
-            if tally.lost(mark) == 0 && !tally.is_wrong() && tally.next > 0 {
-                continue;
-            }
-            let mut text = format!(
-                "{} {}, on the way {way}: of {mark} packets {} are missing (first: {:?}, left at {} us), {} doubled, {} out of order, {} changed",
-                flow.sender,
-                flow.kind,
-                tally.lost(mark),
-                tally.first_missing,
-                sent.first_missing_left_us,
-                tally.doubled,
-                tally.reordered,
-                tally.changed
-            );
-            for event in tally.events.iter().take(TOLD) {
-                text += &format!("\n            {}", tell(event, &self.moves));
-            }
-            self.faults.push(text);
         }
     }
 
@@ -404,22 +335,14 @@ impl<'a> Soak<'a> {
             rate: self.options.rate,
             ..Summary::default()
         };
-        if let Some((flows, look)) = looked {
-            summary.flows = flows;
+        if let Some(look) = looked {
+            summary.flows = look.flows();
             for stats in &look.senders {
                 summary.streams.0 += stats.streams.connections;
                 summary.streams.1 += stats.streams.sent;
                 summary.streams.2 += stats.streams.received;
             }
-            let places = SENDERS
-                .iter()
-                .zip(look.senders.iter().map(|stats| &stats.counters))
-                .chain([(&"the pod that moves", &look.receiver.counters)]);
-            for (place, counters) in places {
-                let told = counters.iter().filter(|(_, count)| **count > 0);
-                let told = told.map(|(name, count)| (format!("{place}: {name}"), *count));
-                summary.counters.extend(told);
-            }
+            summary.counters = look.counters();
         }
         let record = self.probe.stop()?;
         summary.probe = record.summary();
@@ -452,33 +375,4 @@ impl<'a> Soak<'a> {
         summary.moves = self.moves;
         Ok(summary)
     }
-}
-
-fn sent(look: &Look) -> Vec<Vec<u64>> {
-    let of = |stats: &SenderStats| stats.flows.iter().map(|flow| flow.sent).collect();
-    look.senders.iter().map(of).collect()
-}
-
-/// What arrived of a flow, there and back.
-fn tallies(look: &Look, sender: usize, kind: Kind) -> [super::peers::Tally; 2] {
-    let there = look
-        .receiver
-        .flows
-        .iter()
-        .find(|flow| usize::from(flow.sender) == sender && flow.kind == kind.index());
-    [
-        there.map(|flow| flow.tally.clone()).unwrap_or_default(),
-        look.senders[sender].flows[kind.index()].answers.clone(),
-    ]
-}
-
-fn flows(look: &Look) -> Vec<(usize, Kind, Flow)> {
-    let mut all = Vec::new();
-    for (sender, stats) in look.senders.iter().enumerate() {
-        for (kind, sent) in Kind::ALL.into_iter().zip(&stats.flows) {
-            let [there, _] = tallies(look, sender, kind);
-            all.push((sender, kind, Flow::new(sender, kind, sent, &there)));
-        }
-    }
-    all
 }

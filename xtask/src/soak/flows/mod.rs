@@ -7,6 +7,7 @@
 mod abort;
 mod drive;
 pub mod kind;
+mod look;
 mod peers;
 mod pods;
 mod summary;
@@ -19,7 +20,7 @@ pub use drive::run;
 pub use summary::{Flow, Move, Summary};
 
 /// What to do, and with what load.
-#[derive(Clone, Debug, Default, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 pub struct Options {
     /// Instead: move a pod so many times under every kind of traffic, from outside and from pods on both nodes
     #[arg(long, default_value_t = 0)]
@@ -42,6 +43,18 @@ pub struct Options {
 pub const RATE: u32 = 96;
 /// Looking takes some requests to the guests.
 pub const CHECK_EVERY: u32 = 10;
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            switchovers: 0,
+            aborts: 0,
+            rate: RATE,
+            seed: None,
+            check_every: CHECK_EVERY,
+        }
+    }
+}
 
 impl Options {
     /// Whether it was asked for.

@@ -1,4 +1,8 @@
+use std::time::Duration;
+
+use super::abort;
 use super::kind::{Kind, Packet};
+use super::summary::{Move, near};
 use super::tally::{Tally, What};
 
 #[test]
@@ -59,4 +63,37 @@ fn what_a_tally_tells_is_read_by_the_driver() {
     assert_eq!(read.first_missing, [1, 2]);
     assert_eq!((read.lost(4), read.lost(6)), (2, 4));
     assert!(read.is_wrong() && read.events.len() == 2);
+}
+
+#[test]
+fn an_event_is_told_with_the_move_that_it_is_nearest_to() {
+    let one = |number, began_at_unix_us| Move {
+        number,
+        began_at_unix_us,
+        ended_at_unix_us: began_at_unix_us + 1_000_000,
+        frozen_at_unix_us: began_at_unix_us + 400_000,
+        ..Move::default()
+    };
+    let moves = [one(1, 10_000_000), one(2, 20_000_000)];
+    let text = near(20_410_000, &moves);
+    assert!(text.contains("move 2, +10.0 ms from its freeze"), "{text}");
+    let text = near(11_500_000, &moves);
+    assert!(
+        text.contains("+1500.0 ms from the beginning of move 1"),
+        "{text}"
+    );
+    assert_eq!(near(5, &[]), "before the first move");
+}
+
+#[test]
+fn every_second_end_is_near_the_switchover_and_the_rest_are_before_it() {
+    let lead = Duration::from_millis(400);
+    for number in 1..200 {
+        let delay = abort::delay(9, number, lead);
+        match number % 2 {
+            0 => assert!(delay < lead, "{delay:?}"),
+            _ => assert!((280..440).contains(&delay.as_millis()), "{delay:?}"),
+        }
+        assert_eq!(delay, abort::delay(9, number, lead));
+    }
 }
