@@ -12,10 +12,11 @@ use migrator::network::{ExistingDevices, LogKind, Port, Role, Stage, VNET_HEADER
 use migrator_tests::netns::{set_vnet_header, take_segments_whole};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use port_lab::{
-    CLIENT_MAC, Guest, Inbox, Lab, Node, POD_MAC, check_ledger, connect, finish_ipv4, pod,
+    CLIENT_MAC, Guest, Inbox, Lab, Node, POD_MAC, Sender, check_ledger, connect, finish_ipv4, pod,
     say_hello,
 };
 use tokio::sync::mpsc;
+use vm_runtime::units::MacAddress;
 
 /// One migration, as the conductor runs it.
 fn migrate(
@@ -292,4 +293,45 @@ fn say_hello_12(port: &Port) -> anyhow::Result<()> {
     frame.resize(12 + 60, 0);
     nix::unistd::write(port.tap_fd()?.as_fd(), &frame)?;
     Ok(())
+}
+
+#[test]
+fn a_sender_on_the_nodes_own_bridge_keeps_its_order_and_needs_no_relay_for_long()
+-> anyhow::Result<()> {
+    let lab = Lab::new()?;
+    let inbox = Inbox::default();
+    // On the source of the first move, which is the destination of the second one.
+    let near = MacAddress([0x52, 0x54, 0, 0, 0, 0x22]);
+    let near = lab.a.attach(&pod("near", near, 2), 3, Role::Local, None)?;
+    let at_a = lab
+        .a
+        .attach(&pod("pod", POD_MAC, 10), 1, Role::Local, None)?;
+    let guest = Guest::start(at_a.tap_fd()?, &inbox);
+    say_hello(&at_a)?;
+    let sender = Sender::start(near.tap_fd()?, 60_000);
+
+    sender.wait_for(10_000)?;
+    let (at_b, guest) = migrate((&lab.a, &at_a, guest), (&lab.b, 7), &inbox)?;
+    let port = at_b.clone();
+    lab.b
+        .call(async move { port.reached(Stage::Local).await })??;
+    sender.wait_for(20_000)?;
+    let early = lab.a.ledger(&at_a)?;
+    sender.wait_for(30_000)?;
+    let late = lab.a.ledger(&at_a)?;
+    ensure!(
+        early.forwarded > 0 && early.forwarded == late.forwarded,
+        "still relayed: {early:?}, then {late:?}"
+    );
+    let port = at_a.clone();
+    check_ledger(&lab.a.call(async move { port.release().await })??)?;
+
+    sender.wait_for(40_000)?;
+    let (at_a, guest) = migrate((&lab.b, &at_b, guest), (&lab.a, 1), &inbox)?;
+    sender.wait_for(50_000)?;
+    let port = at_b.clone();
+    check_ledger(&lab.b.call(async move { port.release().await })??)?;
+    inbox.check(&sender.finish())?;
+    guest.stop();
+    check_ledger(&lab.a.settled_ledger(&at_a)?)
 }

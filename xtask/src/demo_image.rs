@@ -1,5 +1,5 @@
 //! The demo's container image, an OCI layout made from Debian packages: busybox, iperf3 with its libraries; and of the
-//! workloads of this crate: a UDP echo, and the memory check of the soak test.
+//! workloads of this crate: a UDP echo, and the workloads of the soak tests.
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
@@ -28,7 +28,7 @@ const PACKAGES: &[&str] = &[
 const LOADER: &str = "lib64/ld-linux-x86-64.so.2";
 
 /// Programs of this crate that the image holds.
-const WORKLOADS: [&str; 2] = ["udp-echo", "memory-check"];
+const WORKLOADS: [&str; 3] = ["udp-echo", "memory-check", "flows"];
 
 /// What makes the image: a change here, or of a workload's source, makes it anew.
 fn stamp() -> String {
@@ -38,6 +38,14 @@ fn stamp() -> String {
             include_str!("oci.rs"),
             include_str!("bin/udp-echo.rs"),
             include_str!("bin/memory-check.rs"),
+            include_str!("bin/flows/main.rs"),
+            include_str!("bin/flows/counters.rs"),
+            include_str!("bin/flows/receiver.rs"),
+            include_str!("bin/flows/sender.rs"),
+            include_str!("bin/flows/sockets.rs"),
+            include_str!("bin/flows/streams.rs"),
+            include_str!("soak/flows/kind.rs"),
+            include_str!("soak/flows/tally.rs"),
             include_str!("soak/blocks.rs"),
             include_str!("soak/stream.rs"),
         ]
@@ -54,6 +62,9 @@ pub fn ensure(project: &Project) -> Result<PathBuf> {
     let layout = project.demo_image();
     let mark = project.target.join("demo-image.stamp");
     if layout.join("index.json").is_file()
+        && WORKLOADS
+            .iter()
+            .all(|name| program(project, name).is_file())
         && std::fs::read_to_string(&mark).is_ok_and(|text| text == stamp())
     {
         return Ok(layout);
@@ -67,6 +78,13 @@ pub fn ensure(project: &Project) -> Result<PathBuf> {
         iperf3(&work, &packages)?,
         programs(project, &work, &WORKLOADS)?,
     ];
+    for name in WORKLOADS {
+        let path = program(project, name);
+        let folder = path.parent().context("a program without a folder")?;
+        std::fs::create_dir_all(folder)
+            .and_then(|()| std::fs::rename(work.join(name), &path))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
     let fresh = work.join("layout");
     oci::write(
         &fresh,
@@ -84,6 +102,11 @@ pub fn ensure(project: &Project) -> Result<PathBuf> {
     std::fs::write(&mark, stamp())?;
     std::fs::remove_dir_all(&work)?;
     Ok(layout)
+}
+
+/// A workload of the image as a program of this machine: it is static.
+pub fn program(project: &Project, name: &str) -> PathBuf {
+    project.target.join("demo-programs").join(name)
 }
 
 /// The first layer: busybox, its applets, and the files that a small system has.
@@ -222,7 +245,15 @@ pub(crate) fn programs(project: &Project, work: &Path, names: &[&str]) -> Result
             "strip=symbols",
             "-o",
         ]);
-        cmd::run(build.arg(&program).arg(format!("xtask/src/bin/{name}.rs")))?;
+        // As cargo finds it: one file, or a folder of them.
+        let source = [
+            format!("xtask/src/bin/{name}.rs"),
+            format!("xtask/src/bin/{name}/main.rs"),
+        ]
+        .into_iter()
+        .find(|source| project.root.join(source).is_file())
+        .with_context(|| format!("xtask/src/bin has no {name}"))?;
+        cmd::run(build.arg(&program).arg(source))?;
         anyhow::ensure!(
             std::fs::metadata(&program)?.permissions().mode() & 0o111 != 0,
             "rustc left no program"

@@ -278,7 +278,8 @@ impl InboundLog {
         let mut log = Self::new();
         if seq >= RESIDUE_DONE {
             log.residue_ended = true;
-            log.next_frame = seq + 1;
+            // The last number of all stands for a departure whose log was in memory only.
+            log.next_frame = seq.saturating_add(1);
         } else {
             log.next_residue = seq + 1;
         }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use migrator_ebpf::{Device, Gate, MAX_SLOTS, Mode};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use vm_runtime::units::MacAddress;
 
 use super::dataplane::{self, Setup, Stage};
@@ -210,7 +210,8 @@ impl NodeNetwork {
         self.inner.gates.attach(&names.0, tap.index, device)?;
         netlink.raise_tap(&names.0, bridge, pod.mac).await?;
         let stage = initial_stage(gate.get().mode, role);
-        if matches!(stage, Stage::Local | Stage::Holding | Stage::Forwarding) {
+        // A port that forwards has the entry still, or has given it up for good.
+        if matches!(stage, Stage::Local | Stage::Holding) {
             netlink.own_address(&names.0, tap.index, pod.mac).await?;
         }
         let tally = if adopted {
@@ -279,6 +280,7 @@ impl NodeNetwork {
         let (commands, receiver) = std::sync::mpsc::channel();
         let (acked, acked_watch) = watch::channel(0);
         let (stages, stage_watch) = watch::channel(stage);
+        let echoed = Arc::new(Notify::new());
         let setup = Setup {
             pod: pod.name.clone(),
             tap_name: names.0.clone(),
@@ -294,6 +296,7 @@ impl NodeNetwork {
             wake: Arc::clone(&wake),
             acked,
             stages,
+            echoed: Arc::clone(&echoed),
         };
         let thread = dataplane::start(setup).map_err(device_error("start the thread of"))?;
         Ok(Port::new(super::port::Parts {
@@ -309,6 +312,7 @@ impl NodeNetwork {
             thread,
             acked: acked_watch,
             stages: stage_watch,
+            echoed,
         }))
     }
 }

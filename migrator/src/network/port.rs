@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use nix::sys::eventfd::EventFd;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::AbortHandle;
 
 use super::dataplane::{Command, Stage};
@@ -33,6 +33,7 @@ pub(crate) struct Parts {
     pub(crate) thread: JoinHandle<()>,
     pub(crate) acked: watch::Receiver<u64>,
     pub(crate) stages: watch::Receiver<Stage>,
+    pub(crate) echoed: Arc<Notify>,
 }
 
 struct Inner {
@@ -50,6 +51,9 @@ struct Inner {
     devices: Mutex<Option<ExistingDevices>>,
     thread: Mutex<Option<JoinHandle<()>>>,
     announcer: Mutex<Option<AbortHandle>>,
+    echoed: Arc<Notify>,
+    /// Gives the pod's address up once the network knows the new place.
+    leaver: Mutex<Option<AbortHandle>>,
     base: Mutex<Ledger>,
 }
 
@@ -63,8 +67,10 @@ impl Inner {
     }
 
     fn quiet(&self) {
-        if let Some(announcer) = lock(&self.announcer).take() {
-            announcer.abort();
+        for task in [&self.announcer, &self.leaver] {
+            if let Some(task) = lock(task).take() {
+                task.abort();
+            }
         }
     }
 }
@@ -119,6 +125,8 @@ impl Port {
             devices: Mutex::new(Some(parts.devices)),
             thread: Mutex::new(Some(parts.thread)),
             announcer: Mutex::new(None),
+            echoed: parts.echoed,
+            leaver: Mutex::new(None),
             base: Mutex::new(Ledger::default()),
         };
         Self {
@@ -193,6 +201,21 @@ impl Port {
 
     pub(crate) fn resync(&self, crashed: bool) {
         self.inner.tell(Command::Resync(crashed));
+    }
+
+    /// The node's bridge sends the pod's frames here.
+    async fn own(&self) -> Result<(), PortError> {
+        let Inner {
+            node,
+            pod,
+            tap_name,
+            tap_index,
+            ..
+        } = &*self.inner;
+        Ok(node
+            .netlink
+            .own_address(tap_name, *tap_index, pod.mac)
+            .await?)
     }
 
     async fn remove(&self) -> Result<(), PortError> {

@@ -1,9 +1,10 @@
-//! The soak test, short: `cargo xtask test soak` does the same for as long as one likes.
+//! The soak tests, short: `cargo xtask test soak` does the same for as long as one likes.
 
 use anyhow::{Result, ensure};
 use migrator_tests::lab::TestLab;
 use xtask::lab::Node;
-use xtask::soak::{Options, soak};
+use xtask::project::Project;
+use xtask::soak::{Options, flows, soak};
 
 fn moves(moves: u32, vcpus: u32) -> Result<()> {
     let test = TestLab::up()?;
@@ -38,4 +39,28 @@ fn so_does_one_with_a_single_cpu() -> Result<()> {
 #[test]
 fn so_does_one_with_more_cpus_than_the_machine() -> Result<()> {
     moves(4, 4)
+}
+
+#[test]
+fn no_kind_of_traffic_from_anywhere_loses_doubles_or_reorders_a_packet() -> Result<()> {
+    let test = TestLab::up()?;
+    test.import_demo(Node::A)?;
+    test.import_demo(Node::B)?;
+    let options = flows::Options {
+        switchovers: 6,
+        aborts: 4,
+        ..flows::Options::default()
+    };
+    let project = Project::discover()?;
+    let say = &mut |line: &str| println!("{line}");
+    let summary = flows::run(&project, test.lab(), &options, 500, say)?;
+    ensure!(
+        summary.faults.is_empty()
+            && (summary.switchovers, summary.aborts) == (6, 4)
+            && summary.flows.len() == 3 * flows::kind::Kind::ALL.len()
+            && summary.flows.iter().all(flows::Flow::is_whole),
+        "{}",
+        summary.text()
+    );
+    test.end()
 }

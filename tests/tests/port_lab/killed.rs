@@ -5,7 +5,7 @@ use anyhow::ensure;
 use migrator::network::{ExistingDevices, FIRST_FRAME_SEQ, LogItem, LogKind, Port, Role, Stage};
 use tokio::sync::mpsc;
 
-use super::{Guest, Inbox, Lab, POD_MAC, Sender, check_ledger, connect, pod, say_hello};
+use super::{Guest, Inbox, Lab, POD_MAC, Sender, check_ledger, connect, pod, probe, say_hello};
 
 /// The service is gone without a release; the next one finds the devices.
 fn restart(lab: &mut Lab, port: Port) -> anyhow::Result<Port> {
@@ -123,5 +123,57 @@ fn a_service_killed_while_it_holds_or_forwards_sends_its_log_again() -> anyhow::
     guest.stop();
     let port = at_a.clone();
     check_ledger(&lab.a.call(async move { port.release().await })??)?;
+    check_ledger(&lab.b.settled_ledger(&at_b)?)
+}
+
+/// To a pod that has settled comes only what a sender at the source's own node still gives its old gate.
+#[test]
+fn a_destination_killed_after_it_settled_takes_what_is_still_relayed() -> anyhow::Result<()> {
+    let mut lab = Lab::new()?;
+    let inbox = Inbox::default();
+    let at_b = lab
+        .b
+        .attach(&pod("pod", POD_MAC, 10), 1, Role::Incoming, None)?;
+    let item = |seq, kind, frame: Vec<u8>| LogItem {
+        seq,
+        kind,
+        frame: frame.into(),
+    };
+    let log = [
+        item(1, LogKind::ResidueEnd, Vec::new()),
+        item(FIRST_FRAME_SEQ, LogKind::Frame, probe(0, 0)),
+        item(FIRST_FRAME_SEQ + 1, LogKind::End, Vec::new()),
+        item(FIRST_FRAME_SEQ + 2, LogKind::Frame, probe(0, 1)),
+    ];
+    let guest = Guest::start(at_b.tap_fd()?, &inbox);
+    let port = at_b.clone();
+    lab.b.call(async move { port.open().await })??;
+    for item in &log[..3] {
+        at_b.log_input(item.clone())?;
+    }
+    let port = at_b.clone();
+    lab.b.call(async move {
+        port.settle().await?;
+        port.reached(Stage::Local).await
+    })??;
+    let (tap, park) = (at_b.tap_fd()?, at_b.park_fd()?);
+    drop(at_b);
+    lab.b.restart()?;
+    let existing = Some(ExistingDevices { tap, park });
+    let at_b = lab
+        .b
+        .attach(&pod("pod", POD_MAC, 10), 1, Role::Local, existing)?;
+    // The source knows only what was acknowledged.
+    for item in log {
+        at_b.log_input(item)?;
+    }
+    inbox.check(&[(0, 2)].into())?;
+    let mut acked = at_b.acked();
+    let told = lab.b.call(async move {
+        let last = FIRST_FRAME_SEQ + 2;
+        acked.wait_for(|seq| *seq == last).await.is_ok()
+    })?;
+    ensure!(told, "the source is not told");
+    guest.stop();
     check_ledger(&lab.b.settled_ledger(&at_b)?)
 }

@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use tokio::sync::mpsc;
 use vm_runtime::units::MacAddress;
 
-pub(crate) use traffic::{Guest, Inbox, Sender, finish_ipv4, say_hello};
+pub(crate) use traffic::{Guest, Inbox, Sender, finish_ipv4, probe, say_hello};
 
 pub(crate) const DEADLINE: Duration = Duration::from_secs(40);
 pub(crate) const POD_MAC: MacAddress = MacAddress([0x52, 0x54, 0, 0, 0, 0x10]);

@@ -20,7 +20,7 @@ const FLOWS: u8 = 8;
 /// This flow is broadcast.
 const GROUP_FLOW: u8 = FLOWS;
 
-fn probe(flow: u8, number: u64) -> Vec<u8> {
+pub(crate) fn probe(flow: u8, number: u64) -> Vec<u8> {
     let mut frame = vec![0; VNET_HEADER];
     let group = flow == GROUP_FLOW;
     frame.extend(if group { [0xff; 6] } else { POD_MAC.0 });

@@ -6,6 +6,7 @@
 pub mod blocks;
 pub mod client;
 mod drive;
+pub mod flows;
 pub mod stream;
 pub mod summary;
 
@@ -148,6 +149,8 @@ impl Options {
 pub struct Args {
     #[command(flatten)]
     options: Options,
+    #[command(flatten)]
+    flows: flows::Options,
     /// Write what was found to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -171,12 +174,19 @@ pub fn main(project: &Project, args: &Args) -> Result<ExitCode> {
     let image = demo_image::ensure(project)?;
     println!("soak: bringing the lab up");
     let outcome = lab.up(Owner::Demo).and_then(|()| {
-        cmd::output(lab.on(Node::A).args(["image", "import"]).arg(&image))?;
-        soak(&lab, &args.options, &mut |line| println!("{line}"))
+        let say = &mut |line: &str| println!("{line}");
+        let import = |node| cmd::output(lab.on(node).args(["image", "import"]).arg(&image));
+        import(Node::A)?;
+        if args.flows.is_wanted() {
+            import(Node::B)?;
+            let summary = flows::run(project, &lab, &args.flows, args.options.packets, say)?;
+            Found::new(&summary, &summary.faults, summary.text())
+        } else {
+            let summary = soak(&lab, &args.options, say)?;
+            Found::new(&summary, &summary.faults, summary.text())
+        }
     });
-    let passed = outcome
-        .as_ref()
-        .is_ok_and(|summary| summary.faults.is_empty());
+    let passed = outcome.as_ref().is_ok_and(|found| found.passed);
     if !passed {
         run::keep_logs(project, &lab);
     }
@@ -185,17 +195,34 @@ pub fn main(project: &Project, args: &Args) -> Result<ExitCode> {
     } else if let Err(error) = lab.down() {
         return outcome.and(Err(error));
     }
-    let summary = outcome?;
+    let found = outcome?;
     if let Some(path) = &args.json {
-        let json = serde_json::to_string_pretty(&summary)? + "\n";
-        std::fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
+        std::fs::write(path, found.json)
+            .with_context(|| format!("cannot write {}", path.display()))?;
     }
-    print!("\n{}", summary.text());
+    print!("\n{}", found.text);
     Ok(if passed {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// What either soak test has found.
+struct Found {
+    passed: bool,
+    json: String,
+    text: String,
+}
+
+impl Found {
+    fn new<F>(summary: &impl Serialize, faults: &[F], text: String) -> Result<Self> {
+        Ok(Self {
+            passed: faults.is_empty(),
+            json: serde_json::to_string_pretty(summary)? + "\n",
+            text,
+        })
+    }
 }
 
 #[cfg(test)]

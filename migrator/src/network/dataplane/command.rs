@@ -57,6 +57,8 @@ pub(crate) enum Command {
     Ack(u64),
     Rollback(Reply<Result<(), PortError>>),
     Forward(Reply<Result<(), PortError>>),
+    /// The node's own bridge sends nothing here any more: the end marker follows what is in the park.
+    End,
     Input(LogItem),
     Open(Reply<Result<(), PortError>>),
     Settle(Reply<Result<(), PortError>>),

@@ -31,7 +31,7 @@ use migrator_ebpf::{Gate, Mode};
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::eventfd::EventFd;
 use nix::sys::time::TimeSpec;
-use tokio::sync::{mpsc::UnboundedSender, watch};
+use tokio::sync::{Notify, mpsc::UnboundedSender, watch};
 use vm_runtime::units::MacAddress;
 
 use super::copies::Copies;
@@ -43,9 +43,11 @@ use super::marker::marker;
 use super::spool::Spool;
 use super::sys::{FRAME_MAX, PacketSocket};
 
-/// From the echo of the announcement to the end marker: frames that came before it may still be in
+/// From the echo of the announcement to the end of the old way: frames that came before it may still be in
 /// the backlog of another CPU.
 const END_DELAY: Duration = Duration::from_millis(2);
+/// How long the end marker waits for the node's own bridge, after the echo.
+const DISOWN_LIMIT: Duration = Duration::from_secs(1);
 /// How long the source waits for the echo, once the guest runs elsewhere: not every network brings it back.
 const ECHO_LIMIT: Duration = Duration::from_millis(100);
 /// Pause before the next attempt at a full TAP.
@@ -77,6 +79,8 @@ pub(crate) struct Setup {
     pub(crate) wake: Arc<EventFd>,
     pub(crate) acked: watch::Sender<u64>,
     pub(crate) stages: watch::Sender<Stage>,
+    /// Told once the announcement of another node has come back.
+    pub(crate) echoed: Arc<Notify>,
 }
 
 pub(crate) struct Dataplane {
@@ -97,6 +101,9 @@ pub(crate) struct Dataplane {
     outbox: Vec<LogItem>,
     sink: Option<UnboundedSender<LogItem>>,
     end_due: Option<Instant>,
+    /// When the port is told of the echo; the end marker then waits for its answer.
+    echo_due: Option<Instant>,
+    echo_seen: bool,
     early_ack: u64,
     drain_tap: Option<(Instant, Reply<bool>)>,
     // destination
@@ -119,8 +126,11 @@ pub(crate) struct Dataplane {
 impl Dataplane {
     pub(crate) fn new(mut setup: Setup) -> Self {
         let taken_over = setup.stage == Stage::Opened;
+        let settled = setup.stage == Stage::Local;
+        // A pod that has settled may still be relayed to: the log goes on after its end.
+        let arrived = taken_over || settled;
         let injected_seq = setup.gate.injected();
-        if taken_over {
+        if arrived {
             setup.acked.send_replace(injected_seq);
         }
         let log = setup.take_log_back();
@@ -139,18 +149,20 @@ impl Dataplane {
             outbox: Vec::new(),
             sink: None,
             end_due: end_owed.then(|| Instant::now() + ECHO_LIMIT),
+            echo_due: None,
+            echo_seen: false,
             early_ack: 0,
             drain_tap: None,
-            inbound: match taken_over {
+            inbound: match arrived {
                 true => InboundLog::resumed(injected_seq),
                 false => InboundLog::new(),
             },
             log_left: false,
             copies: Copies::default(),
-            opened_at: taken_over.then(Instant::now),
+            opened_at: arrived.then(Instant::now),
             source_is_away: taken_over,
-            end_seen: false,
-            injected_seq: if taken_over { injected_seq } else { 0 },
+            end_seen: settled,
+            injected_seq: if arrived { injected_seq } else { 0 },
             settle: None,
             resync: None,
             resync_due: false,
@@ -230,6 +242,7 @@ impl Dataplane {
                 let result = self.forward();
                 answer(reply, result);
             }
+            Command::End => self.end_within(Duration::ZERO, Instant::now()),
             Command::Input(item) => self.input(item),
             Command::Open(reply) => {
                 let result = self.open();
@@ -282,6 +295,10 @@ impl Dataplane {
 
     /// Everything that happens by itself.
     fn advance(&mut self, now: Instant) {
+        if self.echo_due.is_some_and(|due| now >= due) {
+            self.echo_due = None;
+            self.setup.echoed.notify_one();
+        }
         if self.end_due.is_some_and(|due| now >= due) && self.park_empty {
             self.end_due = None;
             self.emit_end();
@@ -337,7 +354,7 @@ impl Dataplane {
         if self.full || self.drain_tap.is_some() {
             timeout = timeout.min(FULL_PAUSE);
         }
-        if let Some(due) = self.end_due {
+        for due in [self.end_due, self.echo_due].into_iter().flatten() {
             timeout = timeout.min(due.saturating_duration_since(now));
         }
         if self.stage == Stage::Settling {

@@ -10,7 +10,7 @@ use nix::poll::{PollFd, PollFlags};
 
 use super::super::grace;
 use super::super::sys::{self, Sent, VNET_HEADER};
-use super::{BATCH, Dataplane, END_DELAY, ETHERNET_MIN, LOG_BYTES_MAX, PENDING_MAX, Stage};
+use super::{BATCH, Dataplane, ETHERNET_MIN, LOG_BYTES_MAX, PENDING_MAX, Stage};
 
 /// Why a frame is to be injected.
 #[derive(Clone, Copy, Debug)]
@@ -105,9 +105,9 @@ impl Dataplane {
         let echo = is_own_echo(&bytes, self.setup.mac.0);
         let group = is_group(&bytes);
         if echo && self.stage != Stage::Local {
-            // Shown by the gate, and booked there. At the source it is the end marker.
+            // Shown by the gate, and booked there.
             if matches!(self.stage, Stage::Holding | Stage::Forwarding) {
-                self.end_within(END_DELAY, now);
+                self.echo(now);
             }
             return;
         }

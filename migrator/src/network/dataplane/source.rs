@@ -11,7 +11,9 @@ use super::super::error::PortError;
 use super::super::log::{InboundLog, LogItem, SourceLog};
 use super::super::marker::is_marker;
 use super::super::sys;
-use super::{Dataplane, ECHO_LIMIT, Origin, Pending, Setup, Stage, normalise};
+use super::{
+    DISOWN_LIMIT, Dataplane, ECHO_LIMIT, END_DELAY, Origin, Pending, Setup, Stage, normalise,
+};
 
 impl Setup {
     /// The log of a service that was killed while it held or forwarded. In every other stage, what lies in the spool is
@@ -41,6 +43,7 @@ impl Dataplane {
             self.mirror_offloads();
             self.log = SourceLog::new();
             self.end_due = None;
+            (self.echo_due, self.echo_seen) = (None, false);
             self.early_ack = 0;
             // Before the gate: the next service reads the spool of a port that holds, as far as the word tells it to.
             let kept = self.setup.spool.begin();
@@ -78,6 +81,17 @@ impl Dataplane {
                 // As above: kept until it is acknowledged.
                 let _ = sink.send(item);
             }
+        }
+    }
+
+    /// The announcement has come back, behind the last frame that the network sent here by what it knew before. What is left
+    /// of the old way are senders on this node's own bridge, whose entry for the pod the port owns: it gives that up, and
+    /// answers with [`Command::End`](super::Command::End).
+    pub(super) fn echo(&mut self, now: Instant) {
+        if !std::mem::replace(&mut self.echo_seen, true) {
+            self.echo_due = Some(now + END_DELAY);
+            self.end_due = None;
+            self.end_within(DISOWN_LIMIT, now);
         }
     }
 
@@ -173,7 +187,7 @@ impl Dataplane {
         self.expect("roll back", &[Stage::Holding])?;
         self.set_gate(Mode::Hold, true);
         self.sink = None;
-        self.end_due = None;
+        (self.end_due, self.echo_due) = (None, None);
         for kept in self.log.take_all() {
             self.pending.push_back(Pending {
                 frame: kept.frame,
@@ -193,7 +207,9 @@ impl Dataplane {
         self.set_gate(Mode::Forward, false);
         self.set_stage(Stage::Forwarding);
         self.ack(self.early_ack);
-        self.end_within(ECHO_LIMIT, Instant::now());
+        if !self.echo_seen {
+            self.end_within(ECHO_LIMIT, Instant::now());
+        }
         Ok(())
     }
 

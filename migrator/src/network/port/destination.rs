@@ -2,7 +2,7 @@
 
 use tokio::sync::watch;
 
-use super::{Inner, Port, lock};
+use super::{Port, lock};
 use crate::network::announce::{SCHEDULE, announcement};
 use crate::network::dataplane::Command;
 use crate::network::error::PortError;
@@ -50,20 +50,6 @@ impl Port {
     pub async fn reopen(&self) -> Result<(), PortError> {
         self.own().await?;
         self.announce().await
-    }
-
-    async fn own(&self) -> Result<(), PortError> {
-        let Inner {
-            node,
-            pod,
-            tap_name,
-            tap_index,
-            ..
-        } = &*self.inner;
-        Ok(node
-            .netlink
-            .own_address(tap_name, *tap_index, pod.mac)
-            .await?)
     }
 
     async fn announce(&self) -> Result<(), PortError> {

@@ -1,10 +1,11 @@
 //! What a port does where the pod leaves.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::Port;
+use super::{Port, lock};
 use crate::network::dataplane::Command;
 use crate::network::error::PortError;
 use crate::network::grace;
@@ -23,11 +24,35 @@ impl Port {
     /// same, and [`rollback`](Self::rollback) opens it.
     pub async fn hold(&self, sink: UnboundedSender<LogItem>) -> Result<(), PortError> {
         self.inner.quiet();
+        self.leave_when_announced();
         self.ask(|reply| Command::Hold(sink, reply)).await??;
         match tokio::task::spawn_blocking(grace::grace_period).await {
             Ok(result) => result.map_err(PortError::GracePeriod),
             Err(_) => Err(self.gone()),
         }
+    }
+
+    /// Once another node has announced the pod, and the network sends nothing here any more, the bridge sends what its own ports have
+    /// for the pod the way that it has learned. Those frames, too, then come behind the end of the log.
+    fn leave_when_announced(&self) {
+        let inner = &self.inner;
+        let (node, commands) = (Arc::clone(&inner.node), inner.commands.clone());
+        let (wake, echoed) = (Arc::clone(&inner.wake), Arc::clone(&inner.echoed));
+        let (tap_name, tap, mac) = (inner.tap_name.clone(), inner.tap_index, inner.pod.mac);
+        // One of an earlier hold, if nobody waited for it any more, says nothing of this one.
+        std::pin::pin!(echoed.notified()).as_mut().enable();
+        let task = tokio::spawn(async move {
+            echoed.notified().await;
+            if let Err(error) = node.netlink.disown_address(&tap_name, tap, mac).await {
+                // They are relayed until the release.
+                tracing::warn!(%error, "the bridge goes on sending to a pod that has gone");
+            }
+            wait_for_frames().await;
+            // As `Inner::tell`; a thread that has ended needs no telling.
+            let _ = commands.send(Command::End);
+            let _ = wake.write(1);
+        });
+        *lock(&inner.leaver) = Some(task.abort_handle());
     }
 
     /// Sends everything that is not acknowledged to another sink: the connection was made anew.
@@ -69,6 +94,11 @@ impl Port {
     /// # Errors
     /// The port does not hold.
     pub async fn rollback(&self) -> Result<(), PortError> {
+        if let Some(leaver) = lock(&self.inner.leaver).take() {
+            leaver.abort();
+        }
+        // It is owned, unless somebody else has announced the pod.
+        self.own().await?;
         self.ask(Command::Rollback).await?
     }
 
