@@ -8,6 +8,8 @@
 #![allow(internal_features)]
 #![feature(core_intrinsics)]
 
+mod overlay;
+
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
 use aya_ebpf::helpers::bpf_redirect;
@@ -17,7 +19,7 @@ use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use migrator_ebpf::{
     BUCKETS, Bytes, Counter, CounterRow, Device, Gate, MAX_SLOTS, NO_SLOT_ROW, Verdict, bucket,
-    bucket_index, is_own_echo, verdict,
+    bucket_index, is_group, is_own_echo, verdict,
 };
 
 /// linux/bpf.h: the map can be mapped into user memory.
@@ -99,7 +101,18 @@ fn gate(ctx: TcContext) -> i32 {
         is_own_echo(&skb, device.mac),
         parked,
         done,
-    );
+    )
+    .of_group(is_group(&skb));
+    let verdict = match verdict {
+        Verdict::Tunnel(counter) => match overlay::into_tunnel(&ctx, slot) {
+            Some(action) => {
+                count(slot, counter);
+                return action;
+            }
+            None => Verdict::Park(Counter::ParkedForward),
+        },
+        other => other,
+    };
     count(slot, verdict.counter());
     match verdict {
         Verdict::Pass(_) => TCX_NEXT,
@@ -118,7 +131,7 @@ fn gate(ctx: TcContext) -> i32 {
             debug!(&ctx, "gate: slot {} holds no word of its own", slot);
             TCX_DROP
         }
-        Verdict::Drop(_) => TCX_DROP,
+        Verdict::Drop(_) | Verdict::Tunnel(_) => TCX_DROP,
     }
 }
 
