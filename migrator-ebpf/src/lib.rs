@@ -12,10 +12,10 @@ mod tunnel;
 
 pub use counter::{COUNTERS_LEN, Counter, CounterRow};
 pub use gate::{Gate, Mode, Verdict, verdict};
-pub use tunnel::{Landing, Probe, Tunnel, landing_key};
 pub use packet::{
     Bytes, FrameBytes, MAC_LEN, bucket, destination_mac, is_group, is_own_echo, source_mac,
 };
+pub use tunnel::{Landing, Probe, Tunnel, landing_key};
 
 /// Version of the layouts below; part of the folder that the maps are pinned in.
 pub const ABI: u32 = 2;

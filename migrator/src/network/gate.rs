@@ -4,6 +4,8 @@
 //! no service runs, and the next service finds them. Loading replaces the programs under live links in
 //! place, so a new version of the service brings its programs with it.
 
+mod tunnel;
+
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -42,6 +44,7 @@ pub(crate) struct Gates {
     parked: MappedWords,
     done: MappedWords,
     injected: MappedWords,
+    tunnel: tunnel::Maps,
 }
 
 impl std::fmt::Debug for Gates {
@@ -71,7 +74,7 @@ impl Gates {
             .default_map_pin_directory(&dir)
             .load(PROGRAMS)
             .map_err(|error| GateError::Load(error.into()))?;
-        for (name, _, _) in HOOKS {
+        for name in [names::GATE, names::GUARD, names::LANDING] {
             let program = classifier(&mut programs, name)?;
             program
                 .load()
@@ -95,6 +98,7 @@ impl Gates {
         let parked = words(names::PARKED, MAX_SLOTS * BUCKETS)?;
         let done = words(names::DONE, MAX_SLOTS * BUCKETS)?;
         let injected = words(names::INJECTED, MAX_SLOTS)?;
+        let tunnel = tunnel::Maps::take(&mut programs, &dir)?;
         let devices = programs
             .take_map(names::DEVICES)
             .ok_or(GateError::Mismatch(names::DEVICES))?;
@@ -115,6 +119,7 @@ impl Gates {
             parked,
             done,
             injected,
+            tunnel,
             dir,
         })
     }
@@ -161,7 +166,7 @@ impl Gates {
         if let Some(word) = self.words.get(u32::from(slot)) {
             word.store(0, Ordering::Release);
         }
-        Ok(())
+        self.forget_tunnel(slot)
     }
 
     /// Slots that a former service has left links for.

@@ -1,5 +1,9 @@
 //! Links, bridge ports and forwarding entries, by rtnetlink.
 
+mod vxlan;
+
+pub(crate) use vxlan::VxlanError;
+
 use futures::TryStreamExt;
 use netlink_packet_route::link::{
     AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkMessage,

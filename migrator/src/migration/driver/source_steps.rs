@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::available_parallelism;
 use std::time::Duration;
 
@@ -302,12 +303,18 @@ pub(super) async fn forwarded(parts: Arc<PodResources>) -> Step {
     Ok(Input::Forwarded)
 }
 
-pub(super) async fn release(parts: Parts, pod: PodHandle, to: String) -> Step {
+pub(super) async fn release(
+    parts: Parts,
+    pod: PodHandle,
+    to: String,
+    tunnelled: Arc<AtomicU64>,
+) -> Step {
     let mut ledger = Ledger::default();
     if let Some(parts) = parts {
         parts.vm.kill().await.map_err(|error| chain(&error))?;
         let booked = parts.port.release().await.map_err(|error| chain(&error))?;
         ledger = wire_ledger(&booked);
+        tunnelled.store(booked.reasons.forwarded_tunnel, Ordering::Relaxed);
     }
     let end = MigrationEnd::MovedAway { to };
     if let Err(error) = pod.end_migration(end).await {

@@ -57,6 +57,8 @@ pub(crate) enum Command {
     Ack(u64),
     Rollback(Reply<Result<(), PortError>>),
     Forward(Reply<Result<(), PortError>>),
+    /// There is a tunnel to where the pod has gone.
+    Tunnel(Reply<Result<(), PortError>>),
     Input(LogItem),
     Open(Reply<Result<(), PortError>>),
     Settle(Reply<Result<(), PortError>>),

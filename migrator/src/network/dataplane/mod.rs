@@ -98,6 +98,8 @@ pub(crate) struct Dataplane {
     sink: Option<UnboundedSender<LogItem>>,
     end_due: Option<Instant>,
     early_ack: u64,
+    /// Late frames may go through the tunnel, once the order allows it.
+    may_tunnel: bool,
     drain_tap: Option<(Instant, Reply<bool>)>,
     // destination
     inbound: InboundLog,
@@ -140,6 +142,7 @@ impl Dataplane {
             sink: None,
             end_due: end_owed.then(|| Instant::now() + ECHO_LIMIT),
             early_ack: 0,
+            may_tunnel: false,
             drain_tap: None,
             inbound: match taken_over {
                 true => InboundLog::resumed(injected_seq),
@@ -228,6 +231,10 @@ impl Dataplane {
             }
             Command::Forward(reply) => {
                 let result = self.forward();
+                answer(reply, result);
+            }
+            Command::Tunnel(reply) => {
+                let result = self.may_tunnel();
                 answer(reply, result);
             }
             Command::Input(item) => self.input(item),

@@ -1,7 +1,9 @@
 //! What a port does where the pod leaves.
 
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use migrator_ebpf::Mode;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::Port;
@@ -10,6 +12,7 @@ use crate::network::error::PortError;
 use crate::network::grace;
 use crate::network::ledger::Ledger;
 use crate::network::log::LogItem;
+use crate::network::tunnel::NoTunnel;
 
 impl Port {
     /// Parks every frame for the pod from now on, and streams what is parked to `sink`, numbered. When
@@ -79,6 +82,35 @@ impl Port {
     /// The port does not hold.
     pub async fn forward(&self) -> Result<(), PortError> {
         self.ask(Command::Forward).await?
+    }
+
+    /// After [`forward`](Self::forward): late frames of a flow go through the tunnel to the node at `remote`, as soon as it has
+    /// everything that went before them, and has left the order of the old way and the new behind. Until then, and if this fails,
+    /// they are relayed; the reason is in the log and in [`NodeNetwork::tunnel_info`](crate::network::NodeNetwork::tunnel_info).
+    ///
+    /// # Errors
+    /// See [`NoTunnel`]. Nothing is changed then.
+    pub async fn tunnel_to(&self, remote: IpAddr) -> Result<(), NoTunnel> {
+        let result = self.try_tunnel_to(remote).await;
+        if let Err(error) = &result {
+            self.inner.node.tunnel.complain(&self.inner.pod.name, error);
+        }
+        result
+    }
+
+    async fn try_tunnel_to(&self, remote: IpAddr) -> Result<(), NoTunnel> {
+        let inner = &self.inner;
+        // It goes on as a former service has left it.
+        if inner.gate.get().mode == Mode::Tunnel {
+            return Ok(());
+        }
+        let mtu = inner.node.netlink.require(&inner.tap_name).await?.mtu;
+        inner
+            .node
+            .tunnel
+            .aim(&inner.gate, inner.pod.mac, mtu, remote)
+            .await?;
+        Ok(self.ask(Command::Tunnel).await??)
     }
 
     /// Takes the pod off this node's network. After [`forward`](Self::forward), what is still parked
