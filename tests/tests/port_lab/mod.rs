@@ -1,6 +1,7 @@
-//! Nodes and a client in namespaces of their own; [`traffic`] is what crosses them, [`killed`] and [`tunnel`] have tests.
+//! Nodes and a client in namespaces of their own; [`traffic`] is what crosses them, [`killed`], [`tunnel`] and [`stream`] have tests.
 
 mod killed;
+mod stream;
 mod traffic;
 mod tunnel;
 

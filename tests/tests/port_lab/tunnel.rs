@@ -11,11 +11,12 @@ use migrator::network::{
 
 use super::{
     DEADLINE, Guest, Inbox, Lab, Node, POD_MAC, Sender, Underlay, check_ledger, pod, say_hello,
+    wait_for_port,
 };
 use crate::migrate;
 
 /// Frames are of 1500 bytes at most, and the network between the nodes takes them with IPv4 or IPv6, UDP and VXLAN around them.
-const WIDE: Underlay = Underlay {
+pub(super) const WIDE: Underlay = Underlay {
     mtu: 1600,
     tunnel: TunnelConfig {
         vni: 77,
@@ -36,7 +37,7 @@ pub(super) fn tunnel_to(
 }
 
 /// Waits until at least so many frames have gone through the tunnel.
-pub(super) fn tunnelled(node: &Node, port: &Port, least: u64) -> anyhow::Result<()> {
+fn tunnelled(node: &Node, port: &Port, least: u64) -> anyhow::Result<()> {
     let until = Instant::now() + DEADLINE;
     loop {
         let ledger = node.ledger(port)?;
@@ -49,17 +50,17 @@ pub(super) fn tunnelled(node: &Node, port: &Port, least: u64) -> anyhow::Result<
 }
 
 /// A pod that has moved from a to b, under a load of `count` frames that all go to a.
-pub(super) struct Departed {
-    pub(super) lab: Lab,
-    pub(super) inbox: Inbox,
-    pub(super) sender: Sender,
-    pub(super) at_a: Port,
-    pub(super) at_b: Port,
-    pub(super) guest: Guest,
+struct Departed {
+    lab: Lab,
+    inbox: Inbox,
+    sender: Sender,
+    at_a: Port,
+    at_b: Port,
+    guest: Guest,
 }
 
-pub(super) fn departed(underlay: Underlay, count: u64) -> anyhow::Result<Departed> {
-    let lab = Lab::over(Some(underlay))?;
+fn departed(count: u64) -> anyhow::Result<Departed> {
+    let lab = Lab::over(Some(WIDE))?;
     let inbox = Inbox::default();
     let at_a = lab
         .a
@@ -115,7 +116,7 @@ impl Departed {
 #[test]
 fn frames_of_a_sender_that_never_learns_go_through_the_tunnel_in_order() -> anyhow::Result<()> {
     for remote in NODE_B {
-        let departed = departed(WIDE, 50_000)?;
+        let departed = departed(50_000)?;
         // The bridge has heard the pod on its uplink, and would send no frame back to where it came from.
         let entries = departed.lab.a.netns.run("bridge", "fdb show br br0")?;
         let tap = tap_name(SLOT_A);
@@ -139,7 +140,7 @@ fn frames_of_a_sender_that_never_learns_go_through_the_tunnel_in_order() -> anyh
 #[test]
 fn a_killed_service_leaves_the_tunnel_to_the_kernel_and_the_next_one_takes_it_over()
 -> anyhow::Result<()> {
-    let mut departed = departed(WIDE, 60_000)?;
+    let mut departed = departed(60_000)?;
     tunnel_to(&departed.lab.a, &departed.at_a, NODE_B[0])??;
     tunnelled(&departed.lab.a, &departed.at_a, 5_000)?;
     let existing = ExistingDevices {
@@ -179,7 +180,7 @@ fn a_killed_service_leaves_the_tunnel_to_the_kernel_and_the_next_one_takes_it_ov
 
 #[test]
 fn a_service_whose_tunnel_is_turned_off_relays_what_still_comes() -> anyhow::Result<()> {
-    let mut departed = departed(WIDE, 40_000)?;
+    let mut departed = departed(40_000)?;
     tunnel_to(&departed.lab.a, &departed.at_a, NODE_B[0])??;
     tunnelled(&departed.lab.a, &departed.at_a, 2_000)?;
     // No frame is on its way while it is changed over.
@@ -229,7 +230,7 @@ fn a_service_whose_tunnel_is_turned_off_relays_what_still_comes() -> anyhow::Res
 
 #[test]
 fn a_way_that_is_too_narrow_or_shut_is_found_out_and_the_relay_goes_on() -> anyhow::Result<()> {
-    let departed = departed(WIDE, 60_000)?;
+    let departed = departed(60_000)?;
     let lab = &departed.lab;
     let tried = |remote: &str| tunnel_to(&lab.a, &departed.at_a, remote);
 
@@ -284,4 +285,62 @@ fn a_way_that_is_too_narrow_or_shut_is_found_out_and_the_relay_goes_on() -> anyh
     );
     tried(NODE_B[0])??;
     departed.finish(|count| count > 1_000)
+}
+
+#[test]
+fn a_node_whose_port_is_taken_says_so_and_relays() -> anyhow::Result<()> {
+    let mut lab = Lab::over(Some(WIDE))?;
+    lab.a.tunnel = None;
+    lab.a.restart()?;
+    lab.a
+        .netns
+        .ip("link add other type vxlan external dstport 4789")?;
+    lab.a.netns.ip("link set other up")?;
+    lab.a.tunnel = Some(WIDE.tunnel);
+    lab.a.restart()?;
+    let network = lab.a.network.clone();
+    let info = lab.a.call(async move { network.tunnel_info().await })?;
+    ensure!(info.device.is_none(), "{info:?}");
+    let problem = info.problem.context("a reason")?;
+    ensure!(problem.contains("UDP port 4789 is taken"), "{problem}");
+    let at_a = lab
+        .a
+        .attach(&pod("pod", POD_MAC, 10), SLOT_A, Role::Local, None)?;
+    let refused = tunnel_to(&lab.a, &at_a, NODE_B[0])?;
+    ensure!(matches!(refused, Err(NoTunnel::Broken(_))), "{refused:?}");
+    Ok(())
+}
+
+#[test]
+fn frames_follow_a_pod_that_moves_on_through_both_nodes_that_it_has_left() -> anyhow::Result<()> {
+    let departed = departed(70_000)?;
+    let Departed {
+        lab,
+        inbox,
+        sender,
+        at_a,
+        at_b,
+        guest,
+    } = departed;
+    let c = Node::new(&lab.switch, 4, Some(WIDE))?;
+    wait_for_port(&lab.switch, "p4")?;
+    wait_for_port(&c.netns, "eth0")?;
+    tunnel_to(&lab.a, &at_a, NODE_B[0])??;
+    tunnelled(&lab.a, &at_a, 3_000)?;
+    let (at_c, guest) = migrate((&lab.b, &at_b, guest), (&c, 3), &inbox)?;
+    tunnel_to(&lab.b, &at_b, "10.78.0.4")??;
+    let sent = sender.finish();
+    inbox.check(&sent)?;
+    let (by_a, by_b) = (lab.a.settled_ledger(&at_a)?, lab.b.settled_ledger(&at_b)?);
+    let at_last = c.settled_ledger(&at_c)?;
+    for ledger in [&by_a, &by_b, &at_last] {
+        check_ledger(ledger)?;
+    }
+    ensure!(by_b.reasons.forwarded_tunnel > 10_000, "{by_b:?}");
+    ensure!(
+        at_last.reasons.landed == by_b.reasons.forwarded_tunnel,
+        "{by_b:?} {at_last:?}"
+    );
+    guest.stop();
+    Ok(())
 }
