@@ -92,9 +92,6 @@ pub enum NoTunnel {
     /// A link.
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
-    /// A map.
-    #[error(transparent)]
-    Gate(#[from] GateError),
     /// The port is gone, or does not forward.
     #[error(transparent)]
     Port(#[from] super::error::PortError),
@@ -214,14 +211,14 @@ impl NodeTunnel {
         gates.land(mac, landing)
     }
 
-    /// Finds out whether the frames of a pod of this MTU get through the tunnel to another node, and says where they go.
+    /// Finds out whether the frames of a pod of this MTU get through the tunnel to another node; what says where they go.
     pub(crate) async fn aim(
         &self,
         gate: &SlotGate,
         mac: MacAddress,
         mtu: u32,
         remote: IpAddr,
-    ) -> Result<(), NoTunnel> {
+    ) -> Result<Tunnel, NoTunnel> {
         let (config, index) = match self.state {
             State::Off => return Err(NoTunnel::Off),
             State::Broken(_) => return Err(NoTunnel::Broken(self.problem().unwrap_or_default())),
@@ -241,18 +238,18 @@ impl NodeTunnel {
                 6
             }
         };
-        let tunnel = Tunnel {
+        Ok(Tunnel {
             device: index,
             vni: config.vni,
             family,
             remote: bytes,
-        };
-        Ok(gate.set_tunnel(tunnel)?)
+        })
     }
 
     /// Remembers why the relay is used. Says so in the log, once for each reason.
     pub(crate) fn complain(&self, pod: &str, error: &NoTunnel) {
-        if matches!(error, NoTunnel::Off) {
+        // What is turned off, or over already, is no trouble.
+        if matches!(error, NoTunnel::Off | NoTunnel::Port(_)) {
             return;
         }
         let reason = chain(error);

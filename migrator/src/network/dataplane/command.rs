@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use migrator_ebpf::Tunnel;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 
@@ -58,7 +59,7 @@ pub(crate) enum Command {
     Rollback(Reply<Result<(), PortError>>),
     Forward(Reply<Result<(), PortError>>),
     /// There is a tunnel to where the pod has gone.
-    Tunnel(Reply<Result<(), PortError>>),
+    Tunnel(Tunnel, Reply<Result<(), PortError>>),
     Input(LogItem),
     Open(Reply<Result<(), PortError>>),
     Settle(Reply<Result<(), PortError>>),

@@ -233,8 +233,8 @@ impl Dataplane {
                 let result = self.forward();
                 answer(reply, result);
             }
-            Command::Tunnel(reply) => {
-                let result = self.may_tunnel();
+            Command::Tunnel(tunnel, reply) => {
+                let result = self.may_tunnel(tunnel);
                 answer(reply, result);
             }
             Command::Input(item) => self.input(item),

@@ -3,7 +3,7 @@
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use migrator_ebpf::Mode;
+use migrator_ebpf::{Mode, Tunnel};
 use nix::errno::Errno;
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -199,8 +199,12 @@ impl Dataplane {
         Ok(())
     }
 
-    pub(super) fn may_tunnel(&mut self) -> Result<(), PortError> {
+    pub(super) fn may_tunnel(&mut self, tunnel: Tunnel) -> Result<(), PortError> {
         self.expect("use the tunnel", &[Stage::Forwarding])?;
+        if self.setup.gate.get().mode == Mode::Tunnel {
+            return Ok(());
+        }
+        self.setup.gate.set_tunnel(tunnel)?;
         self.may_tunnel = true;
         self.enter_tunnel();
         Ok(())

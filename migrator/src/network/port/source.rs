@@ -105,12 +105,9 @@ impl Port {
             return Ok(());
         }
         let mtu = inner.node.netlink.require(&inner.tap_name).await?.mtu;
-        inner
-            .node
-            .tunnel
-            .aim(&inner.gate, inner.pod.mac, mtu, remote)
-            .await?;
-        Ok(self.ask(Command::Tunnel).await??)
+        let tunnel = &inner.node.tunnel;
+        let aimed = tunnel.aim(&inner.gate, inner.pod.mac, mtu, remote).await?;
+        Ok(self.ask(|reply| Command::Tunnel(aimed, reply)).await??)
     }
 
     /// Takes the pod off this node's network. After [`forward`](Self::forward), what is still parked
