@@ -108,7 +108,7 @@ pub struct TunnelInfo {
     pub vni: u32,
     /// UDP port.
     pub port: u16,
-    /// Frames that its device has dropped on their way out.
+    /// Frames that its device has lost, on their way out (there was no route) or in (its queue was full).
     pub dropped: u64,
     /// Why late frames were relayed by the service instead, the last time that they were.
     pub problem: Option<String>,
@@ -290,7 +290,7 @@ impl NodeTunnel {
             Some(name) => netlink
                 .require(name)
                 .await
-                .map_or(0, |link| link.tx_dropped),
+                .map_or(0, |link| link.tx_dropped + link.other_drops),
             None => 0,
         };
         TunnelInfo {
