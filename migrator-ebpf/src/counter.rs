@@ -1,10 +1,11 @@
 //! One counter per verdict.
 
 /// Number of counters in a row; a power of two leaves room without moving the others.
-pub const COUNTERS_LEN: usize = 16;
+pub const COUNTERS_LEN: usize = 32;
 
 /// Index of a counter in a row. Each frame that reaches the gate is booked by exactly one of the
-/// counters up to [`Counter::RefusedNoSlot`]; each frame from the guest by one of the rest.
+/// counters up to [`Counter::RefusedNoSlot`], or by [`Counter::SentOut`], [`Counter::ForwardedTunnel`] or [`Counter::RefusedGroup`]; each frame
+/// from the guest by [`Counter::Sent`] or [`Counter::Blocked`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u32)]
 pub enum Counter {
@@ -26,11 +27,19 @@ pub enum Counter {
     Sent = 7,
     /// From the guest, and it may not send: dropped.
     Blocked = 8,
+    /// FORWARD or TUNNEL, from this node's own bridge, which the network's change has reached: sent out of the uplink.
+    SentOut = 12,
+    /// Came out of the tunnel for this slot's pod. Its gate books it as any other frame.
+    Landed = 13,
+    /// TUNNEL: a broadcast or multicast frame, of which the other node has its own copy.
+    RefusedGroup = 14,
+    /// TUNNEL: went to the other node through the tunnel.
+    ForwardedTunnel = 15,
 }
 
 impl Counter {
     /// All of them, in order.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 13] = [
         Self::Passed,
         Self::ParkedLocal,
         Self::ParkedHold,
@@ -40,6 +49,10 @@ impl Counter {
         Self::RefusedNoSlot,
         Self::Sent,
         Self::Blocked,
+        Self::SentOut,
+        Self::Landed,
+        Self::RefusedGroup,
+        Self::ForwardedTunnel,
     ];
 }
 
@@ -63,5 +76,8 @@ impl CounterRow {
             + self.get(Counter::RefusedShut)
             + self.get(Counter::RefusedEcho)
             + self.get(Counter::RefusedNoSlot)
+            + self.get(Counter::SentOut)
+            + self.get(Counter::RefusedGroup)
+            + self.get(Counter::ForwardedTunnel)
     }
 }

@@ -15,6 +15,8 @@ pub enum Mode {
     Hold = 2,
     /// Park everything: the service relays it to the node that the pod has gone to.
     Forward = 3,
+    /// As [`Forward`](Self::Forward), but a bucket that has nothing parked goes to the other node through the kernel's tunnel.
+    Tunnel = 4,
 }
 
 /// The state of one pod's gate: one aligned `u64`, so that one store flips it.
@@ -53,7 +55,8 @@ impl Gate {
             1 => (Mode::Local, true),
             2 => (Mode::Hold, true),
             3 => (Mode::Forward, true),
-            4.. => (Mode::Shut, false),
+            4 => (Mode::Tunnel, true),
+            5.. => (Mode::Shut, false),
         };
         Self {
             mode,
@@ -73,6 +76,10 @@ pub enum Verdict {
     Park(Counter),
     /// Into the park only to be seen by the service: no bucket waits for it.
     Show(Counter),
+    /// Into the tunnel; if there is none, into the park like the frames of a bucket that waits.
+    Tunnel(Counter),
+    /// Out of the uplink, as the bridge sends whatever it knows to be there.
+    Out(Counter),
     /// Dropped.
     Drop(Counter),
 }
@@ -81,7 +88,39 @@ impl Verdict {
     /// The counter that books the frame.
     pub const fn counter(self) -> Counter {
         match self {
-            Self::Pass(c) | Self::Park(c) | Self::Show(c) | Self::Drop(c) => c,
+            Self::Pass(c)
+            | Self::Park(c)
+            | Self::Show(c)
+            | Self::Tunnel(c)
+            | Self::Out(c)
+            | Self::Drop(c) => c,
+        }
+    }
+
+    /// Of a broadcast or multicast frame the other node has a copy of its own, so none goes into the tunnel.
+    #[inline(always)]
+    pub const fn of_group(self, is_group: bool) -> Self {
+        match self {
+            Self::Tunnel(_) if is_group => Self::Drop(Counter::RefusedGroup),
+            Self::Pass(_)
+            | Self::Park(_)
+            | Self::Show(_)
+            | Self::Tunnel(_)
+            | Self::Out(_)
+            | Self::Drop(_) => self,
+        }
+    }
+
+    /// A frame from the node's own bridge, once the network sends to the pod's new place: it takes that way too. Whatever waits in its
+    /// bucket is in the log, whose end the other node waits for before it takes what comes by the new way. Not for group frames, of which the
+    /// bridge has sent a copy there itself.
+    #[inline(always)]
+    pub const fn of_own_bridge(self) -> Self {
+        match self {
+            Self::Park(Counter::ParkedHold | Counter::ParkedForward) | Self::Tunnel(_) => {
+                Self::Out(Counter::SentOut)
+            }
+            Self::Pass(_) | Self::Park(_) | Self::Show(_) | Self::Out(_) | Self::Drop(_) => self,
         }
     }
 }
@@ -93,14 +132,19 @@ pub fn verdict(gate: Gate, slot: u16, own_echo: bool, parked: u64, done: u64) ->
     if gate.slot != slot {
         return Verdict::Drop(Counter::RefusedNoSlot);
     }
+    // `done` never passes `parked`; the signed difference forgives it if it ever did.
+    let waits = parked.wrapping_sub(done) as i64 > 0;
     match gate.mode {
         Mode::Shut => Verdict::Drop(Counter::RefusedShut),
-        // `done` never passes `parked`; the signed difference forgives it if it ever did.
-        Mode::Local if parked.wrapping_sub(done) as i64 > 0 => Verdict::Park(Counter::ParkedLocal),
+        Mode::Local if waits => Verdict::Park(Counter::ParkedLocal),
         Mode::Local => Verdict::Pass(Counter::Passed),
         Mode::Hold | Mode::Forward if own_echo => Verdict::Show(Counter::RefusedEcho),
         Mode::Hold => Verdict::Park(Counter::ParkedHold),
         Mode::Forward => Verdict::Park(Counter::ParkedForward),
+        // The end of the old way has long been seen.
+        Mode::Tunnel if own_echo => Verdict::Drop(Counter::RefusedEcho),
+        Mode::Tunnel if waits => Verdict::Park(Counter::ParkedForward),
+        Mode::Tunnel => Verdict::Tunnel(Counter::ForwardedTunnel),
     }
 }
 
@@ -108,7 +152,13 @@ pub fn verdict(gate: Gate, slot: u16, own_echo: bool, parked: u64, done: u64) ->
 mod tests {
     use super::*;
 
-    const MODES: [Mode; 4] = [Mode::Shut, Mode::Local, Mode::Hold, Mode::Forward];
+    const MODES: [Mode; 5] = [
+        Mode::Shut,
+        Mode::Local,
+        Mode::Hold,
+        Mode::Forward,
+        Mode::Tunnel,
+    ];
 
     fn gate(mode: Mode) -> Gate {
         Gate {
@@ -136,7 +186,7 @@ mod tests {
 
     #[test]
     fn zero_and_unknown_words_are_shut_and_silent() {
-        for word in [0, 0x0000_0001_0000_0104, 0x1ff, u64::MAX] {
+        for word in [0, 0x0000_0001_0000_0105, 0x1ff, u64::MAX] {
             let gate = Gate::from_word(word);
             assert_eq!((gate.mode, gate.may_send), (Mode::Shut, false), "{word:x}");
         }
@@ -166,6 +216,53 @@ mod tests {
             verdict(gate(Mode::Forward), 7, false, 0, 0),
             Verdict::Park(Counter::ParkedForward)
         );
+    }
+
+    #[test]
+    fn a_bucket_goes_into_the_tunnel_when_nothing_of_it_waits_and_a_group_frame_never() {
+        let tunnel = |parked, done| verdict(gate(Mode::Tunnel), 7, false, parked, done);
+        assert_eq!(tunnel(6, 5), Verdict::Park(Counter::ParkedForward));
+        assert_eq!(
+            tunnel(6, 5).of_group(true),
+            Verdict::Park(Counter::ParkedForward)
+        );
+        let straight = Verdict::Tunnel(Counter::ForwardedTunnel);
+        assert_eq!(tunnel(6, 6), straight);
+        assert_eq!(tunnel(6, 6).of_group(false), straight);
+        assert_eq!(
+            tunnel(6, 6).of_group(true),
+            Verdict::Drop(Counter::RefusedGroup)
+        );
+        assert_eq!(
+            verdict(gate(Mode::Tunnel), 7, true, 6, 6),
+            Verdict::Drop(Counter::RefusedEcho)
+        );
+    }
+
+    #[test]
+    fn a_sender_on_the_nodes_own_bridge_takes_the_new_way_once_there_is_one() {
+        let out = Verdict::Out(Counter::SentOut);
+        for (mode, waits) in [
+            (Mode::Hold, false),
+            (Mode::Hold, true),
+            (Mode::Forward, false),
+            (Mode::Forward, true),
+            (Mode::Tunnel, false),
+            (Mode::Tunnel, true),
+        ] {
+            let verdict = verdict(gate(mode), 7, false, u64::from(waits), 0);
+            assert_eq!(verdict.of_own_bridge(), out, "{mode:?}, {waits}");
+        }
+        for (mode, waits) in [
+            (Mode::Shut, false),
+            (Mode::Local, false),
+            (Mode::Local, true),
+        ] {
+            let verdict = verdict(gate(mode), 7, false, u64::from(waits), 0);
+            assert_eq!(verdict.of_own_bridge(), verdict, "{mode:?}, {waits}");
+        }
+        let echo = verdict(gate(Mode::Forward), 7, true, 0, 0);
+        assert_eq!(echo.of_own_bridge(), echo);
     }
 
     #[test]

@@ -8,15 +8,17 @@
 mod counter;
 mod gate;
 mod packet;
+mod tunnel;
 
 pub use counter::{COUNTERS_LEN, Counter, CounterRow};
 pub use gate::{Gate, Mode, Verdict, verdict};
 pub use packet::{
     Bytes, FrameBytes, MAC_LEN, bucket, destination_mac, is_group, is_own_echo, source_mac,
 };
+pub use tunnel::{Landing, Probe, Tunnel, landing_key};
 
 /// Version of the layouts below; part of the folder that the maps are pinned in.
-pub const ABI: u32 = 1;
+pub const ABI: u32 = 2;
 
 /// Pods that one node can hold: the maps are sized for it when they are made.
 pub const MAX_SLOTS: u32 = 512;
@@ -33,6 +35,14 @@ pub mod names {
     pub const GATE: &str = "gate";
     /// tcx ingress program of a pod's TAP.
     pub const GUARD: &str = "guard";
+    /// tcx ingress program of the tunnel's device.
+    pub const LANDING: &str = "landing";
+    /// Array of [`crate::Tunnel`], by slot.
+    pub const TUNNELS: &str = "TUNNELS";
+    /// Hash of [`crate::Landing`], by [`crate::landing_key`].
+    pub const LANDINGS: &str = "LANDINGS";
+    /// Array of `u64`, by slot: the number of the last [`crate::Probe`] that was answered. Memory-mappable.
+    pub const PROBED: &str = "PROBED";
     /// Array of `u64`, by slot: [`crate::Gate`]. Memory-mappable.
     pub const GATES: &str = "GATES";
     /// Hash of [`crate::Device`], by interface index.
@@ -54,13 +64,18 @@ pub mod names {
 pub struct Device {
     /// Interface index of the pod's park.
     pub park: u32,
+    /// Interface index of the uplink, once the pod has gone and the network sends to its new place: where frames of the node's own bridge then
+    /// go. 0 before.
+    pub out: u32,
     /// The pod's slot.
     pub slot: u16,
     /// The pod's MAC address.
     pub mac: [u8; MAC_LEN],
 }
 
-const _: () = assert!(size_of::<Device>() == 12);
+const _: () = assert!(size_of::<Device>() == 16);
+const _: () = assert!(size_of::<Tunnel>() == 28);
+const _: () = assert!(size_of::<Landing>() == 12);
 const _: () = assert!(size_of::<CounterRow>() == COUNTERS_LEN * 8);
 
 /// Index of a bucket in the maps of `parked` and `done` counters.
@@ -70,8 +85,12 @@ pub const fn bucket_index(slot: u16, bucket: u8) -> u32 {
 
 #[cfg(feature = "user")]
 mod user {
-    // SAFETY: `repr(C)`, 4 + 2 + 6 bytes without padding, every bit pattern valid: what a map value needs.
+    // SAFETY: `repr(C)`, 4 + 4 + 2 + 6 bytes without padding, every bit pattern valid: what a map value needs.
     unsafe impl aya::Pod for super::Device {}
+    // SAFETY: `repr(C)`, three `u32` and 16 bytes without padding, every bit pattern valid.
+    unsafe impl aya::Pod for super::Tunnel {}
+    // SAFETY: `repr(C)`, 4 + 4 + 2 + 2 bytes without padding, every bit pattern valid.
+    unsafe impl aya::Pod for super::Landing {}
     // SAFETY: an array of `u64` behind `repr(transparent)`: no padding, every bit pattern valid.
     unsafe impl aya::Pod for super::CounterRow {}
 }

@@ -8,6 +8,8 @@
 #![allow(internal_features)]
 #![feature(core_intrinsics)]
 
+mod overlay;
+
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
 use aya_ebpf::helpers::bpf_redirect;
@@ -17,7 +19,7 @@ use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use migrator_ebpf::{
     BUCKETS, Bytes, Counter, CounterRow, Device, Gate, MAX_SLOTS, NO_SLOT_ROW, Verdict, bucket,
-    bucket_index, is_own_echo, verdict,
+    bucket_index, is_group, is_own_echo, verdict,
 };
 
 /// linux/bpf.h: the map can be mapped into user memory.
@@ -100,6 +102,24 @@ fn gate(ctx: TcContext) -> i32 {
         parked,
         done,
     );
+    let is_group = is_group(&skb);
+    // SAFETY: `skb` is the context that the kernel passed in.
+    let came_by = unsafe { (*ctx.skb.skb).ingress_ifindex };
+    let verdict = if device.out != 0 && came_by != device.out && !is_group {
+        verdict.of_own_bridge()
+    } else {
+        verdict.of_group(is_group)
+    };
+    let verdict = match verdict {
+        Verdict::Tunnel(counter) => match overlay::into_tunnel(&ctx, slot) {
+            Some(action) => {
+                count(slot, counter);
+                return action;
+            }
+            None => Verdict::Park(Counter::ParkedForward),
+        },
+        other => other,
+    };
     count(slot, verdict.counter());
     match verdict {
         Verdict::Pass(_) => TCX_NEXT,
@@ -114,11 +134,12 @@ fn gate(ctx: TcContext) -> i32 {
             debug!(&ctx, "gate: slot {} hears its own address", slot);
             redirect(device.park)
         }
+        Verdict::Out(_) => redirect(device.out),
         Verdict::Drop(Counter::RefusedNoSlot) => {
             debug!(&ctx, "gate: slot {} holds no word of its own", slot);
             TCX_DROP
         }
-        Verdict::Drop(_) => TCX_DROP,
+        Verdict::Drop(_) | Verdict::Tunnel(_) => TCX_DROP,
     }
 }
 

@@ -12,6 +12,7 @@
 //! api_socket: /run/migrator.sock # optional: <state_dir>/api.sock
 //! guest: { kernel: vmlinuz, initramfs: guest.img }
 //! qemu: { binary: /usr/bin/qemu-system-x86_64, accel: auto }   # optional
+//! tunnel: { kind: vxlan, vni: 7077, port: 4789, mtu: 1500 }    # optional: off
 //! limits: { pods: 64, log_bytes: 16777216 }                    # optional
 //! migration: { connections: 2, compress: auto, max_downtime_ms: 300 }   # optional
 //! ```
@@ -19,6 +20,7 @@
 //! Relative paths are taken from the file's own folder. An unknown key is an error that names it.
 
 mod names;
+mod tunnel;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -31,6 +33,7 @@ use crate::memory::compress::Compress;
 use crate::wire::preamble::MAX_DATA_CONNECTIONS;
 
 pub use names::{BadInterfaceName, BadNodeName, InterfaceName, NodeName};
+pub use tunnel::Tunnel;
 
 /// Longest socket path the kernel takes, its final zero included (`sun_path` in `linux/un.h`).
 const SUN_PATH_MAX: usize = 108;
@@ -71,6 +74,9 @@ pub struct Config {
     /// The VMM.
     #[serde(default)]
     pub qemu: QemuConfig,
+    /// What late frames of a departed pod go through to the other node.
+    #[serde(default)]
+    pub tunnel: Tunnel,
     /// Bounds.
     #[serde(default)]
     pub limits: Limits,
@@ -284,6 +290,20 @@ impl Config {
         }
         if self.api_socket().as_os_str().len() >= SUN_PATH_MAX {
             return Err(("api_socket", "is too long for a socket's path".to_owned()));
+        }
+        if let Tunnel::Vxlan { vni, port, mtu } = self.tunnel {
+            if !(1..=tunnel::VNI_MAX).contains(&vni) {
+                return Err((
+                    "tunnel.vni",
+                    format!("must be between 1 and {}", tunnel::VNI_MAX),
+                ));
+            }
+            if port == 0 {
+                return Err(("tunnel.port", "needs a port other than 0".to_owned()));
+            }
+            if mtu.is_some_and(|mtu| !tunnel::MTU_RANGE.contains(&mtu)) {
+                return Err(("tunnel.mtu", "must be between 1280 and 65535".to_owned()));
+            }
         }
         if self.limits.pods == 0 || self.limits.pods > 4096 {
             return Err(("limits.pods", "must be between 1 and 4096".to_owned()));

@@ -26,9 +26,9 @@ pub const POD_IPV4: &str = "10.77.0.10";
 /// See [`POD_IPV4`].
 pub const POD_IPV6: &str = "fd77::10";
 /// Where its echo listens.
-const ECHO: &str = "10.77.0.10:7000";
+pub const ECHO: &str = "10.77.0.10:7000";
 /// Packets a second: enough to see every gap, and little enough for emulated guests beside the tests.
-const RATE: u32 = 1_000;
+pub const RATE: u32 = 1_000;
 
 /// A guest boots in 5 s under emulation, on an idle machine.
 const BOOTS_WITHIN: Duration = Duration::from_secs(120);

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread::JoinHandle;
@@ -178,6 +179,35 @@ impl Drop for BpfDir {
         // Not mounted if the test failed early.
         let _ = umount2(self.dir.path(), MntFlags::MNT_DETACH);
     }
+}
+
+/// Makes a TAP with a virtio-net header of 10 bytes, in the namespace of the calling thread. It lives as long as its descriptor.
+///
+/// # Errors
+/// The kernel refuses.
+///
+/// # Panics
+/// The name is too long for a device.
+pub fn open_tap(name: &str) -> io::Result<OwnedFd> {
+    // SAFETY: `ifreq` is plain old data: all zeroes are a valid value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    assert!(name.len() < request.ifr_name.len(), "`{name}` is too long");
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags =
+        (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    let tap = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/net/tun")?;
+    // SAFETY: `request` is a whole `ifreq` that lives through the call, which reads it and writes its name back.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(tap.into())
 }
 
 /// linux/if_tun.h: checksums and TCP segmentation.

@@ -3,12 +3,14 @@
 //! The kernel runs the program on a frame that it gives to the loopback device of the caller's
 //! namespace: so that is the device which gets a slot here.
 
+mod gate_tunnel;
+
 use aya::maps::{Array, HashMap, MapData, PerCpuArray};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
 use migrator_ebpf::{
-    Counter, CounterRow, Device, FrameBytes, Gate, MAX_SLOTS, Mode, NO_SLOT_ROW, bucket,
-    bucket_index, names,
+    Counter, CounterRow, Device, FrameBytes, Gate, Landing, MAX_SLOTS, Mode, NO_SLOT_ROW, Tunnel,
+    bucket, bucket_index, landing_key, names,
 };
 use migrator_tests::netns::{BpfDir, require_root};
 use nix::mount::{MsFlags, mount};
@@ -29,6 +31,8 @@ struct Bench {
     parked: Array<MapData, u64>,
     done: Array<MapData, u64>,
     devices: HashMap<MapData, u32, Device>,
+    tunnels: Array<MapData, Tunnel>,
+    landings: HashMap<MapData, u64, Landing>,
     counters: PerCpuArray<MapData, CounterRow>,
     _dir: BpfDir,
 }
@@ -42,7 +46,7 @@ impl Bench {
         let mut programs = EbpfLoader::new()
             .default_map_pin_directory(dir.path())
             .load(migrator::network::PROGRAMS)?;
-        for name in [names::GATE, names::GUARD] {
+        for name in [names::GATE, names::GUARD, names::LANDING] {
             let program: &mut SchedClassifier = programs
                 .program_mut(name)
                 .expect("in the object")
@@ -55,12 +59,15 @@ impl Bench {
             parked: Array::try_from(take(names::PARKED))?,
             done: Array::try_from(take(names::DONE))?,
             devices: HashMap::try_from(take(names::DEVICES))?,
+            tunnels: Array::try_from(take(names::TUNNELS))?,
+            landings: HashMap::try_from(take(names::LANDINGS))?,
             counters: PerCpuArray::try_from(take(names::COUNTERS))?,
             programs,
             _dir: dir,
         };
         let device = Device {
             park: LOOPBACK,
+            out: 0,
             slot: SLOT,
             mac: POD,
         };
@@ -286,6 +293,7 @@ fn a_device_without_a_slot_and_a_foreign_word_let_nothing_through() -> anyhow::R
     assert_eq!(bench.count(NO_SLOT_ROW, Counter::Blocked)?, 1);
     let outside = Device {
         park: LOOPBACK,
+        out: 0,
         slot: MAX_SLOTS as u16,
         mac: POD,
     };

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use migrator::network::{ExistingDevices, LogKind, Port, Role, Stage, VNET_HEADER};
+use migrator::network::{ExistingDevices, Ledger, LogKind, Port, Role, Stage, VNET_HEADER};
 use migrator_tests::netns::{set_vnet_header, take_segments_whole};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use port_lab::{
@@ -319,9 +319,14 @@ fn a_sender_on_the_nodes_own_bridge_keeps_its_order_and_needs_no_relay_for_long(
     let early = lab.a.ledger(&at_a)?;
     sender.wait_for(30_000)?;
     let late = lab.a.ledger(&at_a)?;
+    let relayed = |ledger: &Ledger| ledger.forwarded - ledger.reasons.sent_out;
     ensure!(
-        early.forwarded > 0 && early.forwarded == late.forwarded,
+        relayed(&early) > 0 && relayed(&early) == relayed(&late),
         "still relayed: {early:?}, then {late:?}"
+    );
+    ensure!(
+        late.reasons.sent_out > early.reasons.sent_out,
+        "not sent out: {early:?}, then {late:?}"
     );
     let port = at_a.clone();
     check_ledger(&lab.a.call(async move { port.release().await })??)?;

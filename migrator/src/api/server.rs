@@ -147,6 +147,7 @@ async fn about(State(node): State<Arc<Node>>) -> Json<NodeInfo> {
         },
         accel: node.accel,
         accel_reason: node.accel_reason.clone(),
+        tunnel: node.network.tunnel_info().await,
         pods: node.pods.list().len(),
     })
 }

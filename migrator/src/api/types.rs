@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use crate::memory::compress::Compress;
 use crate::migration::mode::{Mode, OnStall};
+use crate::network::TunnelInfo;
 use serde::{Deserialize, Serialize};
 use vm_runtime::pod::PodSpec;
 use vm_runtime::spec::{Accel, VmSpec};
@@ -49,6 +50,8 @@ pub struct NodeInfo {
     pub accel: Accel,
     /// Why that one.
     pub accel_reason: String,
+    /// What late frames of departed pods go through.
+    pub tunnel: TunnelInfo,
     /// Pods on this node.
     pub pods: usize,
 }

@@ -233,11 +233,12 @@ pub(super) fn summary(report: &MigrationReport) -> String {
         ));
     }
     out.push_str(&format!(
-        "\npackets  {} seen, {} delivered, {} held, {} forwarded, {} refused, {} lost\n",
+        "\npackets  {} seen, {} delivered, {} held, {} forwarded ({} by tunnel), {} refused, {} lost\n",
         packets.seen,
         packets.delivered,
         packets.held,
         packets.forwarded,
+        packets.tunnelled,
         packets.refused,
         packets.lost
     ));

@@ -12,6 +12,7 @@ tls: { ca: ca.pem, cert: /etc/a.pem, key: a.key }
 api_socket: /run/a.sock
 guest: { kernel: vmlinuz, initramfs: guest.img }
 qemu: { binary: qemu-system-x86_64, lib_dir: lib, data_dirs: [share], accel: tcg }
+tunnel: { kind: vxlan, vni: 77 }
 limits: { pods: 3 }
 migration: { connections: 4, compress: zstd }
 "#;
@@ -46,6 +47,12 @@ fn a_full_file_is_read_and_relative_paths_start_at_its_folder() {
     assert_eq!(config.api_socket(), Path::new("/run/a.sock"));
     assert_eq!(config.advertised().port(), 7078);
     assert_eq!(config.limits.log_bytes, Limits::default().log_bytes);
+    let tunnel = Tunnel::Vxlan {
+        vni: 77,
+        port: 4789,
+        mtu: None,
+    };
+    assert_eq!(config.tunnel, tunnel);
     assert_eq!(config.migration.connections, 4);
     assert_eq!(config.migration.compress, Compress::Zstd);
 }
@@ -57,6 +64,7 @@ fn optional_keys_have_defaults() {
          tls: {ca: a, cert: b, key: c}, guest: {kernel: k, initramfs: i}}",
     )
     .unwrap();
+    assert_eq!(config.tunnel, Tunnel::Off);
     assert_eq!(config.api_socket(), Path::new("/s/api.sock"));
     assert_eq!(config.qemu, QemuConfig::default());
     assert!(config.peers.is_empty());
@@ -99,4 +107,29 @@ fn a_state_folder_too_deep_for_its_sockets_is_refused() {
         text.contains("state_dir") && text.contains("too long"),
         "{text}"
     );
+}
+
+#[test]
+fn a_tunnel_is_off_or_has_a_number_and_a_port_that_exist() {
+    let with = |tunnel: &str| FULL.replace("{ kind: vxlan, vni: 77 }", tunnel);
+    for off in ["off", "false"] {
+        assert_eq!(parse(&with(off)).unwrap().tunnel, Tunnel::Off);
+    }
+    for (tunnel, says) in [
+        ("on", "`off`, or a section"),
+        ("true", "`off`, or a section"),
+        ("{ kind: geneve, vni: 1 }", "vxlan"),
+        ("{ kind: vxlan }", "vni"),
+        (
+            "{ kind: vxlan, vni: 0 }",
+            "`tunnel.vni` must be between 1 and 16777215",
+        ),
+        ("{ kind: vxlan, vni: 16777216 }", "`tunnel.vni`"),
+        ("{ kind: vxlan, vni: 1, port: 0 }", "`tunnel.port`"),
+        ("{ kind: vxlan, vni: 1, mtu: 9 }", "`tunnel.mtu`"),
+        ("{ kind: vxlan, vni: 1, size: 9 }", "size"),
+    ] {
+        let text = message(&with(tunnel));
+        assert!(text.contains(says), "{tunnel}: {text}");
+    }
 }

@@ -22,11 +22,11 @@ use vm_runtime::spec::MACHINE;
 use super::DaemonError;
 use super::migrations::MigrationRegistry;
 use super::node::{GuestFiles, Node};
-use crate::config::Config;
+use crate::config::{Config, Tunnel};
 use crate::image::ImageStore;
 use crate::migration::driver::Arrivals;
 use crate::migration::journal::{Journal, Recovery};
-use crate::network::{NodeNetConfig, NodeNetwork};
+use crate::network::{NodeNetConfig, NodeNetwork, TunnelConfig};
 use crate::pods::PodRegistry;
 use crate::wire::tls::TlsConfig;
 
@@ -129,6 +129,10 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
         uplink: config.uplink.as_str().to_owned(),
         bpffs: state.join("bpf"),
         spool_dir: memory_folder(state.join("spool")),
+        tunnel: match config.tunnel {
+            Tunnel::Off => None,
+            Tunnel::Vxlan { vni, port, mtu } => Some(TunnelConfig { vni, port, mtu }),
+        },
     })
     .await
     .map_err(|e| DaemonError::open("the network", e))?;

@@ -4,7 +4,7 @@ use std::io;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
-use rtnetlink::{LinkBridge, LinkVeth};
+use rtnetlink::{LinkBridge, LinkVeth, LinkVxlan};
 
 use super::{Check, missing, sys, tried};
 
@@ -73,6 +73,16 @@ fn inside() -> Vec<Check> {
             "made one",
             "a kernel with CONFIG_BRIDGE (modprobe bridge)",
         ),
+        Check {
+            required: false,
+            ..tried(
+                "vxlan",
+                "a tunnel for late packets of departed pods; without one the service relays them",
+                link(vxlan()),
+                "made one that takes the way of each packet from a program",
+                "a kernel with CONFIG_VXLAN (modprobe vxlan)",
+            )
+        },
         tried(
             "veth",
             "the lab's cables",
@@ -81,6 +91,13 @@ fn inside() -> Vec<Check> {
             "a kernel with CONFIG_VETH (modprobe veth)",
         ),
     ]
+}
+
+fn vxlan() -> netlink_packet_route::link::LinkMessage {
+    LinkVxlan::new("probe-vx", 0)
+        .port(4789)
+        .collect_metadata(true)
+        .build()
 }
 
 fn bpffs() -> io::Result<()> {

@@ -121,8 +121,11 @@ pub struct PacketReport {
     pub delivered: u64,
     /// Frames still held: 0 at the end.
     pub held: u64,
-    /// Of the delivered ones, those that reached the guest through the source's relay.
+    /// Of the delivered ones, those that the source sent on.
     pub forwarded: u64,
+    /// Of those, the ones that went through the kernel's tunnel and not over the wire.
+    #[serde(default)]
+    pub tunnelled: u64,
     /// Frames refused with a reason (the other node's copy counts).
     pub refused: u64,
     /// Frames lost: anything but 0 is a defect.

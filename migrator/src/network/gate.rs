@@ -4,6 +4,8 @@
 //! no service runs, and the next service finds them. Loading replaces the programs under live links in
 //! place, so a new version of the service brings its programs with it.
 
+mod tunnel;
+
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -42,6 +44,7 @@ pub(crate) struct Gates {
     parked: MappedWords,
     done: MappedWords,
     injected: MappedWords,
+    tunnel: tunnel::Maps,
 }
 
 impl std::fmt::Debug for Gates {
@@ -71,7 +74,7 @@ impl Gates {
             .default_map_pin_directory(&dir)
             .load(PROGRAMS)
             .map_err(|error| GateError::Load(error.into()))?;
-        for (name, _, _) in HOOKS {
+        for name in [names::GATE, names::GUARD, names::LANDING] {
             let program = classifier(&mut programs, name)?;
             program
                 .load()
@@ -95,6 +98,7 @@ impl Gates {
         let parked = words(names::PARKED, MAX_SLOTS * BUCKETS)?;
         let done = words(names::DONE, MAX_SLOTS * BUCKETS)?;
         let injected = words(names::INJECTED, MAX_SLOTS)?;
+        let tunnel = tunnel::Maps::take(&mut programs, &dir)?;
         let devices = programs
             .take_map(names::DEVICES)
             .ok_or(GateError::Mismatch(names::DEVICES))?;
@@ -115,15 +119,25 @@ impl Gates {
             parked,
             done,
             injected,
+            tunnel,
             dir,
         })
     }
 
     /// Puts gate and guard on a pod's TAP, or takes over those that a former service left there.
     pub(crate) fn attach(&self, tap: &str, ifindex: u32, device: Device) -> Result<(), GateError> {
-        lock(&self.devices)
+        let mut devices = lock(&self.devices);
+        // What a former service had found out of the network still holds.
+        let former = devices.get(&ifindex, 0);
+        let out = former.ok().filter(|former| former.slot == device.slot);
+        let device = Device {
+            out: out.map_or(0, |former| former.out),
+            ..device
+        };
+        devices
             .insert(ifindex, device, 0)
             .map_err(|error| self.map_error(names::DEVICES, error.into()))?;
+        drop(devices);
         let mut programs = lock(&self.programs);
         for (name, hook, pin) in HOOKS {
             let pin = self.dir.join(format!("{pin}{}", device.slot));
@@ -139,6 +153,18 @@ impl Gates {
             })?;
         }
         Ok(())
+    }
+
+    /// Frames of the node's own bridge for a pod that has gone go out of the uplink from now on, once every CPU has left the gate.
+    pub(crate) fn send_out(&self, ifindex: u32, uplink: u32) -> Result<(), GateError> {
+        let mut devices = lock(&self.devices);
+        let error = |source: aya::maps::MapError| self.map_error(names::DEVICES, source.into());
+        let device = devices.get(&ifindex, 0).map_err(error)?;
+        let device = Device {
+            out: uplink,
+            ..device
+        };
+        devices.insert(ifindex, device, 0).map_err(error)
     }
 
     /// Takes gate and guard away, and shuts the slot. What is gone already is fine.
@@ -161,7 +187,7 @@ impl Gates {
         if let Some(word) = self.words.get(u32::from(slot)) {
             word.store(0, Ordering::Release);
         }
-        Ok(())
+        self.forget_tunnel(slot)
     }
 
     /// Slots that a former service has left links for.

@@ -14,7 +14,7 @@ pub struct Ledger {
     pub delivered: u64,
     /// In a queue of this node: the park, the log that is not acknowledged, frames to inject.
     pub held: u64,
-    /// Relayed to the other node.
+    /// Sent on to the other node: relayed, through the tunnel, or out of the uplink.
     pub forwarded: u64,
     /// Dropped because another copy counts, or because no guest could take it.
     pub refused: u64,
@@ -61,6 +61,12 @@ pub struct Reasons {
     pub log_injected: u64,
     /// Parked here and injected here.
     pub own_injected: u64,
+    /// Sent on through the tunnel; the rest of what was forwarded was relayed, or sent out.
+    pub forwarded_tunnel: u64,
+    /// From the node's own bridge, and sent out of the uplink to where the pod has gone.
+    pub sent_out: u64,
+    /// Came out of the tunnel; the gate books them as any others.
+    pub landed: u64,
     /// Refused: the gate was shut.
     pub refused_shut: u64,
     /// Refused: the pod's own announcement, echoed.
@@ -99,6 +105,9 @@ impl Reasons {
             log_received: less(self.log_received, base.log_received),
             log_injected: less(self.log_injected, base.log_injected),
             own_injected: less(self.own_injected, base.own_injected),
+            forwarded_tunnel: less(self.forwarded_tunnel, base.forwarded_tunnel),
+            sent_out: less(self.sent_out, base.sent_out),
+            landed: less(self.landed, base.landed),
             refused_shut: less(self.refused_shut, base.refused_shut),
             refused_echo: less(self.refused_echo, base.refused_echo),
             refused_no_slot: less(self.refused_no_slot, base.refused_no_slot),
@@ -174,11 +183,14 @@ pub(crate) fn book(row: &CounterRow, tally: &Tally, park_dropped: u64, tap_dropp
         log_received: tally.log_received,
         log_injected: tally.log_injected,
         own_injected: tally.own_injected,
+        forwarded_tunnel: row.get(Counter::ForwardedTunnel),
+        sent_out: row.get(Counter::SentOut),
+        landed: row.get(Counter::Landed),
         refused_shut: row.get(Counter::RefusedShut),
         refused_echo: row.get(Counter::RefusedEcho),
         refused_no_slot: row.get(Counter::RefusedNoSlot),
         refused_duplicate: tally.duplicate,
-        refused_group: tally.group,
+        refused_group: tally.group + row.get(Counter::RefusedGroup),
         refused_invalid: tally.invalid,
         lost_park: park_dropped,
         lost_tap,
@@ -194,7 +206,7 @@ pub(crate) fn book(row: &CounterRow, tally: &Tally, park_dropped: u64, tap_dropp
         seen: row.seen() + tally.log_received,
         delivered: taken.saturating_sub(tally.residue + lost_tap),
         held: tally.held + in_park,
-        forwarded: tally.forwarded,
+        forwarded: tally.forwarded + reasons.forwarded_tunnel + reasons.sent_out,
         refused: reasons.refused_shut
             + reasons.refused_echo
             + reasons.refused_no_slot
@@ -234,6 +246,30 @@ mod tests {
         tally.forwarded = 55;
         let ledger = book(&row(100, 50, 0), &tally, 0, 0);
         assert_eq!((ledger.held, ledger.forwarded), (0, 55));
+        assert!(ledger.balances());
+    }
+
+    #[test]
+    fn the_tunnels_frames_are_forwarded_and_what_lands_is_seen_once() {
+        let mut row = row(0, 10, 0);
+        row.0[Counter::ForwardedTunnel as usize] = 30;
+        row.0[Counter::RefusedGroup as usize] = 2;
+        row.0[Counter::SentOut as usize] = 5;
+        let tally = Tally {
+            park_read: 10,
+            forwarded: 10,
+            ..Tally::default()
+        };
+        let ledger = book(&row, &tally, 0, 0);
+        assert_eq!((ledger.seen, ledger.forwarded), (47, 45));
+        assert_eq!((ledger.reasons.forwarded_tunnel, ledger.refused), (30, 2));
+        assert!(ledger.balances());
+        let mut row = CounterRow::default();
+        row.0[Counter::Landed as usize] = 30;
+        row.0[Counter::Passed as usize] = 30;
+        let ledger = book(&row, &Tally::default(), 0, 0);
+        assert_eq!((ledger.seen, ledger.delivered), (30, 30));
+        assert_eq!(ledger.reasons.landed, 30);
         assert!(ledger.balances());
     }
 

@@ -60,6 +60,8 @@ pub(crate) struct SourceLog {
     /// Numbers of the two ends, so that they can be sent again.
     residue_end: Option<u64>,
     end: Option<u64>,
+    /// Everything up to here is with the destination.
+    acknowledged: u64,
     kept_bytes: usize,
 }
 
@@ -72,6 +74,7 @@ impl SourceLog {
             frames: VecDeque::new(),
             residue_end: None,
             end: None,
+            acknowledged: 0,
             kept_bytes: 0,
         }
     }
@@ -84,6 +87,7 @@ impl SourceLog {
     ) -> Self {
         let mut log = Self::new();
         log.next_frame = log.next_frame.max(dealt_with.saturating_add(1));
+        log.acknowledged = dealt_with;
         for (item, bucket) in records {
             let LogItem { seq, kind, frame } = item;
             let kept = Kept { seq, frame, bucket };
@@ -196,9 +200,16 @@ impl SourceLog {
         self.end.is_some()
     }
 
+    /// Whether the destination has injected everything up to the end marker.
+    pub(crate) fn end_acknowledged(&self) -> bool {
+        self.end.is_some_and(|end| end <= self.acknowledged)
+    }
+
     /// Forgets what the destination has: everything up to `seq`. A number that was never given out
     /// frees no more than there is.
     pub(crate) fn ack(&mut self, seq: u64) -> Vec<Kept> {
+        // It cannot have more than it was given.
+        self.acknowledged = self.acknowledged.max(seq.min(self.last()));
         let mut freed = Vec::new();
         for queue in [&mut self.residue, &mut self.frames] {
             while queue.front().is_some_and(|kept| kept.seq <= seq) {

@@ -31,6 +31,7 @@ mod node;
 mod port;
 mod spool;
 mod sys;
+mod tunnel;
 
 pub use announce::{SCHEDULE, announcement};
 pub use dataplane::Stage;
@@ -41,3 +42,4 @@ pub use log::{FIRST_FRAME_SEQ, FIRST_SEQ, LogItem, LogKind};
 pub use node::{ExistingDevices, NodeNetConfig, NodeNetwork, PodNetId, Role, park_name, tap_name};
 pub use port::Port;
 pub use sys::VNET_HEADER;
+pub use tunnel::{NoTunnel, TUNNEL_DEVICE, TunnelConfig, TunnelInfo};

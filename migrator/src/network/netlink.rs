@@ -1,5 +1,9 @@
 //! Links, bridge ports and forwarding entries, by rtnetlink.
 
+mod vxlan;
+
+pub(crate) use vxlan::VxlanError;
+
 use futures::TryStreamExt;
 use netlink_packet_route::link::{
     AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkMessage,
@@ -26,6 +30,8 @@ pub(crate) struct Link {
     pub(crate) mtu: u32,
     /// Frames that the device took and dropped.
     pub(crate) tx_dropped: u64,
+    /// Frames that it could not send, or took from the network and dropped.
+    pub(crate) other_drops: u64,
 }
 
 /// The service's rtnetlink socket, in the namespace of the thread that opened it.
@@ -196,11 +202,15 @@ fn read_link(message: &LinkMessage) -> Link {
         index: message.header.index,
         mtu: 1500,
         tx_dropped: 0,
+        other_drops: 0,
     };
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
-            LinkAttribute::Stats64(stats) => link.tx_dropped = stats.tx_dropped,
+            LinkAttribute::Stats64(stats) => {
+                link.tx_dropped = stats.tx_dropped;
+                link.other_drops = stats.tx_errors + stats.rx_dropped;
+            }
             _ => {}
         }
     }

@@ -11,13 +11,14 @@ use tokio::sync::{Notify, watch};
 use vm_runtime::units::MacAddress;
 
 use super::dataplane::{self, Setup, Stage};
-use super::error::{AttachError, OpenError};
+use super::error::{AttachError, GateError, OpenError};
 use super::gate::{Gates, SlotGate};
 use super::ledger::Tally;
 use super::netlink::Netlink;
 use super::port::Port;
 use super::spool::Spool;
 use super::sys::{self, PacketSocket};
+use super::tunnel::{NodeTunnel, TunnelConfig, TunnelInfo};
 
 /// Where a node's network is.
 #[derive(Clone, Debug)]
@@ -30,6 +31,8 @@ pub struct NodeNetConfig {
     pub bpffs: PathBuf,
     /// Folder for the packets of pods that are being moved, made when needed: they outlive a service that is killed.
     pub spool_dir: PathBuf,
+    /// The tunnel that late frames of a departed pod go through; without one the service relays them.
+    pub tunnel: Option<TunnelConfig>,
 }
 
 /// The pod's side of its one interface.
@@ -68,6 +71,7 @@ pub(crate) struct NodeInner {
     pub(crate) config: NodeNetConfig,
     pub(crate) netlink: Netlink,
     pub(crate) gates: Arc<Gates>,
+    pub(crate) tunnel: NodeTunnel,
 }
 
 impl NodeInner {
@@ -111,14 +115,24 @@ impl NodeNetwork {
                 Spool::new(&config.spool_dir, slot).remove();
             }
         }
+        // Before a device goes away, and once more if the one that was kept does not work.
+        leave_lost_tunnels(&gates, NodeTunnel::kept(&netlink, config.tunnel).await?)?;
+        let tunnel = NodeTunnel::open(&netlink, &gates, config.tunnel).await?;
+        leave_lost_tunnels(&gates, tunnel.device())?;
         let inner = NodeInner {
             config,
             netlink,
             gates,
+            tunnel,
         };
         Ok(Self {
             inner: Arc::new(inner),
         })
+    }
+
+    /// The tunnel, and why it was not used.
+    pub async fn tunnel_info(&self) -> TunnelInfo {
+        self.inner.tunnel.info(&self.inner.netlink).await
     }
 
     /// Slots that hold pinned state of a pod whose TAP exists.
@@ -203,6 +217,7 @@ impl NodeNetwork {
         }
         let device = Device {
             park: park.index,
+            out: 0,
             slot,
             mac: pod.mac.0,
         };
@@ -210,9 +225,13 @@ impl NodeNetwork {
         self.inner.gates.attach(&names.0, tap.index, device)?;
         netlink.raise_tap(&names.0, bridge, pod.mac).await?;
         let stage = initial_stage(gate.get().mode, role);
-        // A port that forwards has the entry still, or has given it up for good.
-        if matches!(stage, Stage::Local | Stage::Holding) {
+        if matches!(stage, Stage::Local | Stage::Holding | Stage::Forwarding) {
             netlink.own_address(&names.0, tap.index, pod.mac).await?;
+        }
+        // One that has gone keeps the entry that it had: it may be the one of its next slot here.
+        if matches!(stage, Stage::Local | Stage::Holding) {
+            let inner = &self.inner;
+            inner.tunnel.land(&inner.gates, pod.mac, slot, tap.index)?;
         }
         let tally = if adopted {
             Tally::after_restart(&gate.counters()?, gate.waiting(), tap.tx_dropped)
@@ -324,6 +343,22 @@ fn initial_stage(mode: Mode, role: Role) -> Stage {
         (Mode::Shut, _) => Stage::Incoming,
         (Mode::Hold, Role::Local) => Stage::Holding,
         (Mode::Hold, Role::Incoming) => Stage::Opened,
-        (Mode::Forward, _) => Stage::Forwarding,
+        (Mode::Forward | Mode::Tunnel, _) => Stage::Forwarding,
     }
+}
+
+/// A former service's slots may lead into a device that is no more: their frames are relayed again.
+fn leave_lost_tunnels(gates: &Arc<Gates>, device: Option<u32>) -> Result<(), GateError> {
+    for slot in gates.pinned_slots() {
+        let gate = gates.slot(slot);
+        let word = gate.get();
+        if word.mode == Mode::Tunnel && device != Some(gate.tunnel_device()?) {
+            gate.set(Gate {
+                mode: Mode::Forward,
+                epoch: word.epoch.wrapping_add(1),
+                ..word
+            });
+        }
+    }
+    Ok(())
 }

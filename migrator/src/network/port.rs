@@ -212,6 +212,8 @@ impl Port {
             tap_index,
             ..
         } = &*self.inner;
+        node.tunnel
+            .land(&node.gates, pod.mac, self.slot(), *tap_index)?;
         Ok(node
             .netlink
             .own_address(tap_name, *tap_index, pod.mac)

@@ -230,6 +230,60 @@ impl PacketSocket {
     }
 }
 
+/// Of a connected UDP socket: its packets leave whole, or the send fails with `EMSGSIZE`.
+pub(crate) fn send_whole(socket: BorrowedFd<'_>, v6: bool) -> io::Result<()> {
+    let (level, option, value) = match v6 {
+        false => (
+            libc::IPPROTO_IP,
+            libc::IP_MTU_DISCOVER,
+            libc::IP_PMTUDISC_DO,
+        ),
+        true => (
+            libc::IPPROTO_IPV6,
+            libc::IPV6_MTU_DISCOVER,
+            libc::IPV6_PMTUDISC_DO,
+        ),
+    };
+    // SAFETY: the option takes one `int`, which lives through the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            (&raw const value).cast(),
+            size_of_val(&value) as libc::socklen_t,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// What the kernel knows of the path of a connected UDP socket: the longest packet it takes, in bytes.
+pub(crate) fn path_mtu(socket: BorrowedFd<'_>, v6: bool) -> io::Result<u32> {
+    let (level, option) = match v6 {
+        false => (libc::IPPROTO_IP, libc::IP_MTU),
+        true => (libc::IPPROTO_IPV6, libc::IPV6_MTU),
+    };
+    let mut value: libc::c_int = 0;
+    let mut len = size_of_val(&value) as libc::socklen_t;
+    // SAFETY: the call writes one `int` and its length, which live through it.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            (&raw mut value).cast(),
+            &raw mut len,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    u32::try_from(value).map_err(|_| Errno::EINVAL.into())
+}
+
 /// Makes the programs' log awaitable.
 pub(crate) fn watch_logger<T>(logger: EbpfLogger<T>) -> io::Result<AsyncFd<EbpfLogger<T>>>
 where

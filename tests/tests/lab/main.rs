@@ -10,6 +10,7 @@ mod large_pages;
 mod policies;
 mod postcopy;
 mod soak;
+mod tunnel;
 mod upgrade;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

@@ -1,7 +1,9 @@
-//! Nodes and a client in namespaces of their own; [`traffic`] is what crosses them, [`killed`] has tests.
+//! Nodes and a client in namespaces of their own; [`traffic`] is what crosses them, [`killed`], [`tunnel`] and [`stream`] have tests.
 
 mod killed;
+mod stream;
 mod traffic;
+mod tunnel;
 
 use std::future::Future;
 use std::os::fd::OwnedFd;
@@ -11,6 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use migrator::network::{
     ExistingDevices, Ledger, LogItem, NodeNetConfig, NodeNetwork, PodNetId, Port, Role,
+    TunnelConfig,
 };
 use migrator_tests::netns::{BpfDir, Netns, require_root};
 use tempfile::TempDir;
@@ -32,14 +35,23 @@ pub(crate) struct Node {
     pub(crate) dir: BpfDir,
     pub(crate) spool: TempDir,
     pub(crate) netns: Netns,
+    pub(crate) tunnel: Option<TunnelConfig>,
 }
 
-pub(crate) fn config(dir: &BpfDir, spool: &TempDir) -> NodeNetConfig {
+/// Addresses for the nodes themselves, 10.78.0.N and fd78::N, on a network that takes longer packets than the pods are sent.
+#[derive(Clone, Copy)]
+pub(crate) struct Underlay {
+    pub(crate) mtu: u32,
+    pub(crate) tunnel: TunnelConfig,
+}
+
+pub(crate) fn config(dir: &BpfDir, spool: &TempDir, tunnel: Option<TunnelConfig>) -> NodeNetConfig {
     NodeNetConfig {
         bridge: "br0".into(),
         uplink: "eth0".into(),
         bpffs: dir.path().to_owned(),
         spool_dir: spool.path().join("spool"),
+        tunnel,
     }
 }
 
@@ -73,7 +85,11 @@ pub(crate) fn call<T: Send + 'static>(
 
 impl Node {
     /// A node whose bridge has a cable to the switch.
-    pub(crate) fn new(switch: &Netns, number: u32) -> anyhow::Result<Self> {
+    pub(crate) fn new(
+        switch: &Netns,
+        number: u32,
+        underlay: Option<Underlay>,
+    ) -> anyhow::Result<Self> {
         let netns = Netns::new()?;
         netns.ip("link add br0 type bridge forward_delay 0")?;
         netns.ip(&format!("link add eth0 type veth peer name p{number}"))?;
@@ -82,16 +98,25 @@ impl Node {
         netns.ip("link set eth0 master br0 up")?;
         netns.ip("link set br0 up")?;
         switch.ip(&format!("link set p{number} master sw0 up"))?;
+        if let Some(Underlay { mtu, .. }) = underlay {
+            netns.ip(&format!("link set eth0 mtu {mtu}"))?;
+            netns.ip(&format!("link set br0 mtu {mtu}"))?;
+            switch.ip(&format!("link set p{number} mtu {mtu}"))?;
+            netns.ip(&format!("addr add 10.78.0.{number}/24 dev br0"))?;
+            netns.ip(&format!("addr add fd78::{number}/64 dev br0 nodad"))?;
+        }
+        let tunnel = underlay.map(|underlay| underlay.tunnel);
         let jobs = start_thread(&netns);
         let dir = BpfDir::new()?;
         let spool = tempfile::tempdir()?;
-        let network = call(&jobs, NodeNetwork::open(config(&dir, &spool)))??;
+        let network = call(&jobs, NodeNetwork::open(config(&dir, &spool, tunnel)))??;
         Ok(Self {
             jobs,
             network,
             dir,
             spool,
             netns,
+            tunnel,
         })
     }
 
@@ -116,7 +141,8 @@ impl Node {
     /// The service ends and a new one starts; the devices live on.
     pub(crate) fn restart(&mut self) -> anyhow::Result<()> {
         self.jobs = start_thread(&self.netns);
-        self.network = self.call(NodeNetwork::open(config(&self.dir, &self.spool)))??;
+        let config = config(&self.dir, &self.spool, self.tunnel);
+        self.network = self.call(NodeNetwork::open(config))??;
         Ok(())
     }
 
@@ -169,18 +195,22 @@ pub(crate) struct Lab {
     _client: Node,
     pub(crate) client_tap: OwnedFd,
     _client_port: Port,
-    _switch: Netns,
+    pub(crate) switch: Netns,
 }
 
 impl Lab {
     pub(crate) fn new() -> anyhow::Result<Self> {
+        Self::over(None)
+    }
+
+    pub(crate) fn over(underlay: Option<Underlay>) -> anyhow::Result<Self> {
         require_root();
         let switch = Netns::new()?;
         switch.ip("link add sw0 type bridge forward_delay 0")?;
         switch.ip("link set sw0 up")?;
-        let a = Node::new(&switch, 1)?;
-        let b = Node::new(&switch, 2)?;
-        let client = Node::new(&switch, 3)?;
+        let a = Node::new(&switch, 1, underlay)?;
+        let b = Node::new(&switch, 2, underlay)?;
+        let client = Node::new(&switch, 3, None)?;
         for number in 1..=3 {
             wait_for_port(&switch, &format!("p{number}"))?;
         }
@@ -194,7 +224,7 @@ impl Lab {
             client_tap: port.tap_fd()?,
             _client_port: port,
             _client: client,
-            _switch: switch,
+            switch,
         })
     }
 

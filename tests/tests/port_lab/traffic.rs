@@ -121,6 +121,18 @@ impl<T> Watched<T> {
 pub(crate) struct Inbox(Arc<Watched<Vec<(u8, u64)>>>);
 
 impl Inbox {
+    /// Frames that have come.
+    pub(crate) fn count(&self) -> usize {
+        self.0.wait_for(|_| true).len()
+    }
+
+    /// Until so many have come.
+    pub(crate) fn wait_for_count(&self, count: usize) -> anyhow::Result<()> {
+        let arrived = self.0.wait_for(|arrived| arrived.len() >= count).len();
+        ensure!(arrived >= count, "only {arrived} frames came");
+        Ok(())
+    }
+
     /// Every frame of every flow came once, and in order.
     pub(crate) fn check(&self, sent: &BTreeMap<u8, u64>) -> anyhow::Result<()> {
         let total: u64 = sent.values().sum();

@@ -48,6 +48,7 @@ listen: {wire}
 advertise: {wire}
 peers:
   {other}: {other_wire}
+tunnel: {{ kind: vxlan, vni: 7077, mtu: 1500 }}
 tls:
   ca: ca.pem
   cert: cert.pem

@@ -154,6 +154,7 @@ pub(super) fn figures(node: &Node, ticket: &Ticket, pod: &PodHandle, to: &str) -
         },
         phases: Vec::new(),
         downtime_us: 0,
+        tunnelled: Arc::default(),
         postcopy: false,
         total: None,
     }

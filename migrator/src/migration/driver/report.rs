@@ -1,5 +1,8 @@
 //! The figures of a migration, gathered at the source while it runs.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use crate::memory::postcopy::quantile;
 use crate::migration::status::{FaultReport, MemoryReport, MigrationReport, Outcome, PacketReport};
 use crate::wire::message::{FaultFigures, Ledger, Running};
@@ -16,6 +19,8 @@ pub(super) struct Figures {
     pub(super) memory: MemoryReport,
     pub(super) phases: Vec<(String, u64)>,
     pub(super) downtime_us: u64,
+    /// Frames that this node sent through the tunnel.
+    pub(super) tunnelled: Arc<AtomicU64>,
     /// Pages crossed after the resume.
     pub(super) postcopy: bool,
     /// From the request to the end of the source's VM.
@@ -69,7 +74,7 @@ impl Figures {
             downtime_ms: self.downtime_us as f64 / 1e3,
             frozen_at_unix_us: self.frozen_at_unix_us,
             memory: self.memory,
-            packets: packets(source, destination),
+            packets: packets(source, destination, self.tunnelled.load(Ordering::Relaxed)),
             phases: self.phases,
         }
     }
@@ -77,13 +82,14 @@ impl Figures {
 
 /// Adds the two nodes' books up. What the source forwarded is what the destination got from it, so it
 /// is seen once, at the source.
-fn packets(source: Ledger, destination: Ledger) -> PacketReport {
-    let relayed = source.forwarded;
+fn packets(source: Ledger, destination: Ledger, tunnelled: u64) -> PacketReport {
+    let forwarded = source.forwarded;
     PacketReport {
-        seen: (source.seen + destination.seen).saturating_sub(relayed),
+        seen: (source.seen + destination.seen).saturating_sub(forwarded),
         delivered: source.delivered + destination.delivered,
         held: source.held + destination.held,
-        forwarded: relayed,
+        forwarded,
+        tunnelled,
         refused: source.refused + destination.refused,
         lost: source.lost + destination.lost,
     }

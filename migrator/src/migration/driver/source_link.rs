@@ -132,13 +132,20 @@ impl Run {
                 "frames that come late are not forwarded"
             );
         }
+        let (port, to) = (resources.port.clone(), self.addr.ip());
+        self.runner.helpers.spawn(async move {
+            // What is in the way is in the log, and the relay goes on.
+            let _ = port.tunnel_to(to).await;
+        });
         self.runner.step(steps::forwarded(resources));
     }
 
     pub(super) fn release(&mut self) {
         self.server = None;
         let (pod, to) = (self.pod.clone(), self.figures.to.clone());
+        let tunnelled = Arc::clone(&self.figures.tunnelled);
         let resources = self.resources.take();
-        self.runner.step(steps::release(resources, pod, to));
+        self.runner
+            .step(steps::release(resources, pod, to, tunnelled));
     }
 }

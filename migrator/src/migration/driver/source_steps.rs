@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::available_parallelism;
 use std::time::Duration;
 
@@ -291,8 +292,10 @@ pub(super) async fn forwarded(parts: Arc<PodResources>) -> Step {
         let Ok(ledger) = parts.port.ledger().await else {
             break;
         };
-        if ledger.held > 0 || ledger.forwarded != last.1 {
-            last = (Instant::now(), ledger.forwarded);
+        // What goes out of the uplink finds its way without this port as well.
+        let forwarded = ledger.forwarded - ledger.reasons.sent_out;
+        if ledger.held > 0 || forwarded != last.1 {
+            last = (Instant::now(), forwarded);
         }
         if began.elapsed() >= FORWARD_LEAST && last.0.elapsed() >= FORWARD_QUIET {
             break;
@@ -302,12 +305,18 @@ pub(super) async fn forwarded(parts: Arc<PodResources>) -> Step {
     Ok(Input::Forwarded)
 }
 
-pub(super) async fn release(parts: Parts, pod: PodHandle, to: String) -> Step {
+pub(super) async fn release(
+    parts: Parts,
+    pod: PodHandle,
+    to: String,
+    tunnelled: Arc<AtomicU64>,
+) -> Step {
     let mut ledger = Ledger::default();
     if let Some(parts) = parts {
         parts.vm.kill().await.map_err(|error| chain(&error))?;
         let booked = parts.port.release().await.map_err(|error| chain(&error))?;
         ledger = wire_ledger(&booked);
+        tunnelled.store(booked.reasons.forwarded_tunnel, Ordering::Relaxed);
     }
     let end = MigrationEnd::MovedAway { to };
     if let Err(error) = pod.end_migration(end).await {

@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use migrator_ebpf::Tunnel;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 
@@ -59,6 +60,8 @@ pub(crate) enum Command {
     Forward(Reply<Result<(), PortError>>),
     /// The node's own bridge sends nothing here any more: the end marker follows what is in the park.
     End,
+    /// There is a tunnel to where the pod has gone.
+    Tunnel(Tunnel, Reply<Result<(), PortError>>),
     Input(LogItem),
     Open(Reply<Result<(), PortError>>),
     Settle(Reply<Result<(), PortError>>),

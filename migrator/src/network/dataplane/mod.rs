@@ -105,6 +105,8 @@ pub(crate) struct Dataplane {
     echo_due: Option<Instant>,
     echo_seen: bool,
     early_ack: u64,
+    /// Late frames may go through the tunnel, once the order allows it.
+    may_tunnel: bool,
     drain_tap: Option<(Instant, Reply<bool>)>,
     // destination
     inbound: InboundLog,
@@ -152,6 +154,7 @@ impl Dataplane {
             echo_due: None,
             echo_seen: false,
             early_ack: 0,
+            may_tunnel: false,
             drain_tap: None,
             inbound: match arrived {
                 true => InboundLog::resumed(injected_seq),
@@ -243,6 +246,10 @@ impl Dataplane {
                 answer(reply, result);
             }
             Command::End => self.end_within(Duration::ZERO, Instant::now()),
+            Command::Tunnel(tunnel, reply) => {
+                let result = self.may_tunnel(tunnel);
+                answer(reply, result);
+            }
             Command::Input(item) => self.input(item),
             Command::Open(reply) => {
                 let result = self.open();

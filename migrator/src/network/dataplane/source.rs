@@ -3,7 +3,7 @@
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use migrator_ebpf::Mode;
+use migrator_ebpf::{Mode, Tunnel};
 use nix::errno::Errno;
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -45,6 +45,7 @@ impl Dataplane {
             self.end_due = None;
             (self.echo_due, self.echo_seen) = (None, false);
             self.early_ack = 0;
+            self.may_tunnel = false;
             // Before the gate: the next service reads the spool of a port that holds, as far as the word tells it to.
             let kept = self.setup.spool.begin();
             self.setup
@@ -178,6 +179,7 @@ impl Dataplane {
         }
         // The destination cannot have more than it was given.
         self.setup.gate.raise_injected(seq.min(self.log.last()));
+        self.enter_tunnel();
         if self.log.len() == 0 {
             self.setup.spool.shorten(&self.log.marks());
         }
@@ -211,6 +213,27 @@ impl Dataplane {
             self.end_within(ECHO_LIMIT, Instant::now());
         }
         Ok(())
+    }
+
+    pub(super) fn may_tunnel(&mut self, tunnel: Tunnel) -> Result<(), PortError> {
+        self.expect("use the tunnel", &[Stage::Forwarding])?;
+        if self.setup.gate.get().mode == Mode::Tunnel {
+            return Ok(());
+        }
+        self.setup.gate.set_tunnel(tunnel)?;
+        self.may_tunnel = true;
+        self.enter_tunnel();
+        Ok(())
+    }
+
+    /// Lets flows that wait for nothing go through the tunnel, once the destination has injected the end of the log: from there on
+    /// it tells the old way from the new by nothing but the time of arrival. There is no way back, as a frame in the tunnel could be
+    /// overtaken by one that is relayed.
+    fn enter_tunnel(&mut self) {
+        if self.may_tunnel && self.log.end_acknowledged() {
+            self.may_tunnel = false;
+            self.set_gate(Mode::Tunnel, false);
+        }
     }
 
     pub(super) fn drain(&mut self) {

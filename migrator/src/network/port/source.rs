@@ -1,16 +1,19 @@
 //! What a port does where the pod leaves.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use migrator_ebpf::Mode;
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::{Port, lock};
+use super::{NodeInner, Port, lock};
 use crate::network::dataplane::Command;
 use crate::network::error::PortError;
 use crate::network::grace;
 use crate::network::ledger::Ledger;
 use crate::network::log::LogItem;
+use crate::network::tunnel::NoTunnel;
 
 impl Port {
     /// Parks every frame for the pod from now on, and streams what is parked to `sink`, numbered. When
@@ -32,20 +35,26 @@ impl Port {
         }
     }
 
-    /// Once another node has announced the pod, and the network sends nothing here any more, the bridge sends what its own ports have
-    /// for the pod the way that it has learned. Those frames, too, then come behind the end of the log.
+    /// Once another node has announced the pod, and the network sends nothing here any more by what it knew before, what this
+    /// node's own bridge has for the pod takes the new way as well: out of the uplink. The end of the log then comes behind all of it.
+    ///
+    /// The bridge's entry for the pod stays: a late frame that comes in by the uplink, from whoever has not learned, must
+    /// reach the gate, and a bridge does not send a frame back out of the port that it came from.
     fn leave_when_announced(&self) {
         let inner = &self.inner;
         let (node, commands) = (Arc::clone(&inner.node), inner.commands.clone());
         let (wake, echoed) = (Arc::clone(&inner.wake), Arc::clone(&inner.echoed));
-        let (tap_name, tap, mac) = (inner.tap_name.clone(), inner.tap_index, inner.pod.mac);
+        let tap = inner.tap_index;
         // One of an earlier hold, if nobody waited for it any more, says nothing of this one.
         std::pin::pin!(echoed.notified()).as_mut().enable();
         let task = tokio::spawn(async move {
             echoed.notified().await;
-            if let Err(error) = node.netlink.disown_address(&tap_name, tap, mac).await {
-                // They are relayed until the release.
-                tracing::warn!(%error, "the bridge goes on sending to a pod that has gone");
+            if let Err(reason) = send_out(&node, tap).await {
+                // They are forwarded until the release.
+                tracing::warn!(
+                    reason,
+                    "this node's own pods go on sending by way of one that has gone"
+                );
             }
             wait_for_frames().await;
             // As `Inner::tell`; a thread that has ended needs no telling.
@@ -97,8 +106,10 @@ impl Port {
         if let Some(leaver) = lock(&self.inner.leaver).take() {
             leaver.abort();
         }
-        // It is owned, unless somebody else has announced the pod.
-        self.own().await?;
+        // Nobody else runs the pod, whatever was announced.
+        if let Err(error) = self.inner.node.gates.send_out(self.inner.tap_index, 0) {
+            tracing::warn!(%error, "this node's own pods may not reach one that has come back");
+        }
         self.ask(Command::Rollback).await?
     }
 
@@ -109,6 +120,32 @@ impl Port {
     /// The port does not hold.
     pub async fn forward(&self) -> Result<(), PortError> {
         self.ask(Command::Forward).await?
+    }
+
+    /// After [`forward`](Self::forward): late frames of a flow go through the tunnel to the node at `remote`, as soon as it has
+    /// everything that went before them, and has left the order of the old way and the new behind. Until then, and if this fails,
+    /// they are relayed; the reason is in the log and in [`NodeNetwork::tunnel_info`](crate::network::NodeNetwork::tunnel_info).
+    ///
+    /// # Errors
+    /// See [`NoTunnel`]. Nothing is changed then.
+    pub async fn tunnel_to(&self, remote: IpAddr) -> Result<(), NoTunnel> {
+        let result = self.try_tunnel_to(remote).await;
+        if let Err(error) = &result {
+            self.inner.node.tunnel.complain(&self.inner.pod.name, error);
+        }
+        result
+    }
+
+    async fn try_tunnel_to(&self, remote: IpAddr) -> Result<(), NoTunnel> {
+        let inner = &self.inner;
+        // It goes on as a former service has left it.
+        if inner.gate.get().mode == Mode::Tunnel {
+            return Ok(());
+        }
+        let mtu = inner.node.netlink.require(&inner.tap_name).await?.mtu;
+        let tunnel = &inner.node.tunnel;
+        let aimed = tunnel.aim(&inner.gate, inner.pod.mac, mtu, remote).await?;
+        Ok(self.ask(|reply| Command::Tunnel(aimed, reply)).await??)
     }
 
     /// Takes the pod off this node's network. After [`forward`](Self::forward), what is still parked
@@ -139,6 +176,14 @@ impl Port {
         self.remove().await?;
         Ok(ledger.unwrap_or_default())
     }
+}
+
+/// What the node's own bridge has for the pod behind this TAP goes out of the uplink.
+async fn send_out(node: &NodeInner, tap: u32) -> Result<(), String> {
+    let uplink = node.netlink.require(&node.config.uplink).await;
+    let uplink = uplink.map_err(|error| error.to_string())?.index;
+    let sent = node.gates.send_out(tap, uplink);
+    sent.map_err(|error| error.to_string())
 }
 
 /// Until no frame is on its way that saw the network as it was.

@@ -1,0 +1,136 @@
+//! The tunnel's part of the programs: where slots lead, which pods frames may come out for, and what was answered.
+
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::Ordering;
+
+use aya::Ebpf;
+use aya::maps::{Array, HashMap, Map, MapData};
+use aya::programs::TcAttachType;
+use migrator_ebpf::{Landing, MAX_SLOTS, Tunnel, landing_key, names};
+use vm_runtime::units::MacAddress;
+
+use super::{Gates, SlotGate, adopt, classifier, fresh, lock, remove_pin};
+use crate::network::error::GateError;
+use crate::network::sys::MappedWords;
+
+/// Name of the pin of the link on the tunnel's device.
+const LINK: &str = "link_landing";
+
+/// Nowhere.
+const NONE: Tunnel = Tunnel {
+    device: 0,
+    vni: 0,
+    family: 0,
+    remote: [0; 16],
+};
+
+pub(super) struct Maps {
+    tunnels: Mutex<Array<MapData, Tunnel>>,
+    landings: Mutex<HashMap<MapData, u64, Landing>>,
+    probed: MappedWords,
+}
+
+impl Maps {
+    pub(super) fn take(programs: &mut Ebpf, dir: &Path) -> Result<Self, GateError> {
+        let mut take = |name| programs.take_map(name).ok_or(GateError::Mismatch(name));
+        let error = |map, source| GateError::Map {
+            map,
+            dir: dir.to_owned(),
+            source,
+        };
+        let tunnels = Array::try_from(take(names::TUNNELS)?)
+            .map_err(|cause| error(names::TUNNELS, cause.into()))?;
+        let landings = HashMap::try_from(take(names::LANDINGS)?)
+            .map_err(|cause| error(names::LANDINGS, cause.into()))?;
+        let Map::Array(probed) = take(names::PROBED)? else {
+            return Err(GateError::Mismatch(names::PROBED));
+        };
+        let probed = MappedWords::map(probed.fd(), MAX_SLOTS as usize)
+            .map_err(|cause| error(names::PROBED, cause.into()))?;
+        Ok(Self {
+            tunnels: Mutex::new(tunnels),
+            landings: Mutex::new(landings),
+            probed,
+        })
+    }
+}
+
+impl Gates {
+    /// Puts the program on the tunnel's device, or takes over the one that a former service left there.
+    pub(crate) fn attach_landing(&self, device: &str, is_new: bool) -> Result<(), GateError> {
+        let pin = self.dir.join(LINK);
+        let mut programs = lock(&self.programs);
+        let program = classifier(&mut programs, names::LANDING)?;
+        if !is_new && adopt(program, &pin).is_ok() {
+            return Ok(());
+        }
+        remove_pin(&pin)?;
+        fresh(program, device, TcAttachType::Ingress, &pin).map_err(|source| GateError::Attach {
+            program: names::LANDING,
+            device: device.to_owned(),
+            source,
+        })
+    }
+
+    /// Takes the program off the tunnel's device. What is gone already is fine.
+    pub(crate) fn detach_landing(&self) -> Result<(), GateError> {
+        remove_pin(&self.dir.join(LINK))
+    }
+
+    /// Frames for a pod that come out of the tunnel go to its TAP.
+    pub(crate) fn land(&self, mac: MacAddress, landing: Landing) -> Result<(), GateError> {
+        lock(&self.tunnel.landings)
+            .insert(landing_key(mac.0), landing, 0)
+            .map_err(|error| self.map_error(names::LANDINGS, error.into()))
+    }
+
+    /// The slot leads nowhere, and nothing comes out of the tunnel for it.
+    pub(super) fn forget_tunnel(&self, slot: u16) -> Result<(), GateError> {
+        self.set_tunnel(slot, NONE)?;
+        let mut landings = lock(&self.tunnel.landings);
+        // A pod that has come back has another slot, and the entry may be that one's.
+        let stale: Vec<u64> = landings
+            .iter()
+            .flatten()
+            .filter(|(_, landing)| landing.slot == slot)
+            .map(|(key, _)| key)
+            .collect();
+        for key in stale {
+            landings
+                .remove(&key)
+                .map_err(|error| self.map_error(names::LANDINGS, error.into()))?;
+        }
+        Ok(())
+    }
+
+    fn set_tunnel(&self, slot: u16, tunnel: Tunnel) -> Result<(), GateError> {
+        if u32::from(slot) >= MAX_SLOTS {
+            return Ok(());
+        }
+        lock(&self.tunnel.tunnels)
+            .set(u32::from(slot), tunnel, 0)
+            .map_err(|error| self.map_error(names::TUNNELS, error.into()))
+    }
+}
+
+impl SlotGate {
+    /// Where the slot's frames go in TUNNEL. Not while it is in that mode.
+    pub(crate) fn set_tunnel(&self, tunnel: Tunnel) -> Result<(), GateError> {
+        self.gates.set_tunnel(self.slot, tunnel)
+    }
+
+    /// Interface index of the device that the slot's frames go into; 0: none.
+    pub(crate) fn tunnel_device(&self) -> Result<u32, GateError> {
+        lock(&self.gates.tunnel.tunnels)
+            .get(&u32::from(self.slot), 0)
+            .map(|tunnel| tunnel.device)
+            .map_err(|error| self.gates.map_error(names::TUNNELS, error.into()))
+    }
+
+    /// The number of the last probe that was answered.
+    pub(crate) fn probed(&self) -> u64 {
+        let probed = self.gates.tunnel.probed.get(u32::from(self.slot));
+        probed.map_or(0, |number| number.load(Ordering::Acquire))
+    }
+}
