@@ -4,7 +4,7 @@
 //! the device says which TAP it goes to at the other end. The device is no port of the bridge, learns nothing and floods
 //! nothing.
 //!
-//! Before a pod's frames go that way, [`probe`] has sent a question of their full length to the other node's programs and
+//! Before a pod's frames go that way, [`probe()`] has sent a question of their full length to the other node's programs and
 //! got its answer: so a tunnel that is off over there, a firewall, and a path that is too narrow are found out by no frame of
 //! a pod. Without a tunnel the relay goes on.
 
