@@ -49,7 +49,7 @@ pub struct TraceEvent {
 }
 
 const _: () = assert!(size_of::<TraceEvent>() == 32 + TRACE_HEAD);
-const _: () = assert!(TRACE_HEAD <= u8::MAX as usize && TRACE_HEAD % 8 == 0);
+const _: () = assert!(TRACE_HEAD <= u8::MAX as usize && TRACE_HEAD.is_multiple_of(8));
 
 impl TraceEvent {
     /// Reads an event out of the ring; `None` if it has another length.

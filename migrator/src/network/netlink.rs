@@ -2,7 +2,7 @@
 
 use futures::TryStreamExt;
 use netlink_packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkMessage,
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkFlags, LinkMessage,
 };
 use netlink_packet_route::neighbour::{NeighbourFlags, NeighbourMessage, NeighbourState};
 use netlink_packet_route::{AddressFamily, neighbour::NeighbourAttribute};
@@ -26,6 +26,9 @@ pub(crate) struct Link {
     pub(crate) mtu: u32,
     /// Frames that the device took and dropped.
     pub(crate) tx_dropped: u64,
+    /// Frames that it keeps for its reader at most.
+    pub(crate) queue: u32,
+    pub(crate) up: bool,
 }
 
 /// The service's rtnetlink socket, in the namespace of the thread that opened it.
@@ -196,10 +199,13 @@ fn read_link(message: &LinkMessage) -> Link {
         index: message.header.index,
         mtu: 1500,
         tx_dropped: 0,
+        queue: 0,
+        up: message.header.flags.contains(LinkFlags::Up),
     };
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::TxQueueLen(frames) => link.queue = *frames,
             LinkAttribute::Stats64(stats) => link.tx_dropped = stats.tx_dropped,
             _ => {}
         }

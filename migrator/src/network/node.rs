@@ -15,7 +15,7 @@ use super::error::{AttachError, OpenError};
 use super::gate::{Gates, SlotGate};
 use super::ledger::Tally;
 use super::netlink::Netlink;
-use super::port::Port;
+use super::port::{Port, Ports};
 use super::spool::Spool;
 use super::sys::{self, PacketSocket};
 
@@ -68,6 +68,7 @@ pub(crate) struct NodeInner {
     pub(crate) config: NodeNetConfig,
     pub(crate) netlink: Netlink,
     pub(crate) gates: Arc<Gates>,
+    pub(crate) ports: Arc<Ports>,
 }
 
 impl NodeInner {
@@ -115,10 +116,15 @@ impl NodeNetwork {
             config,
             netlink,
             gates,
+            ports: Arc::default(),
         };
         Ok(Self {
             inner: Arc::new(inner),
         })
+    }
+
+    pub(crate) fn inner(&self) -> &NodeInner {
+        &self.inner
     }
 
     /// Slots that hold pinned state of a pod whose TAP exists.

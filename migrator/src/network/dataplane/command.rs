@@ -8,6 +8,7 @@ use tokio::sync::oneshot;
 use super::super::error::PortError;
 use super::super::ledger::Tally;
 use super::super::log::LogItem;
+use super::backlog::Backlog;
 
 /// Where a port stands in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -65,6 +66,7 @@ pub(crate) enum Command {
     /// Bring buckets that wait for lost frames up to date; whether to book those frames as lost in a crash.
     Resync(bool),
     Tally(Reply<Tally>),
+    Backlog(Reply<(Tally, Backlog)>),
     /// Shut the gate: whatever still comes counts elsewhere.
     Shut(Reply<()>),
     /// Take what is in the park, then take nothing more.

@@ -11,11 +11,13 @@
 //!                     settle            open
 //! ```
 
+mod backlog;
 mod command;
 mod destination;
 mod queues;
 mod source;
 
+pub use backlog::Backlog;
 pub use command::Stage;
 pub(crate) use command::{Command, Reply};
 use queues::{Origin, Pending, normalise, readable};
@@ -247,6 +249,10 @@ impl Dataplane {
             Command::Tally(reply) => {
                 let tally = self.tally();
                 answer(reply, tally);
+            }
+            Command::Backlog(reply) => {
+                let facts = (self.tally(), self.backlog());
+                answer(reply, facts);
             }
             Command::Shut(reply) => {
                 self.set_gate(Mode::Shut, false);
