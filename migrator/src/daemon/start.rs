@@ -129,6 +129,7 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
         uplink: config.uplink.as_str().to_owned(),
         bpffs: state.join("bpf"),
         spool_dir: memory_folder(state.join("spool")),
+        park: config.park_limits(),
     })
     .await
     .map_err(|e| DaemonError::open("the network", e))?;

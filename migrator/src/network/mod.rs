@@ -17,6 +17,7 @@
 //! Order is kept by two counters per flow bucket, `parked` and `done`: an open gate lets a frame pass
 //! only when nothing of its bucket waits. So a flip is one store, and no flow overtakes itself.
 
+mod allowance;
 mod announce;
 mod copies;
 mod dataplane;
@@ -35,6 +36,7 @@ mod spool;
 mod sys;
 mod watch;
 
+pub use allowance::{OnOverflow, Overflow, ParkLimits};
 pub use announce::{SCHEDULE, announcement};
 pub use dataplane::{Backlog, Stage};
 pub use dissect::{Fragment, FrameHead, dissect};

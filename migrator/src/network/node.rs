@@ -10,6 +10,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::watch;
 use vm_runtime::units::MacAddress;
 
+use super::allowance::{Allowance, ParkLimits};
 use super::dataplane::{self, Setup, Stage};
 use super::error::{AttachError, OpenError};
 use super::gate::{Gates, SlotGate};
@@ -30,6 +31,8 @@ pub struct NodeNetConfig {
     pub bpffs: PathBuf,
     /// Folder for the packets of pods that are being moved, made when needed: they outlive a service that is killed.
     pub spool_dir: PathBuf,
+    /// What is kept of those packets at most.
+    pub park: ParkLimits,
 }
 
 /// The pod's side of its one interface.
@@ -69,6 +72,7 @@ pub(crate) struct NodeInner {
     pub(crate) netlink: Netlink,
     pub(crate) gates: Arc<Gates>,
     pub(crate) ports: Arc<Ports>,
+    pub(crate) allowance: Arc<Allowance>,
 }
 
 impl NodeInner {
@@ -113,6 +117,7 @@ impl NodeNetwork {
             }
         }
         let inner = NodeInner {
+            allowance: Allowance::new(config.park),
             config,
             netlink,
             gates,
@@ -285,6 +290,7 @@ impl NodeNetwork {
         let (commands, receiver) = std::sync::mpsc::channel();
         let (acked, acked_watch) = watch::channel(0);
         let (stages, stage_watch) = watch::channel(stage);
+        let (full, full_watch) = watch::channel(false);
         let setup = Setup {
             pod: pod.name.clone(),
             tap_name: names.0.clone(),
@@ -300,6 +306,8 @@ impl NodeNetwork {
             wake: Arc::clone(&wake),
             acked,
             stages,
+            full,
+            share: self.inner.allowance.share(),
         };
         let thread = dataplane::start(setup).map_err(device_error("start the thread of"))?;
         Ok(Port::new(super::port::Parts {
@@ -315,6 +323,7 @@ impl NodeNetwork {
             thread,
             acked: acked_watch,
             stages: stage_watch,
+            full: full_watch,
         }))
     }
 }

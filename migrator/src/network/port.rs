@@ -2,6 +2,7 @@
 //! [`replace`] is the one in an upgrade.
 
 mod destination;
+mod overflow;
 mod register;
 mod replace;
 mod source;
@@ -36,6 +37,7 @@ pub(crate) struct Parts {
     pub(crate) thread: JoinHandle<()>,
     pub(crate) acked: watch::Receiver<u64>,
     pub(crate) stages: watch::Receiver<Stage>,
+    pub(crate) full: watch::Receiver<bool>,
 }
 
 pub(crate) struct Inner {
@@ -49,6 +51,8 @@ pub(crate) struct Inner {
     wake: Arc<EventFd>,
     acked: watch::Receiver<u64>,
     stages: watch::Receiver<Stage>,
+    /// More has come in this hold than may be kept.
+    full: watch::Receiver<bool>,
     /// Gone once the port is released.
     devices: Mutex<Option<ExistingDevices>>,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -120,6 +124,7 @@ impl Port {
             wake: parts.wake,
             acked: parts.acked,
             stages: parts.stages,
+            full: parts.full,
             devices: Mutex::new(Some(parts.devices)),
             thread: Mutex::new(Some(parts.thread)),
             announcer: Mutex::new(None),

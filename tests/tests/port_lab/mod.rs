@@ -1,6 +1,7 @@
 //! Nodes and a client in namespaces of their own; [`traffic`] is what crosses them, [`killed`] has tests.
 
 mod killed;
+mod limits;
 mod traffic;
 
 use std::future::Future;
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use migrator::network::{
-    ExistingDevices, Ledger, LogItem, NodeNetConfig, NodeNetwork, PodNetId, Port, Role,
+    ExistingDevices, Ledger, LogItem, NodeNetConfig, NodeNetwork, ParkLimits, PodNetId, Port, Role,
 };
 use migrator_tests::netns::{BpfDir, Netns, require_root};
 use tempfile::TempDir;
@@ -23,6 +24,12 @@ pub(crate) const DEADLINE: Duration = Duration::from_secs(40);
 pub(crate) const POD_MAC: MacAddress = MacAddress([0x52, 0x54, 0, 0, 0, 0x10]);
 pub(crate) const CLIENT_MAC: MacAddress = MacAddress([0x52, 0x54, 0, 0, 0, 0x01]);
 
+/// More than any test but those of the limits needs.
+pub(crate) const PARK: ParkLimits = ParkLimits {
+    bytes: 1 << 30,
+    bytes_per_pod: 1 << 30,
+};
+
 pub(crate) type Job = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// A node: its namespace, and a thread in it that runs what it is given.
@@ -31,15 +38,17 @@ pub(crate) struct Node {
     pub(crate) network: NodeNetwork,
     pub(crate) dir: BpfDir,
     pub(crate) spool: TempDir,
+    pub(crate) park: ParkLimits,
     pub(crate) netns: Netns,
 }
 
-pub(crate) fn config(dir: &BpfDir, spool: &TempDir) -> NodeNetConfig {
+pub(crate) fn config(dir: &BpfDir, spool: &TempDir, park: ParkLimits) -> NodeNetConfig {
     NodeNetConfig {
         bridge: "br0".into(),
         uplink: "eth0".into(),
         bpffs: dir.path().to_owned(),
         spool_dir: spool.path().join("spool"),
+        park,
     }
 }
 
@@ -73,7 +82,7 @@ pub(crate) fn call<T: Send + 'static>(
 
 impl Node {
     /// A node whose bridge has a cable to the switch.
-    pub(crate) fn new(switch: &Netns, number: u32) -> anyhow::Result<Self> {
+    pub(crate) fn new(switch: &Netns, number: u32, park: ParkLimits) -> anyhow::Result<Self> {
         let netns = Netns::new()?;
         netns.ip("link add br0 type bridge forward_delay 0")?;
         netns.ip(&format!("link add eth0 type veth peer name p{number}"))?;
@@ -85,8 +94,9 @@ impl Node {
         let jobs = start_thread(&netns);
         let dir = BpfDir::new()?;
         let spool = tempfile::tempdir()?;
-        let network = call(&jobs, NodeNetwork::open(config(&dir, &spool)))??;
+        let network = call(&jobs, NodeNetwork::open(config(&dir, &spool, park)))??;
         Ok(Self {
+            park,
             jobs,
             network,
             dir,
@@ -116,7 +126,8 @@ impl Node {
     /// The service ends and a new one starts; the devices live on.
     pub(crate) fn restart(&mut self) -> anyhow::Result<()> {
         self.jobs = start_thread(&self.netns);
-        self.network = self.call(NodeNetwork::open(config(&self.dir, &self.spool)))??;
+        let config = config(&self.dir, &self.spool, self.park);
+        self.network = self.call(NodeNetwork::open(config))??;
         Ok(())
     }
 
@@ -174,13 +185,17 @@ pub(crate) struct Lab {
 
 impl Lab {
     pub(crate) fn new() -> anyhow::Result<Self> {
+        Self::with_limits(PARK)
+    }
+
+    pub(crate) fn with_limits(park: ParkLimits) -> anyhow::Result<Self> {
         require_root();
         let switch = Netns::new()?;
         switch.ip("link add sw0 type bridge forward_delay 0")?;
         switch.ip("link set sw0 up")?;
-        let a = Node::new(&switch, 1)?;
-        let b = Node::new(&switch, 2)?;
-        let client = Node::new(&switch, 3)?;
+        let a = Node::new(&switch, 1, park)?;
+        let b = Node::new(&switch, 2, park)?;
+        let client = Node::new(&switch, 3, park)?;
         for number in 1..=3 {
             wait_for_port(&switch, &format!("p{number}"))?;
         }

@@ -5,6 +5,7 @@ use std::time::Instant;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 
+use super::super::allowance::OnOverflow;
 use super::super::error::PortError;
 use super::super::ledger::Tally;
 use super::super::log::LogItem;
@@ -53,6 +54,7 @@ pub(crate) type Reply<T> = oneshot::Sender<T>;
 pub(crate) enum Command {
     Hold(UnboundedSender<LogItem>, Reply<Result<(), PortError>>),
     Resend(UnboundedSender<LogItem>, Reply<Result<(), PortError>>),
+    OnOverflow(OnOverflow),
     DrainTap(Instant, Reply<bool>),
     Residue(Reply<Result<u64, PortError>>),
     Ack(u64),

@@ -14,6 +14,7 @@
 mod backlog;
 mod command;
 mod destination;
+mod overflow;
 mod queues;
 mod source;
 
@@ -36,6 +37,7 @@ use nix::sys::time::TimeSpec;
 use tokio::sync::{mpsc::UnboundedSender, watch};
 use vm_runtime::units::MacAddress;
 
+use super::allowance::{OnOverflow, Share};
 use super::copies::Copies;
 use super::error::PortError;
 use super::gate::SlotGate;
@@ -52,14 +54,14 @@ const END_DELAY: Duration = Duration::from_millis(2);
 const ECHO_LIMIT: Duration = Duration::from_millis(100);
 /// Pause before the next attempt at a full TAP.
 const FULL_PAUSE: Duration = Duration::from_micros(250);
+/// Until the next look whether other pods have made room for this one's log.
+const FULL_LOOK: Duration = Duration::from_millis(5);
 /// Longest sleep: a safety net, since every event wakes the thread.
 const IDLE: Duration = Duration::from_millis(500);
 /// Frames taken from the park before commands are looked at again.
 const BATCH: usize = 256;
 /// Frames that wait for a full TAP before the park is left to fill as well.
 const PENDING_MAX: usize = 65536;
-/// Bytes of unacknowledged log before the park is left to fill as well.
-const LOG_BYTES_MAX: usize = 512 << 20;
 /// Shortest Ethernet frame: its header.
 const ETHERNET_MIN: usize = 14;
 
@@ -79,6 +81,8 @@ pub(crate) struct Setup {
     pub(crate) wake: Arc<EventFd>,
     pub(crate) acked: watch::Sender<u64>,
     pub(crate) stages: watch::Sender<Stage>,
+    pub(crate) full: watch::Sender<bool>,
+    pub(crate) share: Share,
 }
 
 pub(crate) struct Dataplane {
@@ -100,6 +104,7 @@ pub(crate) struct Dataplane {
     sink: Option<UnboundedSender<LogItem>>,
     end_due: Option<Instant>,
     early_ack: u64,
+    on_overflow: OnOverflow,
     drain_tap: Option<(Instant, Reply<bool>)>,
     // destination
     inbound: InboundLog,
@@ -114,8 +119,8 @@ pub(crate) struct Dataplane {
     settle: Option<Reply<Result<(), PortError>>>,
     /// Counters of `parked` that everything before must have reached, after a loss.
     resync: Option<(Box<[u64; 256]>, bool)>,
-    /// A former service was killed: what it took along is booked as soon as the gate is open.
-    resync_due: bool,
+    /// As soon as the gate is open; whether a former service was killed, and what it took along is to be booked.
+    resync_due: Option<bool>,
 }
 
 impl Dataplane {
@@ -142,6 +147,7 @@ impl Dataplane {
             sink: None,
             end_due: end_owed.then(|| Instant::now() + ECHO_LIMIT),
             early_ack: 0,
+            on_overflow: OnOverflow::default(),
             drain_tap: None,
             inbound: match taken_over {
                 true => InboundLog::resumed(injected_seq),
@@ -155,7 +161,7 @@ impl Dataplane {
             injected_seq: if taken_over { injected_seq } else { 0 },
             settle: None,
             resync: None,
-            resync_due: false,
+            resync_due: None,
         }
     }
 
@@ -170,6 +176,7 @@ impl Dataplane {
             self.read_park(now);
             self.take_log(now);
             self.inject();
+            self.account();
             self.advance(now);
             self.wait();
         }
@@ -214,6 +221,7 @@ impl Dataplane {
                 }
                 answer(reply, result);
             }
+            Command::OnOverflow(rule) => self.on_overflow = rule,
             Command::DrainTap(until, reply) => {
                 // A queue that is too full for the marker is not empty either.
                 self.setup.injector.send(&marker(self.setup.mac));
@@ -300,8 +308,8 @@ impl Dataplane {
             self.set_gate(Mode::Local, true);
             self.set_stage(Stage::Local);
             self.setup.spool.remove();
-            if std::mem::take(&mut self.resync_due) {
-                self.start_resync(true);
+            if let Some(crashed) = self.resync_due.take() {
+                self.start_resync(crashed);
             }
             if let Some(reply) = self.settle.take() {
                 answer(reply, Ok(()));
@@ -342,6 +350,9 @@ impl Dataplane {
         let mut timeout = if more { Duration::ZERO } else { IDLE };
         if self.full || self.drain_tap.is_some() {
             timeout = timeout.min(FULL_PAUSE);
+        }
+        if self.is_full() {
+            timeout = timeout.min(FULL_LOOK);
         }
         if let Some(due) = self.end_due {
             timeout = timeout.min(due.saturating_duration_since(now));

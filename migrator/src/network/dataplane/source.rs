@@ -7,6 +7,7 @@ use migrator_ebpf::Mode;
 use nix::errno::Errno;
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::super::allowance::OnOverflow;
 use super::super::error::PortError;
 use super::super::log::{InboundLog, LogItem, SourceLog};
 use super::super::marker::is_marker;
@@ -42,6 +43,7 @@ impl Dataplane {
             self.log = SourceLog::new();
             self.end_due = None;
             self.early_ack = 0;
+            self.begin_account();
             // Before the gate: the next service reads the spool of a port that holds, as far as the word tells it to.
             let kept = self.setup.spool.begin();
             self.setup
@@ -184,6 +186,7 @@ impl Dataplane {
             });
         }
         self.barrier = Some(self.injected + self.pending.len() as u64);
+        self.on_overflow = OnOverflow::default();
         self.set_stage(Stage::RollingBack);
         Ok(())
     }

@@ -69,7 +69,12 @@ impl Port {
     /// # Errors
     /// The port does not hold.
     pub async fn rollback(&self) -> Result<(), PortError> {
-        self.ask(Command::Rollback).await?
+        self.ask(Command::Rollback).await??;
+        if self.park_dropped().await? > 0 {
+            // Buckets that wait for a lost frame would keep their flows on the slow way.
+            self.resync(false);
+        }
+        Ok(())
     }
 
     /// The guest runs at the destination: from now on acknowledged frames are freed, and late ones
