@@ -3,6 +3,10 @@
 /// Number of counters in a row; a power of two leaves room without moving the others.
 pub const COUNTERS_LEN: usize = 32;
 
+/// The last place of a row is no counter: the gate's word that the programs of this CPU have logged last. It lies here because the
+/// programs have the row at hand for every frame.
+pub const LOGGED_WORD: usize = COUNTERS_LEN - 1;
+
 /// Index of a counter in a row. Each frame that reaches the gate is booked by exactly one of the
 /// counters up to [`Counter::RefusedNoSlot`], or by [`Counter::SentOut`], [`Counter::ForwardedTunnel`] or [`Counter::RefusedGroup`]; each frame
 /// from the guest by [`Counter::Sent`] or [`Counter::Blocked`].
@@ -55,6 +59,8 @@ impl Counter {
         Self::ForwardedTunnel,
     ];
 }
+
+const _: () = assert!(Counter::ALL.len() <= LOGGED_WORD);
 
 /// The counters of one slot, on one CPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -7,14 +7,17 @@
 
 mod counter;
 mod gate;
+mod meaning;
 mod packet;
+mod trace;
 mod tunnel;
 
-pub use counter::{COUNTERS_LEN, Counter, CounterRow};
+pub use counter::{COUNTERS_LEN, Counter, CounterRow, LOGGED_WORD};
 pub use gate::{Gate, Mode, Verdict, verdict};
 pub use packet::{
     Bytes, FrameBytes, MAC_LEN, bucket, destination_mac, is_group, is_own_echo, source_mac,
 };
+pub use trace::{Direction, TRACE_HEAD, TRACE_RING_BYTES, TraceEvent, is_watched, verdict_of};
 pub use tunnel::{Landing, Probe, Tunnel, landing_key};
 
 /// Version of the layouts below; part of the folder that the maps are pinned in.
@@ -56,6 +59,12 @@ pub mod names {
     pub const INJECTED: &str = "INJECTED";
     /// Per-CPU array of [`crate::CounterRow`], by slot, and one row more: [`crate::NO_SLOT_ROW`].
     pub const COUNTERS: &str = "COUNTERS";
+    /// Array of `u64`, by slot: until when the pod is watched, see [`crate::is_watched`]. Memory-mappable, not pinned.
+    pub const TRACE: &str = "TRACE";
+    /// Array of `u64`, by slot: frames that the ring had no room for. Memory-mappable, not pinned.
+    pub const TRACE_MISSED: &str = "TRACE_MISSED";
+    /// Ring buffer of [`crate::TraceEvent`]. Not pinned.
+    pub const TRACE_RING: &str = "TRACE_RING";
 }
 
 /// What the programs know about a device they are attached to.

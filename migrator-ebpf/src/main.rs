@@ -8,6 +8,7 @@
 #![allow(internal_features)]
 #![feature(core_intrinsics)]
 
+mod observe;
 mod overlay;
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
@@ -18,8 +19,8 @@ use aya_ebpf::maps::{Array, HashMap, PerCpuArray};
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use migrator_ebpf::{
-    BUCKETS, Bytes, Counter, CounterRow, Device, Gate, MAX_SLOTS, NO_SLOT_ROW, Verdict, bucket,
-    bucket_index, is_group, is_own_echo, verdict,
+    BUCKETS, Bytes, Counter, CounterRow, Device, Direction, Gate, MAX_SLOTS, NO_SLOT_ROW, Verdict,
+    bucket, bucket_index, is_group, is_own_echo, verdict,
 };
 
 /// linux/bpf.h: the map can be mapped into user memory.
@@ -61,6 +62,18 @@ fn count(row: u32, counter: Counter) {
     }
 }
 
+/// Books the frame of a slot, and logs the gate's word if it is new.
+#[inline(always)]
+fn book(ctx: &TcContext, slot: u16, word: u64, counter: Counter) {
+    let slot = u32::from(slot);
+    if let Some(row) = COUNTERS.get_ptr_mut(slot) {
+        // SAFETY: as above.
+        let row = unsafe { &mut *row };
+        row.0[counter as usize] += 1;
+        observe::note_word(ctx, row, slot, word);
+    }
+}
+
 #[inline(always)]
 fn read(map: &Array<u64>, index: u32) -> u64 {
     match map.get_ptr(index) {
@@ -89,14 +102,15 @@ fn gate(ctx: TcContext) -> i32 {
     };
     let skb = Skb(&ctx);
     let slot = u32::from(device.slot);
-    let index = bucket_index(device.slot, bucket(&skb));
+    let bucket = bucket(&skb);
+    let index = bucket_index(device.slot, bucket);
     // `done` first: it only grows towards `parked`, so an old value parks one frame too many, a value
     // newer than `parked`'s could let one overtake.
     let done = read(&DONE, index);
     let parked = read(&PARKED, index);
-    let gate = Gate::from_word(read(&GATES, slot));
+    let word = read(&GATES, slot);
     let verdict = verdict(
-        gate,
+        Gate::from_word(word),
         device.slot,
         is_own_echo(&skb, device.mac),
         parked,
@@ -110,17 +124,20 @@ fn gate(ctx: TcContext) -> i32 {
     } else {
         verdict.of_group(is_group)
     };
+    let mut into_tunnel = None;
     let verdict = match verdict {
-        Verdict::Tunnel(counter) => match overlay::into_tunnel(&ctx, slot) {
-            Some(action) => {
-                count(slot, counter);
-                return action;
+        Verdict::Tunnel(_) => {
+            into_tunnel = overlay::into_tunnel(&ctx, slot);
+            match into_tunnel {
+                Some(_) => verdict,
+                None => Verdict::Park(Counter::ParkedForward),
             }
-            None => Verdict::Park(Counter::ParkedForward),
-        },
+        }
         other => other,
     };
-    count(slot, verdict.counter());
+    let counter = verdict.counter();
+    book(&ctx, device.slot, word, counter);
+    observe::trace(&ctx, device.slot, word, counter, bucket, Direction::In);
     match verdict {
         Verdict::Pass(_) => TCX_NEXT,
         Verdict::Park(_) => {
@@ -157,15 +174,15 @@ fn guard(ctx: TcContext) -> i32 {
         debug!(&ctx, "guard: a device without a slot");
         return TCX_DROP;
     };
-    let slot = u32::from(device.slot);
-    let gate = Gate::from_word(read(&GATES, slot));
-    if gate.slot == device.slot && gate.may_send {
-        count(slot, Counter::Sent);
-        return TCX_NEXT;
-    }
-    count(slot, Counter::Blocked);
-    debug!(&ctx, "guard: slot {} may not send", slot);
-    TCX_DROP
+    let word = read(&GATES, u32::from(device.slot));
+    let gate = Gate::from_word(word);
+    let (counter, action) = match gate.slot == device.slot && gate.may_send {
+        true => (Counter::Sent, TCX_NEXT),
+        false => (Counter::Blocked, TCX_DROP),
+    };
+    book(&ctx, device.slot, word, counter);
+    observe::trace(&ctx, device.slot, word, counter, 0, Direction::Out);
+    action
 }
 
 #[panic_handler]

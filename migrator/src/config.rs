@@ -13,8 +13,8 @@
 //! guest: { kernel: vmlinuz, initramfs: guest.img }
 //! qemu: { binary: /usr/bin/qemu-system-x86_64, accel: auto }   # optional
 //! tunnel: { kind: vxlan, vni: 7077, port: 4789, mtu: 1500 }    # optional: off
-//! limits: { pods: 64, log_bytes: 16777216 }                    # optional
-//! migration: { connections: 2, compress: auto, max_downtime_ms: 300 }   # optional
+//! limits: { pods: 64, log_bytes: 16777216, park_bytes: 1073741824, park_bytes_per_pod: 268435456 }   # optional
+//! migration: { connections: 2, compress: auto, max_downtime_ms: 300, on_overflow: abort }   # optional
 //! ```
 //!
 //! Relative paths are taken from the file's own folder. An unknown key is an error that names it.
@@ -30,6 +30,7 @@ use serde::Deserialize;
 use vm_runtime::spec::AccelChoice;
 
 use crate::memory::compress::Compress;
+use crate::network::{OnOverflow, ParkLimits};
 use crate::wire::preamble::MAX_DATA_CONNECTIONS;
 
 pub use names::{BadInterfaceName, BadNodeName, InterfaceName, NodeName};
@@ -133,6 +134,10 @@ pub struct Limits {
     pub pods: u16,
     /// Bytes of output kept for each pod.
     pub log_bytes: u64,
+    /// Bytes of packets kept for all pods that are being moved away.
+    pub park_bytes: u64,
+    /// Bytes of packets kept for one of them: at a gigabit a second, 256 MiB are two seconds.
+    pub park_bytes_per_pod: u64,
 }
 
 impl Default for Limits {
@@ -140,6 +145,8 @@ impl Default for Limits {
         Self {
             pods: 64,
             log_bytes: 16 << 20,
+            park_bytes: 1 << 30,
+            park_bytes_per_pod: 256 << 20,
         }
     }
 }
@@ -155,6 +162,8 @@ pub struct MigrationDefaults {
     /// The longest predicted downtime that lets a migration freeze the guest, in milliseconds. QEMU's own default is 300 as well
     /// (`downtime-limit`); what is reached is less, as rounds go on while they shorten it.
     pub max_downtime_ms: u32,
+    /// What is done when more packets come for the pod than may be kept: `abort` the migration, or `drop` the newest.
+    pub on_overflow: OnOverflow,
 }
 
 impl Default for MigrationDefaults {
@@ -163,6 +172,7 @@ impl Default for MigrationDefaults {
             connections: 2,
             compress: Compress::Auto,
             max_downtime_ms: 300,
+            on_overflow: OnOverflow::Abort,
         }
     }
 }
@@ -311,6 +321,14 @@ impl Config {
         if self.limits.log_bytes < 1 << 16 {
             return Err(("limits.log_bytes", "must be at least 65536".to_owned()));
         }
+        for (key, bytes) in [
+            ("limits.park_bytes", self.limits.park_bytes),
+            ("limits.park_bytes_per_pod", self.limits.park_bytes_per_pod),
+        ] {
+            if bytes < 1 << 16 {
+                return Err((key, "must be at least 65536".to_owned()));
+            }
+        }
         if !(1..=MAX_DATA_CONNECTIONS).contains(&self.migration.connections) {
             return Err((
                 "migration.connections",
@@ -321,6 +339,14 @@ impl Config {
             return Err(("migration.max_downtime_ms", "must be at least 1".to_owned()));
         }
         Ok(())
+    }
+
+    /// What is kept of packets at most.
+    pub fn park_limits(&self) -> ParkLimits {
+        ParkLimits {
+            bytes: self.limits.park_bytes,
+            bytes_per_pod: self.limits.park_bytes_per_pod,
+        }
     }
 
     /// The longest pod name whose sockets still fit a socket address, in bytes.

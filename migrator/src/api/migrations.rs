@@ -75,6 +75,7 @@ pub(super) async fn start(
         connections,
         bandwidth: request.options.bandwidth,
         compress: request.options.compress.unwrap_or(defaults.compress),
+        on_overflow: request.options.on_overflow.unwrap_or(defaults.on_overflow),
     };
     let id = MigrationId::random();
     // The pod is marked before anybody hears of the migration, so that two cannot take the same one.

@@ -3,6 +3,7 @@
 pub mod client;
 pub mod error;
 pub mod frames;
+pub mod net_types;
 pub mod server;
 pub mod types;
 pub mod upgrade;
@@ -11,4 +12,5 @@ mod exec;
 mod images;
 mod logs;
 mod migrations;
+mod net;
 mod pods;

@@ -15,7 +15,7 @@ use tokio::net::UnixListener;
 
 use super::error::ApiError;
 use super::types::{ErrorCode, Health, NodeInfo, QemuInfo};
-use super::{exec, images, logs, migrations, pods, upgrade};
+use super::{exec, images, logs, migrations, net, pods, upgrade};
 use crate::daemon::node::Node;
 use crate::doctor;
 
@@ -94,6 +94,9 @@ fn router(node: Arc<Node>) -> Router {
             "/v1/migrations/{id}",
             get(migrations::status).delete(migrations::cancel),
         )
+        .route("/v1/net", get(net::node))
+        .route("/v1/net/{name}", get(net::pod))
+        .route("/v1/net/{name}/trace", get(net::trace))
         .route("/v1/images", get(images::list).post(images::import))
         .route("/v1/images/{*name}", delete(images::remove))
         .fallback(no_route)

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use crate::memory::compress::Compress;
 use crate::migration::mode::{Mode, OnStall};
+use crate::network::OnOverflow;
 use crate::network::TunnelInfo;
 use serde::{Deserialize, Serialize};
 use vm_runtime::pod::PodSpec;
@@ -286,6 +287,8 @@ pub struct MigrateOptions {
     pub bandwidth: Option<std::num::NonZeroU64>,
     /// What pages are compressed with.
     pub compress: Option<Compress>,
+    /// What is done when more packets come than may be kept.
+    pub on_overflow: Option<OnOverflow>,
 }
 
 /// Answer of `POST /v1/pods/NAME/migrate`.

@@ -15,6 +15,7 @@ use crate::api::types::{MigrateOptions, MigrateRequest, MigrationStarted};
 use crate::memory::compress::Compress;
 use crate::migration::mode::{Mode, OnStall};
 use crate::migration::status::{MigrationReport, MigrationStatus, Outcome};
+use crate::network::OnOverflow;
 use crate::wire::preamble::MAX_DATA_CONNECTIONS;
 
 /// How long a service that went away in the middle may take to come back.
@@ -55,6 +56,10 @@ pub(super) struct MigrateArgs {
     /// Compress pages: not, with LZ4, with zstd, or with what link and processor make best (auto)
     #[arg(long, value_enum)]
     compress: Option<Compress>,
+    /// When more packets come for the pod than may be kept while it moves: end the migration, and deliver them here; or drop the newest,
+    /// and count them
+    #[arg(long, value_enum)]
+    on_overflow: Option<OnOverflow>,
     /// Print the migration's id and return at once
     #[arg(long, conflicts_with = "watch")]
     detach: bool,
@@ -77,6 +82,7 @@ impl MigrateArgs {
                     .bandwidth
                     .map(|mb| NonZeroU64::from(mb).saturating_mul(MEGABYTE)),
                 compress: self.compress,
+                on_overflow: self.on_overflow,
             },
         };
         let path = format!("/v1/pods/{}/migrate", encode(&self.pod));
@@ -242,6 +248,19 @@ pub(super) fn summary(report: &MigrationReport) -> String {
         packets.refused,
         packets.lost
     ));
+    if packets.lost > 0 {
+        let other = packets.lost - (packets.lost_overflow + packets.lost_park).min(packets.lost);
+        out.push_str(&format!(
+            "LOST     {} beyond what may be kept (--on-overflow drop), {} at a full queue, {other} otherwise\n",
+            packets.lost_overflow, packets.lost_park
+        ));
+    }
+    if packets.unaccounted != 0 {
+        out.push_str(&format!(
+            "BOOKS    do not balance: {} packets are booked nowhere, or twice\n",
+            packets.unaccounted.unsigned_abs()
+        ));
+    }
     if !report.phases.is_empty() {
         let steps: Vec<String> = report
             .phases

@@ -8,6 +8,7 @@ mod image;
 mod inspect;
 mod logs;
 mod migrate;
+mod net;
 mod node;
 mod output;
 mod ps;
@@ -96,6 +97,8 @@ enum Verb {
     Status(status::StatusArgs),
     /// Cancel a migration: the pod goes on where it runs
     Cancel(status::CancelArgs),
+    /// Show a pod's network, and watch its frames
+    Net(net::NetArgs),
     /// Import, list and remove images
     Image(image::ImageArgs),
     /// Check what the kernel and the machine must have
@@ -139,6 +142,7 @@ pub fn main() -> ExitCode {
         | Verb::Upgrade(_)
         | Verb::Status(_)
         | Verb::Cancel(_)
+        | Verb::Net(_)
         | Verb::Image(_)
         | Verb::Doctor(_) => tokio::runtime::Builder::new_current_thread(),
     };
@@ -170,6 +174,7 @@ async fn dispatch(verb: Verb, context: &Context) -> Result<ExitCode, Failure> {
         Verb::Upgrade(args) => args.run(context).await,
         Verb::Status(args) => args.run(context).await,
         Verb::Cancel(args) => args.run(context).await,
+        Verb::Net(args) => args.run(context).await,
         Verb::Image(args) => args.run(context).await,
         Verb::Doctor(args) => args.run(context).await,
     }

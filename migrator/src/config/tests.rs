@@ -13,8 +13,8 @@ api_socket: /run/a.sock
 guest: { kernel: vmlinuz, initramfs: guest.img }
 qemu: { binary: qemu-system-x86_64, lib_dir: lib, data_dirs: [share], accel: tcg }
 tunnel: { kind: vxlan, vni: 77 }
-limits: { pods: 3 }
-migration: { connections: 4, compress: zstd }
+limits: { pods: 3, park_bytes_per_pod: 65536 }
+migration: { connections: 4, compress: zstd, on_overflow: drop }
 "#;
 
 fn parse(text: &str) -> Result<Config, ConfigError> {
@@ -53,6 +53,9 @@ fn a_full_file_is_read_and_relative_paths_start_at_its_folder() {
         mtu: None,
     };
     assert_eq!(config.tunnel, tunnel);
+    assert_eq!(config.park_limits().bytes_per_pod, 65536);
+    assert_eq!(config.park_limits().bytes, Limits::default().park_bytes);
+    assert_eq!(config.migration.on_overflow, OnOverflow::Drop);
     assert_eq!(config.migration.connections, 4);
     assert_eq!(config.migration.compress, Compress::Zstd);
 }

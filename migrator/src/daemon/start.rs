@@ -133,6 +133,7 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
             Tunnel::Off => None,
             Tunnel::Vxlan { vni, port, mtu } => Some(TunnelConfig { vni, port, mtu }),
         },
+        park: config.park_limits(),
     })
     .await
     .map_err(|e| DaemonError::open("the network", e))?;

@@ -256,6 +256,7 @@ impl Source {
             Input::Cancel => self.cancel(&mut out),
             Input::VmDied { reason } => self.vm_died(&reason, &mut out),
             Input::Failed { reason } => self.failed(&reason, &mut out),
+            Input::Overflowed { reason } => self.overflowed(&reason, &mut out),
             Input::JournalFailed { reason } => self.journal_failed(&reason, &mut out),
             Input::RolledBack => self.rolled_back(&mut out),
             Input::Tick => self.tick(now, &mut out),

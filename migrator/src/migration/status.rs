@@ -128,8 +128,17 @@ pub struct PacketReport {
     pub tunnelled: u64,
     /// Frames refused with a reason (the other node's copy counts).
     pub refused: u64,
-    /// Frames lost: anything but 0 is a defect.
+    /// Frames lost, for whatever reason.
     pub lost: u64,
+    /// Of the lost ones, those that the source dropped because more came than it may keep: only with `--on-overflow drop`.
+    #[serde(default)]
+    pub lost_overflow: u64,
+    /// Of the lost ones, those that found the source's queue full.
+    #[serde(default)]
+    pub lost_park: u64,
+    /// `seen` less everything else, which must be 0: the books do not balance otherwise.
+    #[serde(default)]
+    pub unaccounted: i64,
 }
 
 /// The final report of one migration.

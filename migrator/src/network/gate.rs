@@ -4,6 +4,7 @@
 //! no service runs, and the next service finds them. Loading replaces the programs under live links in
 //! place, so a new version of the service brings its programs with it.
 
+mod facts;
 mod tunnel;
 
 use std::io;
@@ -11,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use aya::maps::{HashMap, Map, MapData, PerCpuArray, PerCpuValues};
+use aya::maps::{HashMap, Map, MapData, PerCpuArray, PerCpuValues, RingBuf};
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
@@ -24,6 +25,8 @@ use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::error::GateError;
 use super::sys::MappedWords;
+use super::watch::Watchers;
+pub use facts::{HookFacts, MapFacts, ProgramFacts};
 
 /// The programs, built by this crate's build script.
 pub static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/programs.o"));
@@ -45,6 +48,8 @@ pub(crate) struct Gates {
     done: MappedWords,
     injected: MappedWords,
     tunnel: tunnel::Maps,
+    pub(crate) watchers: Arc<Watchers>,
+    flips: facts::Flips,
 }
 
 impl std::fmt::Debug for Gates {
@@ -98,7 +103,15 @@ impl Gates {
         let parked = words(names::PARKED, MAX_SLOTS * BUCKETS)?;
         let done = words(names::DONE, MAX_SLOTS * BUCKETS)?;
         let injected = words(names::INJECTED, MAX_SLOTS)?;
+        let until = words(names::TRACE, MAX_SLOTS)?;
+        let missed = words(names::TRACE_MISSED, MAX_SLOTS)?;
         let tunnel = tunnel::Maps::take(&mut programs, &dir)?;
+        let ring = programs.take_map(names::TRACE_RING);
+        let ring = ring.ok_or(GateError::Mismatch(names::TRACE_RING))?;
+        let ring =
+            RingBuf::try_from(ring).map_err(|error| map_error(names::TRACE_RING, error.into()))?;
+        let watchers = Watchers::start(until, missed, ring)
+            .map_err(|error| map_error(names::TRACE_RING, error.into()))?;
         let devices = programs
             .take_map(names::DEVICES)
             .ok_or(GateError::Mismatch(names::DEVICES))?;
@@ -120,6 +133,8 @@ impl Gates {
             done,
             injected,
             tunnel,
+            watchers,
+            flips: facts::Flips::default(),
             dir,
         })
     }
@@ -328,6 +343,7 @@ impl SlotGate {
     /// Flips the gate: one 8-byte store.
     pub(crate) fn set(&self, gate: Gate) {
         self.word().store(gate.to_word(), Ordering::Release);
+        self.gates.flips.note(self.slot);
     }
 
     pub(crate) fn parked(&self, bucket: u8) -> u64 {

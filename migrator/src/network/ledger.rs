@@ -83,6 +83,9 @@ pub struct Reasons {
     pub lost_park: u64,
     /// Lost: the TAP's queue was full.
     pub lost_tap: u64,
+    /// Lost: more came than may be kept, and the newest were to be dropped.
+    #[serde(default)]
+    pub lost_overflow: u64,
     /// Lost: parked, and only in the memory of a service that was killed.
     pub lost_crash: u64,
     /// Lost: given up when the pod was removed.
@@ -116,6 +119,7 @@ impl Reasons {
             refused_invalid: less(self.refused_invalid, base.refused_invalid),
             lost_park: less(self.lost_park, base.lost_park),
             lost_tap: less(self.lost_tap, base.lost_tap),
+            lost_overflow: less(self.lost_overflow, base.lost_overflow),
             lost_crash: less(self.lost_crash, base.lost_crash),
             lost_removed: less(self.lost_removed, base.lost_removed),
             guest_sent: less(self.guest_sent, base.guest_sent),
@@ -140,6 +144,8 @@ pub(crate) struct Tally {
     pub(crate) duplicate: u64,
     pub(crate) group: u64,
     pub(crate) invalid: u64,
+    /// Read from the park, and dropped beyond the log's limit.
+    pub(crate) overflow: u64,
     pub(crate) crash: u64,
     pub(crate) removed: u64,
     pub(crate) end_timeouts: u64,
@@ -194,6 +200,7 @@ pub(crate) fn book(row: &CounterRow, tally: &Tally, park_dropped: u64, tap_dropp
         refused_invalid: tally.invalid,
         lost_park: park_dropped,
         lost_tap,
+        lost_overflow: tally.overflow,
         lost_crash: tally.crash,
         lost_removed: tally.removed,
         guest_sent: row.get(Counter::Sent),
@@ -213,7 +220,7 @@ pub(crate) fn book(row: &CounterRow, tally: &Tally, park_dropped: u64, tap_dropp
             + reasons.refused_duplicate
             + reasons.refused_group
             + reasons.refused_invalid,
-        lost: park_dropped + lost_tap + tally.crash + tally.removed,
+        lost: park_dropped + lost_tap + tally.overflow + tally.crash + tally.removed,
         reasons,
     }
 }
@@ -298,6 +305,20 @@ mod tests {
         };
         let ledger = book(&row(0, 10, 0), &tally, 2, 0);
         assert_eq!((ledger.held, ledger.lost), (8, 2));
+        assert!(ledger.balances());
+    }
+
+    #[test]
+    fn what_is_dropped_beyond_the_limit_is_a_loss_with_a_reason() {
+        let tally = Tally {
+            park_read: 10,
+            held: 7,
+            overflow: 3,
+            ..Tally::default()
+        };
+        let ledger = book(&row(0, 10, 0), &tally, 0, 0);
+        assert_eq!((ledger.held, ledger.lost), (7, 3));
+        assert_eq!(ledger.reasons.lost_overflow, 3);
         assert!(ledger.balances());
     }
 

@@ -17,9 +17,11 @@
 //! Order is kept by two counters per flow bucket, `parked` and `done`: an open gate lets a frame pass
 //! only when nothing of its bucket waits. So a flip is one store, and no flow overtakes itself.
 
+mod allowance;
 mod announce;
 mod copies;
 mod dataplane;
+mod dissect;
 mod error;
 mod gate;
 mod grace;
@@ -29,17 +31,23 @@ mod marker;
 mod netlink;
 mod node;
 mod port;
+mod show;
 mod spool;
 mod sys;
 mod tunnel;
+mod watch;
 
+pub use allowance::{OnOverflow, Overflow, ParkLimits};
 pub use announce::{SCHEDULE, announcement};
-pub use dataplane::Stage;
+pub use dataplane::{Backlog, Stage};
+pub use dissect::{Fragment, FrameHead, dissect};
 pub use error::{AttachError, GateError, NetlinkError, OpenError, PortError};
-pub use gate::PROGRAMS;
+pub use gate::{HookFacts, MapFacts, PROGRAMS, ProgramFacts};
 pub use ledger::{Ledger, Reasons};
 pub use log::{FIRST_FRAME_SEQ, FIRST_SEQ, LogItem, LogKind};
 pub use node::{ExistingDevices, NodeNetConfig, NodeNetwork, PodNetId, Role, park_name, tap_name};
 pub use port::Port;
+pub use show::{CounterFacts, GateFacts, LinkFacts, NodeFacts, PortFacts, QueueFacts, WaitFacts};
 pub use sys::VNET_HEADER;
 pub use tunnel::{NoTunnel, TUNNEL_DEVICE, TunnelConfig, TunnelInfo};
+pub use watch::Watch;

@@ -6,7 +6,7 @@ pub(crate) use vxlan::VxlanError;
 
 use futures::TryStreamExt;
 use netlink_packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkMessage,
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkFlags, LinkMessage,
 };
 use netlink_packet_route::neighbour::{NeighbourFlags, NeighbourMessage, NeighbourState};
 use netlink_packet_route::{AddressFamily, neighbour::NeighbourAttribute};
@@ -32,6 +32,9 @@ pub(crate) struct Link {
     pub(crate) tx_dropped: u64,
     /// Frames that it could not send, or took from the network and dropped.
     pub(crate) other_drops: u64,
+    /// Frames that it keeps for its reader at most.
+    pub(crate) queue: u32,
+    pub(crate) up: bool,
 }
 
 /// The service's rtnetlink socket, in the namespace of the thread that opened it.
@@ -203,6 +206,8 @@ fn read_link(message: &LinkMessage) -> Link {
         mtu: 1500,
         tx_dropped: 0,
         other_drops: 0,
+        queue: 0,
+        up: message.header.flags.contains(LinkFlags::Up),
     };
     for attribute in &message.attributes {
         match attribute {
@@ -211,6 +216,7 @@ fn read_link(message: &LinkMessage) -> Link {
                 link.tx_dropped = stats.tx_dropped;
                 link.other_drops = stats.tx_errors + stats.rx_dropped;
             }
+            LinkAttribute::TxQueueLen(frames) => link.queue = *frames,
             _ => {}
         }
     }

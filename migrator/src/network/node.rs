@@ -10,12 +10,13 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::{Notify, watch};
 use vm_runtime::units::MacAddress;
 
+use super::allowance::{Allowance, ParkLimits};
 use super::dataplane::{self, Setup, Stage};
 use super::error::{AttachError, GateError, OpenError};
 use super::gate::{Gates, SlotGate};
 use super::ledger::Tally;
 use super::netlink::Netlink;
-use super::port::Port;
+use super::port::{Port, Ports};
 use super::spool::Spool;
 use super::sys::{self, PacketSocket};
 use super::tunnel::{NodeTunnel, TunnelConfig, TunnelInfo};
@@ -33,6 +34,8 @@ pub struct NodeNetConfig {
     pub spool_dir: PathBuf,
     /// The tunnel that late frames of a departed pod go through; without one the service relays them.
     pub tunnel: Option<TunnelConfig>,
+    /// What is kept of those packets at most.
+    pub park: ParkLimits,
 }
 
 /// The pod's side of its one interface.
@@ -72,6 +75,8 @@ pub(crate) struct NodeInner {
     pub(crate) netlink: Netlink,
     pub(crate) gates: Arc<Gates>,
     pub(crate) tunnel: NodeTunnel,
+    pub(crate) ports: Arc<Ports>,
+    pub(crate) allowance: Arc<Allowance>,
 }
 
 impl NodeInner {
@@ -120,10 +125,12 @@ impl NodeNetwork {
         let tunnel = NodeTunnel::open(&netlink, &gates, config.tunnel).await?;
         leave_lost_tunnels(&gates, tunnel.device())?;
         let inner = NodeInner {
+            allowance: Allowance::new(config.park),
             config,
             netlink,
             gates,
             tunnel,
+            ports: Arc::default(),
         };
         Ok(Self {
             inner: Arc::new(inner),
@@ -133,6 +140,10 @@ impl NodeNetwork {
     /// The tunnel, and why it was not used.
     pub async fn tunnel_info(&self) -> TunnelInfo {
         self.inner.tunnel.info(&self.inner.netlink).await
+    }
+
+    pub(crate) fn inner(&self) -> &NodeInner {
+        &self.inner
     }
 
     /// Slots that hold pinned state of a pod whose TAP exists.
@@ -300,6 +311,7 @@ impl NodeNetwork {
         let (acked, acked_watch) = watch::channel(0);
         let (stages, stage_watch) = watch::channel(stage);
         let echoed = Arc::new(Notify::new());
+        let (full, full_watch) = watch::channel(false);
         let setup = Setup {
             pod: pod.name.clone(),
             tap_name: names.0.clone(),
@@ -316,6 +328,8 @@ impl NodeNetwork {
             acked,
             stages,
             echoed: Arc::clone(&echoed),
+            full,
+            share: self.inner.allowance.share(),
         };
         let thread = dataplane::start(setup).map_err(device_error("start the thread of"))?;
         Ok(Port::new(super::port::Parts {
@@ -332,6 +346,7 @@ impl NodeNetwork {
             acked: acked_watch,
             stages: stage_watch,
             echoed,
+            full: full_watch,
         }))
     }
 }

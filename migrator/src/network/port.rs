@@ -2,6 +2,8 @@
 //! [`replace`] is the one in an upgrade.
 
 mod destination;
+mod overflow;
+mod register;
 mod replace;
 mod source;
 
@@ -20,6 +22,8 @@ use super::gate::SlotGate;
 use super::ledger::{Ledger, Tally, book};
 use super::node::{ExistingDevices, NodeInner, PodNetId};
 
+pub(super) use register::Ports;
+
 pub(crate) struct Parts {
     pub(crate) node: Arc<NodeInner>,
     pub(crate) pod: PodNetId,
@@ -34,19 +38,22 @@ pub(crate) struct Parts {
     pub(crate) acked: watch::Receiver<u64>,
     pub(crate) stages: watch::Receiver<Stage>,
     pub(crate) echoed: Arc<Notify>,
+    pub(crate) full: watch::Receiver<bool>,
 }
 
-struct Inner {
-    node: Arc<NodeInner>,
-    pod: PodNetId,
-    gate: SlotGate,
-    tap_name: String,
-    park_name: String,
+pub(crate) struct Inner {
+    pub(super) node: Arc<NodeInner>,
+    pub(super) pod: PodNetId,
+    pub(super) gate: SlotGate,
+    pub(super) tap_name: String,
+    pub(super) park_name: String,
     tap_index: u32,
     commands: Sender<Command>,
     wake: Arc<EventFd>,
     acked: watch::Receiver<u64>,
     stages: watch::Receiver<Stage>,
+    /// More has come in this hold than may be kept.
+    full: watch::Receiver<bool>,
     /// Gone once the port is released.
     devices: Mutex<Option<ExistingDevices>>,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -96,7 +103,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// [`discard`](Self::discard) take it away.
 #[derive(Clone)]
 pub struct Port {
-    inner: Arc<Inner>,
+    pub(super) inner: Arc<Inner>,
 }
 
 impl std::fmt::Debug for Port {
@@ -111,6 +118,7 @@ impl std::fmt::Debug for Port {
 
 impl Port {
     pub(crate) fn new(parts: Parts) -> Self {
+        let ports = Arc::clone(&parts.node.ports);
         let inner = Inner {
             node: parts.node,
             pod: parts.pod,
@@ -122,6 +130,7 @@ impl Port {
             wake: parts.wake,
             acked: parts.acked,
             stages: parts.stages,
+            full: parts.full,
             devices: Mutex::new(Some(parts.devices)),
             thread: Mutex::new(Some(parts.thread)),
             announcer: Mutex::new(None),
@@ -129,16 +138,16 @@ impl Port {
             leaver: Mutex::new(None),
             base: Mutex::new(Ledger::default()),
         };
-        Self {
-            inner: Arc::new(inner),
-        }
+        let inner = Arc::new(inner);
+        ports.enter(&inner);
+        Self { inner }
     }
 
     fn gone(&self) -> PortError {
         PortError::Gone(self.inner.pod.name.clone())
     }
 
-    async fn ask<T>(
+    pub(super) async fn ask<T>(
         &self,
         command: impl FnOnce(oneshot::Sender<T>) -> Command,
     ) -> Result<T, PortError> {
@@ -246,7 +255,11 @@ impl Port {
         let tap = netlink.require(&self.inner.tap_name).await?;
         let counters = self.inner.gate.counters()?;
         let ledger = book(&counters, &tally, park.tx_dropped, tap.tx_dropped);
-        Ok(ledger.since(&lock(&self.inner.base)))
+        Ok(self.since_base(ledger))
+    }
+
+    pub(super) fn since_base(&self, ledger: Ledger) -> Ledger {
+        ledger.since(&lock(&self.inner.base))
     }
 
     /// What this node did with the pod's frames since the last [`reset_ledger`](Self::reset_ledger).

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
 
+use aya::maps::{MapData, RingBuf};
 use aya_log::EbpfLogger;
 use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
@@ -292,6 +293,13 @@ where
     // SAFETY: the logger owns the ring buffer's descriptor, gives out always the same one, and closes
     // it only when it is dropped, which is after the registration's end.
     Ok(unsafe { AsyncFd::register(logger) }?)
+}
+
+/// Makes a ring buffer awaitable.
+pub(crate) fn watch_ring(ring: RingBuf<MapData>) -> io::Result<AsyncFd<RingBuf<MapData>>> {
+    // SAFETY: the ring owns the map's descriptor, gives out always the same one, and closes it only when it is dropped, which is
+    // after the registration's end.
+    Ok(unsafe { AsyncFd::register(ring) }?)
 }
 
 /// A BPF array of `u64` in this process's memory.

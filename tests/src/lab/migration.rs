@@ -35,6 +35,7 @@ impl TestLab {
         ensure!(report.memory.pages_verified > 0, what());
         ensure!(report.memory.mismatched == 0, what());
         ensure!(report.packets.lost == 0 && report.packets.held == 0, what());
+        ensure!(report.packets.unaccounted == 0, what());
         self.runs_on(from.other())?;
         Ok(report)
     }

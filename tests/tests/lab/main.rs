@@ -7,6 +7,8 @@ mod cancel;
 mod certificate;
 mod connection;
 mod large_pages;
+mod limits;
+mod net;
 mod policies;
 mod postcopy;
 mod soak;

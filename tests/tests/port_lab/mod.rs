@@ -1,6 +1,7 @@
 //! Nodes and a client in namespaces of their own; [`traffic`] is what crosses them, [`killed`], [`tunnel`] and [`stream`] have tests.
 
 mod killed;
+mod limits;
 mod stream;
 mod traffic;
 mod tunnel;
@@ -12,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use migrator::network::{
-    ExistingDevices, Ledger, LogItem, NodeNetConfig, NodeNetwork, PodNetId, Port, Role,
+    ExistingDevices, Ledger, LogItem, NodeNetConfig, NodeNetwork, ParkLimits, PodNetId, Port, Role,
     TunnelConfig,
 };
 use migrator_tests::netns::{BpfDir, Netns, require_root};
@@ -26,6 +27,12 @@ pub(crate) const DEADLINE: Duration = Duration::from_secs(40);
 pub(crate) const POD_MAC: MacAddress = MacAddress([0x52, 0x54, 0, 0, 0, 0x10]);
 pub(crate) const CLIENT_MAC: MacAddress = MacAddress([0x52, 0x54, 0, 0, 0, 0x01]);
 
+/// More than any test but those of the limits needs.
+pub(crate) const PARK: ParkLimits = ParkLimits {
+    bytes: 1 << 30,
+    bytes_per_pod: 1 << 30,
+};
+
 pub(crate) type Job = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// A node: its namespace, and a thread in it that runs what it is given.
@@ -34,6 +41,7 @@ pub(crate) struct Node {
     pub(crate) network: NodeNetwork,
     pub(crate) dir: BpfDir,
     pub(crate) spool: TempDir,
+    pub(crate) park: ParkLimits,
     pub(crate) netns: Netns,
     pub(crate) tunnel: Option<TunnelConfig>,
 }
@@ -45,13 +53,19 @@ pub(crate) struct Underlay {
     pub(crate) tunnel: TunnelConfig,
 }
 
-pub(crate) fn config(dir: &BpfDir, spool: &TempDir, tunnel: Option<TunnelConfig>) -> NodeNetConfig {
+pub(crate) fn config(
+    dir: &BpfDir,
+    spool: &TempDir,
+    tunnel: Option<TunnelConfig>,
+    park: ParkLimits,
+) -> NodeNetConfig {
     NodeNetConfig {
         bridge: "br0".into(),
         uplink: "eth0".into(),
         bpffs: dir.path().to_owned(),
         spool_dir: spool.path().join("spool"),
         tunnel,
+        park,
     }
 }
 
@@ -89,6 +103,7 @@ impl Node {
         switch: &Netns,
         number: u32,
         underlay: Option<Underlay>,
+        park: ParkLimits,
     ) -> anyhow::Result<Self> {
         let netns = Netns::new()?;
         netns.ip("link add br0 type bridge forward_delay 0")?;
@@ -109,8 +124,9 @@ impl Node {
         let jobs = start_thread(&netns);
         let dir = BpfDir::new()?;
         let spool = tempfile::tempdir()?;
-        let network = call(&jobs, NodeNetwork::open(config(&dir, &spool, tunnel)))??;
+        let network = call(&jobs, NodeNetwork::open(config(&dir, &spool, tunnel, park)))??;
         Ok(Self {
+            park,
             jobs,
             network,
             dir,
@@ -141,7 +157,7 @@ impl Node {
     /// The service ends and a new one starts; the devices live on.
     pub(crate) fn restart(&mut self) -> anyhow::Result<()> {
         self.jobs = start_thread(&self.netns);
-        let config = config(&self.dir, &self.spool, self.tunnel);
+        let config = config(&self.dir, &self.spool, self.tunnel, self.park);
         self.network = self.call(NodeNetwork::open(config))??;
         Ok(())
     }
@@ -204,13 +220,21 @@ impl Lab {
     }
 
     pub(crate) fn over(underlay: Option<Underlay>) -> anyhow::Result<Self> {
+        Self::with(underlay, PARK)
+    }
+
+    pub(crate) fn with_limits(park: ParkLimits) -> anyhow::Result<Self> {
+        Self::with(None, park)
+    }
+
+    fn with(underlay: Option<Underlay>, park: ParkLimits) -> anyhow::Result<Self> {
         require_root();
         let switch = Netns::new()?;
         switch.ip("link add sw0 type bridge forward_delay 0")?;
         switch.ip("link set sw0 up")?;
-        let a = Node::new(&switch, 1, underlay)?;
-        let b = Node::new(&switch, 2, underlay)?;
-        let client = Node::new(&switch, 3, None)?;
+        let a = Node::new(&switch, 1, underlay, park)?;
+        let b = Node::new(&switch, 2, underlay, park)?;
+        let client = Node::new(&switch, 3, None, park)?;
         for number in 1..=3 {
             wait_for_port(&switch, &format!("p{number}"))?;
         }

@@ -133,6 +133,38 @@ impl Inbox {
         Ok(())
     }
 
+    /// How many have come, once the last frame of a flow is among them.
+    pub(crate) fn arrived_of(&self, sent: &BTreeMap<u8, u64>) -> u64 {
+        let last = |(flow, count): (&u8, &u64)| (*flow, count - 1);
+        let lasts: Vec<_> = sent.iter().map(last).collect();
+        let all = self
+            .0
+            .wait_for(|arrived| lasts.iter().all(|last| arrived.contains(last)));
+        all.len() as u64
+    }
+
+    /// All but `lost` frames came, each once, and in order.
+    pub(crate) fn check_but(&self, sent: &BTreeMap<u8, u64>, lost: u64) -> anyhow::Result<()> {
+        let total = sent.values().sum::<u64>() - lost;
+        let arrived = self.0.wait_for(|arrived| arrived.len() as u64 >= total);
+        let mut next = BTreeMap::new();
+        for (flow, number) in arrived.iter() {
+            let expected = next.entry(*flow).or_insert(0);
+            ensure!(
+                number >= expected,
+                "flow {flow}: {number} came behind {}",
+                *expected - 1
+            );
+            *expected = number + 1;
+        }
+        ensure!(
+            arrived.len() as u64 == total,
+            "{} came, {total} should have",
+            arrived.len()
+        );
+        Ok(())
+    }
+
     /// Every frame of every flow came once, and in order.
     pub(crate) fn check(&self, sent: &BTreeMap<u8, u64>) -> anyhow::Result<()> {
         let total: u64 = sent.values().sum();

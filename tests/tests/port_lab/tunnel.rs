@@ -10,8 +10,8 @@ use migrator::network::{
 };
 
 use super::{
-    DEADLINE, Guest, Inbox, Lab, Node, POD_MAC, Sender, Underlay, check_ledger, pod, say_hello,
-    wait_for_port,
+    DEADLINE, Guest, Inbox, Lab, Node, PARK, POD_MAC, Sender, Underlay, check_ledger, pod,
+    say_hello, wait_for_port,
 };
 use crate::migrate;
 
@@ -322,7 +322,7 @@ fn frames_follow_a_pod_that_moves_on_through_both_nodes_that_it_has_left() -> an
         at_b,
         guest,
     } = departed;
-    let c = Node::new(&lab.switch, 4, Some(WIDE))?;
+    let c = Node::new(&lab.switch, 4, Some(WIDE), PARK)?;
     wait_for_port(&lab.switch, "p4")?;
     wait_for_port(&c.netns, "eth0")?;
     tunnel_to(&lab.a, &at_a, NODE_B[0])??;

@@ -88,6 +88,7 @@ pub(super) async fn outgoing(node: Arc<Node>, job: Outgoing) {
     );
     run.connections = options.connections;
     run.compress = options.compress;
+    run.on_overflow = options.on_overflow;
     run.attach(session, options.bandwidth);
     run.input(Input::Begin).await;
     run.events().await;
@@ -154,9 +155,9 @@ pub(super) fn figures(node: &Node, ticket: &Ticket, pod: &PodHandle, to: &str) -
         },
         phases: Vec::new(),
         downtime_us: 0,
-        tunnelled: Arc::default(),
         postcopy: false,
         total: None,
+        books: Arc::default(),
     }
 }
 

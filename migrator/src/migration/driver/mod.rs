@@ -19,6 +19,7 @@ use crate::daemon::node::Node;
 use crate::memory::compress::Compress;
 use crate::migration::journal::{Journal, Recovery};
 use crate::migration::mode::{Mode, OnStall};
+use crate::network::OnOverflow;
 use crate::pods::recover::OpenMigration;
 use crate::pods::{PodHandle, PodResources};
 use crate::wire::session::Session;
@@ -67,6 +68,8 @@ pub struct Options {
     pub bandwidth: Option<NonZeroU64>,
     /// What pages are compressed with.
     pub compress: Compress,
+    /// What is done when more packets come than may be kept.
+    pub on_overflow: OnOverflow,
 }
 
 /// A migration away from here, to be driven. The pod is marked as migrating.

@@ -1,11 +1,14 @@
 //! The figures of a migration, gathered at the source while it runs.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crate::memory::postcopy::quantile;
 use crate::migration::status::{FaultReport, MemoryReport, MigrationReport, Outcome, PacketReport};
+use crate::network;
 use crate::wire::message::{FaultFigures, Ledger, Running};
+
+/// The source's own books, with every reason; the wire has only their sums.
+pub(super) type Books = Arc<OnceLock<network::Ledger>>;
 
 /// What is known so far.
 #[derive(Debug)]
@@ -20,11 +23,11 @@ pub(super) struct Figures {
     pub(super) phases: Vec<(String, u64)>,
     pub(super) downtime_us: u64,
     /// Frames that this node sent through the tunnel.
-    pub(super) tunnelled: Arc<AtomicU64>,
     /// Pages crossed after the resume.
     pub(super) postcopy: bool,
     /// From the request to the end of the source's VM.
     pub(super) total: Option<std::time::Duration>,
+    pub(super) books: Books,
 }
 
 impl Figures {
@@ -74,7 +77,7 @@ impl Figures {
             downtime_ms: self.downtime_us as f64 / 1e3,
             frozen_at_unix_us: self.frozen_at_unix_us,
             memory: self.memory,
-            packets: packets(source, destination, self.tunnelled.load(Ordering::Relaxed)),
+            packets: packets(source, destination, self.books.get()),
             phases: self.phases,
         }
     }
@@ -82,15 +85,30 @@ impl Figures {
 
 /// Adds the two nodes' books up. What the source forwarded is what the destination got from it, so it
 /// is seen once, at the source.
-fn packets(source: Ledger, destination: Ledger, tunnelled: u64) -> PacketReport {
+fn packets(source: Ledger, destination: Ledger, books: Option<&network::Ledger>) -> PacketReport {
     let forwarded = source.forwarded;
-    PacketReport {
+    let reasons = books.map(|books| books.reasons).unwrap_or_default();
+    let mut report = PacketReport {
         seen: (source.seen + destination.seen).saturating_sub(forwarded),
         delivered: source.delivered + destination.delivered,
         held: source.held + destination.held,
         forwarded,
-        tunnelled,
+        tunnelled: reasons.forwarded_tunnel,
         refused: source.refused + destination.refused,
         lost: source.lost + destination.lost,
+        lost_overflow: reasons.lost_overflow,
+        lost_park: reasons.lost_park,
+        unaccounted: 0,
+    };
+    let booked = report.delivered + report.held + report.refused + report.lost;
+    report.unaccounted = report.seen as i64 - booked as i64;
+    if report.unaccounted != 0 {
+        tracing::error!(
+            ?source,
+            ?destination,
+            unaccounted = report.unaccounted,
+            "the packet books do not balance"
+        );
     }
+    report
 }

@@ -25,6 +25,7 @@ use crate::memory::send::PageSender;
 use crate::memory::track::Tracking;
 use crate::migration::source::{Input, Outcome, Output, Rollback, Source};
 use crate::migration::status;
+use crate::network::OnOverflow;
 use crate::pods::{MigrationEnd, PodHandle, PodResources};
 use crate::wire::bulk::Urgent;
 use crate::wire::conn::Connection;
@@ -63,6 +64,7 @@ pub(super) struct Run {
     /// Data connections of a link that is dialed again.
     pub(super) connections: u8,
     pub(super) compress: Compress,
+    pub(super) on_overflow: OnOverflow,
     pub(super) held_at_unix_us: u64,
 }
 
@@ -106,6 +108,7 @@ impl Run {
             round_began: 0,
             connections,
             compress,
+            on_overflow: OnOverflow::default(),
             held_at_unix_us: 0,
         }
     }
@@ -201,22 +204,17 @@ impl Run {
             ),
             Outcome::Refused { reason } => {
                 let epoch = self.owner_epoch().await;
-                (
-                    Some(MigrationEnd::Kept { epoch }),
-                    status::Outcome::Refused(reason),
-                    Ledger::default(),
-                    Ledger::default(),
-                )
+                let end = Some(MigrationEnd::Kept { epoch });
+                let books = self.books_kept().await;
+                let outcome = status::Outcome::Refused(reason);
+                (end, outcome, books, Ledger::default())
             }
             Outcome::Failed { reason } => {
                 let epoch = self.owner_epoch().await;
                 let end = Some(MigrationEnd::Kept { epoch });
-                (
-                    end,
-                    status::Outcome::Failed(reason),
-                    Ledger::default(),
-                    Ledger::default(),
-                )
+                let books = self.books_kept().await;
+                let outcome = status::Outcome::Failed(reason);
+                (end, outcome, books, Ledger::default())
             }
             Outcome::PodFailed { reason } => {
                 let end = Some(MigrationEnd::Died {

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
@@ -9,12 +10,17 @@ use super::depart::DIAL_DEADLINE;
 use super::packets;
 use super::source::Run;
 use super::source_steps as steps;
+use super::steps::wire_ledger;
 use crate::api::error::chain;
 use crate::migration::source::Input;
-use crate::network::{LogItem, Stage};
+use crate::network::{LogItem, OnOverflow, Stage};
 use crate::pods::PodResources;
+use crate::wire::message::Ledger;
 use crate::wire::preamble::Shape;
 use crate::wire::session::{self, Session};
+
+/// How long the report of a migration that failed waits for its packets to be back with the guest.
+const BOOKS_WITHIN: Duration = Duration::from_secs(1);
 
 /// The loss of one link, which several of its connections may notice: the machine hears of it once.
 #[derive(Clone, Debug)]
@@ -113,6 +119,17 @@ impl Run {
         let Some(resources) = self.parts() else {
             return;
         };
+        resources.port.on_overflow(self.on_overflow);
+        if self.on_overflow == OnOverflow::Abort {
+            let (port, inputs) = (resources.port.clone(), self.runner.inputs.clone());
+            self.runner.helpers.spawn(async move {
+                if let Ok(Some(overflow)) = port.overflow().await {
+                    let reason = overflow.to_string();
+                    // The machine may be done.
+                    drop(inputs.send(Input::Overflowed { reason }));
+                }
+            });
+        }
         let log = self.pump(&resources);
         self.runner.step(async move {
             let held = resources.port.hold(log).await;
@@ -140,12 +157,26 @@ impl Run {
         self.runner.step(steps::forwarded(resources));
     }
 
+    /// The books of a pod that stays: once it has got back what was parked, or most of it.
+    pub(super) async fn books_kept(&self) -> Ledger {
+        let Some(resources) = self.parts() else {
+            return Ledger::default();
+        };
+        let back = resources.port.reached(Stage::Local);
+        // A guest that does not read gets its packets later.
+        let _ = tokio::time::timeout(BOOKS_WITHIN, back).await;
+        let Ok(ledger) = resources.port.ledger().await else {
+            return Ledger::default();
+        };
+        let _ = self.figures.books.set(ledger);
+        wire_ledger(&ledger)
+    }
+
     pub(super) fn release(&mut self) {
         self.server = None;
         let (pod, to) = (self.pod.clone(), self.figures.to.clone());
-        let tunnelled = Arc::clone(&self.figures.tunnelled);
         let resources = self.resources.take();
-        self.runner
-            .step(steps::release(resources, pod, to, tunnelled));
+        let books = Arc::clone(&self.figures.books);
+        self.runner.step(steps::release(resources, pod, to, books));
     }
 }

@@ -2,7 +2,6 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::available_parallelism;
 use std::time::Duration;
 
@@ -15,6 +14,7 @@ use vm_runtime::vm::RunState;
 use super::clock::unix_us;
 use super::device_state;
 use super::handoff::{Handoff, LOG_TAIL};
+use super::report::Books;
 use super::source_throttle::{Slowed, at_full_speed};
 use super::steps::{blocking, wire_ledger};
 use crate::api::error::chain;
@@ -305,18 +305,14 @@ pub(super) async fn forwarded(parts: Arc<PodResources>) -> Step {
     Ok(Input::Forwarded)
 }
 
-pub(super) async fn release(
-    parts: Parts,
-    pod: PodHandle,
-    to: String,
-    tunnelled: Arc<AtomicU64>,
-) -> Step {
+pub(super) async fn release(parts: Parts, pod: PodHandle, to: String, books: Books) -> Step {
     let mut ledger = Ledger::default();
     if let Some(parts) = parts {
         parts.vm.kill().await.map_err(|error| chain(&error))?;
         let booked = parts.port.release().await.map_err(|error| chain(&error))?;
         ledger = wire_ledger(&booked);
-        tunnelled.store(booked.reasons.forwarded_tunnel, Ordering::Relaxed);
+        // Once: this step runs once.
+        let _ = books.set(booked);
     }
     let end = MigrationEnd::MovedAway { to };
     if let Err(error) = pod.end_migration(end).await {

@@ -136,6 +136,11 @@ pub enum Input {
         /// What failed and why, for people.
         reason: String,
     },
+    /// More packets came for the pod than may be kept while it moves.
+    Overflowed {
+        /// How, for people.
+        reason: String,
+    },
     /// [`Output::Journal`] failed, and what followed it in its batch was not carried out. Must be the next input of all.
     JournalFailed {
         /// Why, for people.

@@ -218,6 +218,13 @@ impl Source {
         }
     }
 
+    /// Before the grant the guest gets everything here. Afterwards packets wait where they are: nothing else can take them.
+    pub(super) fn overflowed(&mut self, how: &str, out: &mut Vec<Output>) {
+        if self.before_grant() {
+            self.unwind(how, out);
+        }
+    }
+
     /// The machine journals twice: before the offer, and before the grant. In either case nothing has been sent.
     pub(super) fn journal_failed(&mut self, reason: &str, out: &mut Vec<Output>) {
         match self.state {

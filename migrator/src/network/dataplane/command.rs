@@ -6,9 +6,11 @@ use migrator_ebpf::Tunnel;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 
+use super::super::allowance::OnOverflow;
 use super::super::error::PortError;
 use super::super::ledger::Tally;
 use super::super::log::LogItem;
+use super::backlog::Backlog;
 
 /// Where a port stands in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -53,6 +55,7 @@ pub(crate) type Reply<T> = oneshot::Sender<T>;
 pub(crate) enum Command {
     Hold(UnboundedSender<LogItem>, Reply<Result<(), PortError>>),
     Resend(UnboundedSender<LogItem>, Reply<Result<(), PortError>>),
+    OnOverflow(OnOverflow),
     DrainTap(Instant, Reply<bool>),
     Residue(Reply<Result<u64, PortError>>),
     Ack(u64),
@@ -70,6 +73,7 @@ pub(crate) enum Command {
     /// Bring buckets that wait for lost frames up to date; whether to book those frames as lost in a crash.
     Resync(bool),
     Tally(Reply<Tally>),
+    Backlog(Reply<(Tally, Backlog)>),
     /// Shut the gate: whatever still comes counts elsewhere.
     Shut(Reply<()>),
     /// Take what is in the park, then take nothing more.

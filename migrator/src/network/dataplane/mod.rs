@@ -11,11 +11,14 @@
 //!                     settle            open
 //! ```
 
+mod backlog;
 mod command;
 mod destination;
+mod overflow;
 mod queues;
 mod source;
 
+pub use backlog::Backlog;
 pub use command::Stage;
 pub(crate) use command::{Command, Reply};
 use queues::{Origin, Pending, normalise, readable};
@@ -34,6 +37,7 @@ use nix::sys::time::TimeSpec;
 use tokio::sync::{Notify, mpsc::UnboundedSender, watch};
 use vm_runtime::units::MacAddress;
 
+use super::allowance::{OnOverflow, Share};
 use super::copies::Copies;
 use super::error::PortError;
 use super::gate::SlotGate;
@@ -52,14 +56,14 @@ const DISOWN_LIMIT: Duration = Duration::from_secs(1);
 const ECHO_LIMIT: Duration = Duration::from_millis(100);
 /// Pause before the next attempt at a full TAP.
 const FULL_PAUSE: Duration = Duration::from_micros(250);
+/// Until the next look whether other pods have made room for this one's log.
+const FULL_LOOK: Duration = Duration::from_millis(5);
 /// Longest sleep: a safety net, since every event wakes the thread.
 const IDLE: Duration = Duration::from_millis(500);
 /// Frames taken from the park before commands are looked at again.
 const BATCH: usize = 256;
 /// Frames that wait for a full TAP before the park is left to fill as well.
 const PENDING_MAX: usize = 65536;
-/// Bytes of unacknowledged log before the park is left to fill as well.
-const LOG_BYTES_MAX: usize = 512 << 20;
 /// Shortest Ethernet frame: its header.
 const ETHERNET_MIN: usize = 14;
 
@@ -81,6 +85,8 @@ pub(crate) struct Setup {
     pub(crate) stages: watch::Sender<Stage>,
     /// Told once the announcement of another node has come back.
     pub(crate) echoed: Arc<Notify>,
+    pub(crate) full: watch::Sender<bool>,
+    pub(crate) share: Share,
 }
 
 pub(crate) struct Dataplane {
@@ -107,6 +113,7 @@ pub(crate) struct Dataplane {
     early_ack: u64,
     /// Late frames may go through the tunnel, once the order allows it.
     may_tunnel: bool,
+    on_overflow: OnOverflow,
     drain_tap: Option<(Instant, Reply<bool>)>,
     // destination
     inbound: InboundLog,
@@ -121,8 +128,8 @@ pub(crate) struct Dataplane {
     settle: Option<Reply<Result<(), PortError>>>,
     /// Counters of `parked` that everything before must have reached, after a loss.
     resync: Option<(Box<[u64; 256]>, bool)>,
-    /// A former service was killed: what it took along is booked as soon as the gate is open.
-    resync_due: bool,
+    /// As soon as the gate is open; whether a former service was killed, and what it took along is to be booked.
+    resync_due: Option<bool>,
 }
 
 impl Dataplane {
@@ -155,6 +162,7 @@ impl Dataplane {
             echo_seen: false,
             early_ack: 0,
             may_tunnel: false,
+            on_overflow: OnOverflow::default(),
             drain_tap: None,
             inbound: match arrived {
                 true => InboundLog::resumed(injected_seq),
@@ -168,7 +176,7 @@ impl Dataplane {
             injected_seq: if arrived { injected_seq } else { 0 },
             settle: None,
             resync: None,
-            resync_due: false,
+            resync_due: None,
         }
     }
 
@@ -183,6 +191,7 @@ impl Dataplane {
             self.read_park(now);
             self.take_log(now);
             self.inject();
+            self.account();
             self.advance(now);
             self.wait();
         }
@@ -227,6 +236,7 @@ impl Dataplane {
                 }
                 answer(reply, result);
             }
+            Command::OnOverflow(rule) => self.on_overflow = rule,
             Command::DrainTap(until, reply) => {
                 // A queue that is too full for the marker is not empty either.
                 self.setup.injector.send(&marker(self.setup.mac));
@@ -267,6 +277,10 @@ impl Dataplane {
             Command::Tally(reply) => {
                 let tally = self.tally();
                 answer(reply, tally);
+            }
+            Command::Backlog(reply) => {
+                let facts = (self.tally(), self.backlog());
+                answer(reply, facts);
             }
             Command::Shut(reply) => {
                 self.set_gate(Mode::Shut, false);
@@ -318,8 +332,8 @@ impl Dataplane {
             self.set_gate(Mode::Local, true);
             self.set_stage(Stage::Local);
             self.setup.spool.remove();
-            if std::mem::take(&mut self.resync_due) {
-                self.start_resync(true);
+            if let Some(crashed) = self.resync_due.take() {
+                self.start_resync(crashed);
             }
             if let Some(reply) = self.settle.take() {
                 answer(reply, Ok(()));
@@ -360,6 +374,9 @@ impl Dataplane {
         let mut timeout = if more { Duration::ZERO } else { IDLE };
         if self.full || self.drain_tap.is_some() {
             timeout = timeout.min(FULL_PAUSE);
+        }
+        if self.is_full() {
+            timeout = timeout.min(FULL_LOOK);
         }
         for due in [self.end_due, self.echo_due].into_iter().flatten() {
             timeout = timeout.min(due.saturating_duration_since(now));

@@ -10,7 +10,7 @@ use nix::poll::{PollFd, PollFlags};
 
 use super::super::grace;
 use super::super::sys::{self, Sent, VNET_HEADER};
-use super::{BATCH, Dataplane, ETHERNET_MIN, LOG_BYTES_MAX, PENDING_MAX, Stage};
+use super::{BATCH, Dataplane, ETHERNET_MIN, PENDING_MAX, Stage};
 
 /// Why a frame is to be injected.
 #[derive(Clone, Copy, Debug)]
@@ -57,12 +57,12 @@ impl Dataplane {
 
     pub(super) fn may_read_park(&self) -> bool {
         self.pending.len() < PENDING_MAX
-            && self.log.kept_bytes() < LOG_BYTES_MAX
             && match self.stage {
                 // In the kernel's queue they outlive this service.
                 Stage::Incoming | Stage::Opened => false,
                 Stage::Settling => self.barrier.is_some(),
-                Stage::Local | Stage::Holding | Stage::Forwarding | Stage::RollingBack => true,
+                Stage::Local | Stage::RollingBack => true,
+                Stage::Holding | Stage::Forwarding => self.drops_newest() || !self.is_full(),
                 Stage::Released => false,
             }
     }
@@ -140,9 +140,15 @@ impl Dataplane {
                 self.tally.group += 1;
                 self.setup.gate.add_done(bucket);
             }
+            // Not read at all, unless they are to be dropped.
+            Stage::Holding | Stage::Forwarding if self.is_full() => {
+                self.tally.overflow += 1;
+                self.setup.gate.add_done(bucket);
+            }
             Stage::Holding | Stage::Forwarding => {
                 let item = self.log.frame(frame, bucket);
                 self.emit(item, Some(bucket));
+                self.account();
             }
             Stage::Incoming | Stage::Opened | Stage::Released => self.tally.removed += 1,
         }
@@ -202,7 +208,7 @@ impl Dataplane {
 
     pub(super) fn start_resync(&mut self, crashed: bool) {
         if self.stage != Stage::Local {
-            self.resync_due |= crashed;
+            self.resync_due = Some(self.resync_due.unwrap_or(false) | crashed);
             return;
         }
         let gate = &self.setup.gate;

@@ -7,6 +7,7 @@ use migrator_ebpf::{Mode, Tunnel};
 use nix::errno::Errno;
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::super::allowance::OnOverflow;
 use super::super::error::PortError;
 use super::super::log::{InboundLog, LogItem, SourceLog};
 use super::super::marker::is_marker;
@@ -46,6 +47,7 @@ impl Dataplane {
             (self.echo_due, self.echo_seen) = (None, false);
             self.early_ack = 0;
             self.may_tunnel = false;
+            self.begin_account();
             // Before the gate: the next service reads the spool of a port that holds, as far as the word tells it to.
             let kept = self.setup.spool.begin();
             self.setup
@@ -200,6 +202,7 @@ impl Dataplane {
             });
         }
         self.barrier = Some(self.injected + self.pending.len() as u64);
+        self.on_overflow = OnOverflow::default();
         self.set_stage(Stage::RollingBack);
         Ok(())
     }

@@ -87,8 +87,7 @@ impl Port {
     /// The port was not opened.
     pub async fn settle(&self) -> Result<(), PortError> {
         self.ask(Command::Settle).await??;
-        let park = &self.inner.park_name;
-        if self.inner.node.netlink.require(park).await?.tx_dropped > 0 {
+        if self.park_dropped().await? > 0 {
             // Buckets that wait for a lost frame would keep their flows on the slow way.
             self.resync(false);
         }

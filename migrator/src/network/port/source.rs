@@ -110,7 +110,12 @@ impl Port {
         if let Err(error) = self.inner.node.gates.send_out(self.inner.tap_index, 0) {
             tracing::warn!(%error, "this node's own pods may not reach one that has come back");
         }
-        self.ask(Command::Rollback).await?
+        self.ask(Command::Rollback).await??;
+        if self.park_dropped().await? > 0 {
+            // Buckets that wait for a lost frame would keep their flows on the slow way.
+            self.resync(false);
+        }
+        Ok(())
     }
 
     /// The guest runs at the destination: from now on acknowledged frames are freed, and late ones
