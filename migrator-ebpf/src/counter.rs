@@ -4,7 +4,8 @@
 pub const COUNTERS_LEN: usize = 16;
 
 /// Index of a counter in a row. Each frame that reaches the gate is booked by exactly one of the
-/// counters up to [`Counter::RefusedNoSlot`]; each frame from the guest by one of the rest.
+/// counters up to [`Counter::RefusedNoSlot`], each one that the uplink's program takes past it by [`Counter::Fast`]; each frame from
+/// the guest by [`Counter::Sent`] or [`Counter::Blocked`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u32)]
 pub enum Counter {
@@ -26,11 +27,17 @@ pub enum Counter {
     Sent = 7,
     /// From the guest, and it may not send: dropped.
     Blocked = 8,
+    /// From the uplink straight to the TAP, past bridge and gate.
+    Fast = 9,
+    /// Of those, what the TAP's full queue did not take.
+    FastLost = 10,
+    /// How often it did not: the kernel adds one to the device's own counter of drops each time, however many were lost.
+    FastFull = 11,
 }
 
 impl Counter {
     /// All of them, in order.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 12] = [
         Self::Passed,
         Self::ParkedLocal,
         Self::ParkedHold,
@@ -40,6 +47,9 @@ impl Counter {
         Self::RefusedNoSlot,
         Self::Sent,
         Self::Blocked,
+        Self::Fast,
+        Self::FastLost,
+        Self::FastFull,
     ];
 }
 
@@ -54,7 +64,7 @@ impl CounterRow {
         self.0[counter as usize]
     }
 
-    /// Every frame that reached the gate.
+    /// Every frame that reached the gate, or went past it on the fast way.
     pub const fn seen(&self) -> u64 {
         self.get(Counter::Passed)
             + self.get(Counter::ParkedLocal)
@@ -63,5 +73,6 @@ impl CounterRow {
             + self.get(Counter::RefusedShut)
             + self.get(Counter::RefusedEcho)
             + self.get(Counter::RefusedNoSlot)
+            + self.get(Counter::Fast)
     }
 }

@@ -61,6 +61,7 @@ impl Bench {
         };
         let device = Device {
             park: LOOPBACK,
+            uplink: 0,
             slot: SLOT,
             mac: POD,
         };
@@ -286,6 +287,7 @@ fn a_device_without_a_slot_and_a_foreign_word_let_nothing_through() -> anyhow::R
     assert_eq!(bench.count(NO_SLOT_ROW, Counter::Blocked)?, 1);
     let outside = Device {
         park: LOOPBACK,
+        uplink: 0,
         slot: MAX_SLOTS as u16,
         mac: POD,
     };

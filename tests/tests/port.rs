@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use migrator::network::{ExistingDevices, LogKind, Port, Role, Stage, VNET_HEADER};
+use migrator::network::{ExistingDevices, LogKind, Port, Role, Stage, VNET_HEADER, XdpChoice};
 use migrator_tests::netns::{set_vnet_header, take_segments_whole};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use port_lab::{
@@ -221,7 +221,7 @@ fn read_frame(tap: &OwnedFd, header: usize) -> anyhow::Result<Vec<u8>> {
 
 #[test]
 fn a_segment_crosses_park_residue_and_log_whole() -> anyhow::Result<()> {
-    let lab = Lab::new()?;
+    let lab = Lab::with(XdpChoice::Off)?;
     take_segments_whole(lab.client_tap.as_fd())?;
     let at_a = lab
         .a

@@ -3,6 +3,7 @@
 //! Every frame for a guest leaves through its TAP, so the programs on the TAP see all of them:
 //!
 //! ```text
+//!   uplink --------------> TAP                   [uplink]: the fast way for small packets, where nothing is to be overtaken
 //!   bridge --> [gate] --> TAP --> guest          [guard]: what the guest sends, only where it may run
 //!                 |        ^
 //!                 v        | inject: packet socket, past qdisc and gate
@@ -28,9 +29,11 @@ mod log;
 mod marker;
 mod netlink;
 mod node;
+mod pins;
 mod port;
 mod spool;
 mod sys;
+mod uplink;
 
 pub use announce::{SCHEDULE, announcement};
 pub use dataplane::Stage;
@@ -41,3 +44,4 @@ pub use log::{FIRST_FRAME_SEQ, FIRST_SEQ, LogItem, LogKind};
 pub use node::{ExistingDevices, NodeNetConfig, NodeNetwork, PodNetId, Role, park_name, tap_name};
 pub use port::Port;
 pub use sys::VNET_HEADER;
+pub use uplink::{UplinkPath, XdpChoice};

@@ -1,11 +1,16 @@
 //! Links, bridge ports and forwarding entries, by rtnetlink.
 
-use futures::TryStreamExt;
+use futures::{StreamExt, TryStreamExt};
 use netlink_packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkMessage,
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoBridge, InfoData, LinkAttribute, LinkInfo,
+    LinkMessage,
 };
 use netlink_packet_route::neighbour::{NeighbourFlags, NeighbourMessage, NeighbourState};
-use netlink_packet_route::{AddressFamily, neighbour::NeighbourAttribute};
+use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage, neighbour::NeighbourAttribute};
+use rtnetlink::packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+};
 use rtnetlink::{Handle, LinkBridgePort, LinkUnspec};
 use vm_runtime::units::MacAddress;
 
@@ -26,6 +31,10 @@ pub(crate) struct Link {
     pub(crate) mtu: u32,
     /// Frames that the device took and dropped.
     pub(crate) tx_dropped: u64,
+    /// Receive queues that it has at most.
+    pub(crate) rx_queues: u32,
+    /// A bridge that tells VLANs apart.
+    pub(crate) vlan_filtering: bool,
 }
 
 /// The service's rtnetlink socket, in the namespace of the thread that opened it.
@@ -101,6 +110,30 @@ impl Netlink {
         self.set(name, port).await?;
         let up = LinkUnspec::new_with_index(link.index).up().build();
         self.set(name, up).await
+    }
+
+    /// Takes the queueing discipline off a pod's TAP, before it is up: a frame is then in the TAP's queue when its sender's call returns. With
+    /// one, another CPU may be handing it over still, when a redirected frame of its flow gets there.
+    pub(crate) async fn make_queueless(&self, name: &str) -> Result<(), NetlinkError> {
+        let index = self.require(name).await?.index;
+        let index = i32::try_from(index).map_err(|_| NetlinkError::Missing(name.to_owned()))?;
+        let mut message = TcMessage::with_index(index);
+        message.header.parent = TcHandle::ROOT;
+        message
+            .attributes
+            .push(TcAttribute::Kind("noqueue".to_owned()));
+        let mut request = NetlinkMessage::from(RouteNetlinkMessage::NewQueueDiscipline(message));
+        request.header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
+        let refused = |source| NetlinkError::new("take the queueing discipline off", name, source);
+        let mut answers = self.handle.clone().request(request).map_err(refused)?;
+        while let Some(answer) = answers.next().await {
+            if let NetlinkPayload::Error(error) = answer.payload
+                && error.code.is_some()
+            {
+                return Err(refused(rtnetlink::Error::NetlinkError(error)));
+            }
+        }
+        Ok(())
     }
 
     /// The device must never send a frame of its own: no IPv6 address, so no discovery either.
@@ -196,15 +229,28 @@ fn read_link(message: &LinkMessage) -> Link {
         index: message.header.index,
         mtu: 1500,
         tx_dropped: 0,
+        rx_queues: 1,
+        vlan_filtering: false,
     };
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::NumRxQueues(queues) => link.rx_queues = *queues,
+            LinkAttribute::LinkInfo(info) => link.vlan_filtering = filters_vlans(info),
             LinkAttribute::Stats64(stats) => link.tx_dropped = stats.tx_dropped,
             _ => {}
         }
     }
     link
+}
+
+fn filters_vlans(info: &[LinkInfo]) -> bool {
+    info.iter().any(|info| match info {
+        LinkInfo::Data(InfoData::Bridge(settings)) => {
+            settings.contains(&InfoBridge::VlanFiltering(true))
+        }
+        _ => false,
+    })
 }
 
 fn is_errno(error: &rtnetlink::Error, errnos: &[i32]) -> bool {

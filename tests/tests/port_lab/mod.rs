@@ -1,5 +1,6 @@
-//! Nodes and a client in namespaces of their own; [`traffic`] is what crosses them, [`killed`] has tests.
+//! Nodes and a client in namespaces of their own; [`traffic`] is what crosses them, [`fast`] and [`killed`] have tests.
 
+mod fast;
 mod killed;
 mod traffic;
 
@@ -10,14 +11,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use migrator::network::{
-    ExistingDevices, Ledger, LogItem, NodeNetConfig, NodeNetwork, PodNetId, Port, Role,
+    ExistingDevices, Ledger, LogItem, NodeNetConfig, NodeNetwork, PodNetId, Port, Role, XdpChoice,
 };
 use migrator_tests::netns::{BpfDir, Netns, require_root};
 use tempfile::TempDir;
 use tokio::sync::mpsc;
 use vm_runtime::units::MacAddress;
 
-pub(crate) use traffic::{Guest, Inbox, Sender, finish_ipv4, say_hello};
+pub(crate) use traffic::{GROUP_FLOW, Guest, Inbox, Sender, finish_ipv4, say_hello};
 
 pub(crate) const DEADLINE: Duration = Duration::from_secs(40);
 pub(crate) const POD_MAC: MacAddress = MacAddress([0x52, 0x54, 0, 0, 0, 0x10]);
@@ -32,12 +33,14 @@ pub(crate) struct Node {
     pub(crate) dir: BpfDir,
     pub(crate) spool: TempDir,
     pub(crate) netns: Netns,
+    xdp: XdpChoice,
 }
 
-pub(crate) fn config(dir: &BpfDir, spool: &TempDir) -> NodeNetConfig {
+pub(crate) fn config(dir: &BpfDir, spool: &TempDir, xdp: XdpChoice) -> NodeNetConfig {
     NodeNetConfig {
         bridge: "br0".into(),
         uplink: "eth0".into(),
+        xdp,
         bpffs: dir.path().to_owned(),
         spool_dir: spool.path().join("spool"),
     }
@@ -73,7 +76,7 @@ pub(crate) fn call<T: Send + 'static>(
 
 impl Node {
     /// A node whose bridge has a cable to the switch.
-    pub(crate) fn new(switch: &Netns, number: u32) -> anyhow::Result<Self> {
+    fn new(switch: &Netns, number: u32, xdp: XdpChoice) -> anyhow::Result<Self> {
         let netns = Netns::new()?;
         netns.ip("link add br0 type bridge forward_delay 0")?;
         netns.ip(&format!("link add eth0 type veth peer name p{number}"))?;
@@ -85,13 +88,14 @@ impl Node {
         let jobs = start_thread(&netns);
         let dir = BpfDir::new()?;
         let spool = tempfile::tempdir()?;
-        let network = call(&jobs, NodeNetwork::open(config(&dir, &spool)))??;
+        let network = call(&jobs, NodeNetwork::open(config(&dir, &spool, xdp)))??;
         Ok(Self {
             jobs,
             network,
             dir,
             spool,
             netns,
+            xdp,
         })
     }
 
@@ -116,7 +120,7 @@ impl Node {
     /// The service ends and a new one starts; the devices live on.
     pub(crate) fn restart(&mut self) -> anyhow::Result<()> {
         self.jobs = start_thread(&self.netns);
-        self.network = self.call(NodeNetwork::open(config(&self.dir, &self.spool)))??;
+        self.network = self.call(NodeNetwork::open(config(&self.dir, &self.spool, self.xdp)))??;
         Ok(())
     }
 
@@ -174,13 +178,18 @@ pub(crate) struct Lab {
 
 impl Lab {
     pub(crate) fn new() -> anyhow::Result<Self> {
+        Self::with(XdpChoice::Auto)
+    }
+
+    /// With these uplinks. Over a veth that runs an XDP program, nothing comes that is still to be cut.
+    pub(crate) fn with(xdp: XdpChoice) -> anyhow::Result<Self> {
         require_root();
         let switch = Netns::new()?;
         switch.ip("link add sw0 type bridge forward_delay 0")?;
         switch.ip("link set sw0 up")?;
-        let a = Node::new(&switch, 1)?;
-        let b = Node::new(&switch, 2)?;
-        let client = Node::new(&switch, 3)?;
+        let a = Node::new(&switch, 1, xdp)?;
+        let b = Node::new(&switch, 2, xdp)?;
+        let client = Node::new(&switch, 3, xdp)?;
         for number in 1..=3 {
             wait_for_port(&switch, &format!("p{number}"))?;
         }

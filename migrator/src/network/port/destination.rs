@@ -58,8 +58,11 @@ impl Port {
             pod,
             tap_name,
             tap_index,
+            counted_from,
             ..
         } = &*self.inner;
+        // Long past in a migration.
+        tokio::time::sleep_until(*counted_from).await;
         Ok(node
             .netlink
             .own_address(tap_name, *tap_index, pod.mac)
