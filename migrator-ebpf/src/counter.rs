@@ -8,8 +8,8 @@ pub const COUNTERS_LEN: usize = 32;
 pub const LOGGED_WORD: usize = COUNTERS_LEN - 1;
 
 /// Index of a counter in a row. Each frame that reaches the gate is booked by exactly one of the
-/// counters up to [`Counter::RefusedNoSlot`], or by [`Counter::SentOut`], [`Counter::ForwardedTunnel`] or [`Counter::RefusedGroup`]; each frame
-/// from the guest by [`Counter::Sent`] or [`Counter::Blocked`].
+/// counters up to [`Counter::RefusedNoSlot`], or by [`Counter::SentOut`], [`Counter::ForwardedTunnel`] or [`Counter::RefusedGroup`]; each one
+/// that the uplink's program takes past it by [`Counter::Fast`]; each frame from the guest by [`Counter::Sent`] or [`Counter::Blocked`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u32)]
 pub enum Counter {
@@ -31,6 +31,12 @@ pub enum Counter {
     Sent = 7,
     /// From the guest, and it may not send: dropped.
     Blocked = 8,
+    /// From the uplink straight to the TAP, past bridge and gate.
+    Fast = 9,
+    /// Of those, what the TAP's full queue did not take.
+    FastLost = 10,
+    /// How often it did not: the kernel adds one to the device's own counter of drops each time, however many were lost.
+    FastFull = 11,
     /// FORWARD or TUNNEL, from this node's own bridge, which the network's change has reached: sent out of the uplink.
     SentOut = 12,
     /// Came out of the tunnel for this slot's pod. Its gate books it as any other frame.
@@ -43,7 +49,7 @@ pub enum Counter {
 
 impl Counter {
     /// All of them, in order.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 16] = [
         Self::Passed,
         Self::ParkedLocal,
         Self::ParkedHold,
@@ -53,6 +59,9 @@ impl Counter {
         Self::RefusedNoSlot,
         Self::Sent,
         Self::Blocked,
+        Self::Fast,
+        Self::FastLost,
+        Self::FastFull,
         Self::SentOut,
         Self::Landed,
         Self::RefusedGroup,
@@ -73,7 +82,7 @@ impl CounterRow {
         self.0[counter as usize]
     }
 
-    /// Every frame that reached the gate.
+    /// Every frame that reached the gate, or went past it on the fast way.
     pub const fn seen(&self) -> u64 {
         self.get(Counter::Passed)
             + self.get(Counter::ParkedLocal)
@@ -85,5 +94,6 @@ impl CounterRow {
             + self.get(Counter::SentOut)
             + self.get(Counter::RefusedGroup)
             + self.get(Counter::ForwardedTunnel)
+            + self.get(Counter::Fast)
     }
 }

@@ -48,6 +48,16 @@ impl Gate {
         self.mode as u64 | send | (self.slot as u64) << 16 | (self.epoch as u64) << 32
     }
 
+    /// The word after this one that lets nothing through.
+    pub const fn shut(self, slot: u16) -> Self {
+        Self {
+            mode: Mode::Shut,
+            may_send: false,
+            slot,
+            epoch: self.epoch.wrapping_add(1),
+        }
+    }
+
     /// Reads a word. An unknown mode is shut and may not send: whoever wrote it is newer than this code.
     pub const fn from_word(word: u64) -> Self {
         let (mode, known) = match word as u8 {

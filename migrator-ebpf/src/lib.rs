@@ -5,20 +5,25 @@
 
 #![no_std]
 
+mod checksum;
 mod counter;
 mod gate;
 mod meaning;
 mod packet;
 mod trace;
 mod tunnel;
+mod uplink;
 
+pub use checksum::{UdpSegment, fold, udp_segment};
 pub use counter::{COUNTERS_LEN, Counter, CounterRow, LOGGED_WORD};
 pub use gate::{Gate, Mode, Verdict, verdict};
 pub use packet::{
-    Bytes, FrameBytes, MAC_LEN, bucket, destination_mac, is_group, is_own_echo, source_mac,
+    Bytes, FrameBytes, MAC_LEN, bucket, destination_mac, is_fast_kind, is_group, is_own_echo,
+    source_mac,
 };
 pub use trace::{Direction, TRACE_HEAD, TRACE_RING_BYTES, TraceEvent, is_watched, verdict_of};
 pub use tunnel::{Landing, Probe, Tunnel, landing_key};
+pub use uplink::{Extent, Local, QUEUES_MAX, extent, latch_index, may_open};
 
 /// Version of the layouts below; part of the folder that the maps are pinned in.
 pub const ABI: u32 = 2;
@@ -46,6 +51,14 @@ pub mod names {
     pub const LANDINGS: &str = "LANDINGS";
     /// Array of `u64`, by slot: the number of the last [`crate::Probe`] that was answered. Memory-mappable.
     pub const PROBED: &str = "PROBED";
+    /// XDP program of the node's uplink.
+    pub const UPLINK: &str = "uplink";
+    /// XDP program of the entries of [`TAPS`].
+    pub const INTO_TAP: &str = "into_tap";
+    /// Program of the kernel's tracepoint [`DEVMAP_XMIT`].
+    pub const TAP_FULL: &str = "tap_full";
+    /// include/trace/events/xdp.h: a batch of redirected frames was given to a device.
+    pub const DEVMAP_XMIT: &str = "xdp_devmap_xmit";
     /// Array of `u64`, by slot: [`crate::Gate`]. Memory-mappable.
     pub const GATES: &str = "GATES";
     /// Hash of [`crate::Device`], by interface index.
@@ -65,6 +78,16 @@ pub mod names {
     pub const TRACE_MISSED: &str = "TRACE_MISSED";
     /// Ring buffer of [`crate::TraceEvent`]. Not pinned.
     pub const TRACE_RING: &str = "TRACE_RING";
+    /// Hash of [`crate::Local`], by MAC address: the pods that the uplink's program knows.
+    pub const LOCALS: &str = "LOCALS";
+    /// Hash of devices, by slot: the TAPs that frames are redirected to.
+    pub const TAPS: &str = "TAPS";
+    /// Array of `u64`, by [`crate::bucket_index`]: frames that the uplink's program left to the kernel. Memory-mappable.
+    pub const PASSED: &str = "PASSED";
+    /// Array of `u64`, by [`crate::bucket_index`]: those of them that have come to the gate. Memory-mappable.
+    pub const ARRIVED: &str = "ARRIVED";
+    /// Array of `u64`, by [`crate::latch_index`]: the gate's word under which a bucket takes the fast way.
+    pub const LATCHES: &str = "LATCHES";
 }
 
 /// What the programs know about a device they are attached to.
@@ -76,13 +99,15 @@ pub struct Device {
     /// Interface index of the uplink, once the pod has gone and the network sends to its new place: where frames of the node's own bridge then
     /// go. 0 before.
     pub out: u32,
+    /// Interface index of the uplink whose program counts what it leaves to the kernel; 0 if there is none.
+    pub uplink: u32,
     /// The pod's slot.
     pub slot: u16,
     /// The pod's MAC address.
     pub mac: [u8; MAC_LEN],
 }
 
-const _: () = assert!(size_of::<Device>() == 16);
+const _: () = assert!(size_of::<Device>() == 20);
 const _: () = assert!(size_of::<Tunnel>() == 28);
 const _: () = assert!(size_of::<Landing>() == 12);
 const _: () = assert!(size_of::<CounterRow>() == COUNTERS_LEN * 8);
@@ -94,12 +119,14 @@ pub const fn bucket_index(slot: u16, bucket: u8) -> u32 {
 
 #[cfg(feature = "user")]
 mod user {
-    // SAFETY: `repr(C)`, 4 + 4 + 2 + 6 bytes without padding, every bit pattern valid: what a map value needs.
+    // SAFETY: `repr(C)`, 4 + 4 + 4 + 2 + 6 bytes without padding, every bit pattern valid: what a map value needs.
     unsafe impl aya::Pod for super::Device {}
     // SAFETY: `repr(C)`, three `u32` and 16 bytes without padding, every bit pattern valid.
     unsafe impl aya::Pod for super::Tunnel {}
     // SAFETY: `repr(C)`, 4 + 4 + 2 + 2 bytes without padding, every bit pattern valid.
     unsafe impl aya::Pod for super::Landing {}
+    // SAFETY: `repr(C)`, 2 + 2 bytes without padding, every bit pattern valid.
+    unsafe impl aya::Pod for super::Local {}
     // SAFETY: an array of `u64` behind `repr(transparent)`: no padding, every bit pattern valid.
     unsafe impl aya::Pod for super::CounterRow {}
 }

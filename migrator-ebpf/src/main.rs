@@ -1,5 +1,5 @@
 //! The dataplane programs of a pod's TAP: the gate in front of the guest (tcx egress), and the guard
-//! behind it (tcx ingress). The verdicts themselves are `migrator_ebpf::verdict`, tested on the host.
+//! behind it (tcx ingress); [`xdp`] has those of the fast way. The verdicts themselves are `migrator_ebpf::verdict`, tested on the host.
 
 #![no_std]
 #![no_main]
@@ -10,6 +10,7 @@
 
 mod observe;
 mod overlay;
+mod xdp;
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
@@ -20,11 +21,11 @@ use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use migrator_ebpf::{
     BUCKETS, Bytes, Counter, CounterRow, Device, Direction, Gate, MAX_SLOTS, NO_SLOT_ROW, Verdict,
-    bucket, bucket_index, is_group, is_own_echo, verdict,
+    bucket, bucket_index, is_fast_kind, is_group, is_own_echo, verdict,
 };
 
 /// linux/bpf.h: the map can be mapped into user memory.
-const BPF_F_MMAPABLE: u32 = 1 << 10;
+pub(crate) const BPF_F_MMAPABLE: u32 = 1 << 10;
 
 /// linux/bpf.h `tcx_action_base`: on to the next program, if any, then as if there were none.
 const TCX_NEXT: i32 = -1;
@@ -32,17 +33,17 @@ const TCX_NEXT: i32 = -1;
 const TCX_DROP: i32 = 2;
 
 #[map]
-static GATES: Array<u64> = Array::pinned(MAX_SLOTS, BPF_F_MMAPABLE);
+pub(crate) static GATES: Array<u64> = Array::pinned(MAX_SLOTS, BPF_F_MMAPABLE);
 #[map]
-static DEVICES: HashMap<u32, Device> = HashMap::pinned(2 * MAX_SLOTS, 0);
+pub(crate) static DEVICES: HashMap<u32, Device> = HashMap::pinned(2 * MAX_SLOTS, 0);
 #[map]
-static PARKED: Array<u64> = Array::pinned(MAX_SLOTS * BUCKETS, BPF_F_MMAPABLE);
+pub(crate) static PARKED: Array<u64> = Array::pinned(MAX_SLOTS * BUCKETS, BPF_F_MMAPABLE);
 #[map]
-static DONE: Array<u64> = Array::pinned(MAX_SLOTS * BUCKETS, BPF_F_MMAPABLE);
+pub(crate) static DONE: Array<u64> = Array::pinned(MAX_SLOTS * BUCKETS, BPF_F_MMAPABLE);
 #[map]
 static INJECTED: Array<u64> = Array::pinned(MAX_SLOTS, BPF_F_MMAPABLE);
 #[map]
-static COUNTERS: PerCpuArray<CounterRow> = PerCpuArray::pinned(MAX_SLOTS + 1, 0);
+pub(crate) static COUNTERS: PerCpuArray<CounterRow> = PerCpuArray::pinned(MAX_SLOTS + 1, 0);
 
 struct Skb<'a>(&'a TcContext);
 
@@ -53,9 +54,13 @@ impl Bytes for Skb<'_> {
     }
 }
 
-/// Books the frame. Both hooks run with soft interrupts off, so nothing on this CPU comes between.
+/// linux/if_packet.h.
+const PACKET_BROADCAST: u32 = 1;
+const PACKET_MULTICAST: u32 = 2;
+
+/// Books the frame. All hooks run with soft interrupts off, so nothing on this CPU comes between.
 #[inline(always)]
-fn count(row: u32, counter: Counter) {
+pub(crate) fn count(row: u32, counter: Counter) {
     if let Some(row) = COUNTERS.get_ptr_mut(row) {
         // SAFETY: the map holds whole rows, and this CPU's is written only here.
         unsafe { (*row).0[counter as usize] += 1 };
@@ -75,11 +80,38 @@ fn book(ctx: &TcContext, slot: u16, word: u64, counter: Counter) {
 }
 
 #[inline(always)]
-fn read(map: &Array<u64>, index: u32) -> u64 {
+pub(crate) fn read(map: &Array<u64>, index: u32) -> u64 {
     match map.get_ptr(index) {
         // SAFETY: an aligned `u64` of a live map; user space stores whole words.
         Some(value) => unsafe { value.read_volatile() },
         None => 0,
+    }
+}
+
+/// Adds to a counter that several CPUs share.
+#[inline(always)]
+pub(crate) fn add(map: &Array<u64>, index: u32, frames: u64) {
+    if let Some(value) = map.get_ptr_mut(index) {
+        // SAFETY: an aligned `u64` of a live map, changed by atomic additions only.
+        unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(value, frames) };
+    }
+}
+
+/// Counts a frame that the uplink's program has counted when it left it to the kernel.
+#[inline(always)]
+fn arrived(skb: &Skb<'_>, index: u32) {
+    // SAFETY: `skb` is the context that the kernel passed in.
+    let (kind, segments) = unsafe {
+        let skb = skb.0.skb.skb;
+        if (*skb).vlan_present != 0
+            || matches!((*skb).pkt_type, PACKET_BROADCAST | PACKET_MULTICAST)
+        {
+            return;
+        }
+        (u16::from_be((*skb).protocol as u16), (*skb).gso_segs)
+    };
+    if is_fast_kind(skb, kind) {
+        add(&xdp::ARRIVED, index, u64::from(segments.max(1)));
     }
 }
 
@@ -138,13 +170,10 @@ fn gate(ctx: TcContext) -> i32 {
     let counter = verdict.counter();
     book(&ctx, device.slot, word, counter);
     observe::trace(&ctx, device.slot, word, counter, bucket, Direction::In);
-    match verdict {
+    let action = match verdict {
         Verdict::Pass(_) => TCX_NEXT,
         Verdict::Park(_) => {
-            if let Some(parked) = PARKED.get_ptr_mut(index) {
-                // SAFETY: an aligned `u64` of a live map, changed by atomic additions only.
-                unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(parked, 1) };
-            }
+            add(&PARKED, index, 1);
             redirect(device.park)
         }
         Verdict::Show(_) => {
@@ -156,8 +185,14 @@ fn gate(ctx: TcContext) -> i32 {
             debug!(&ctx, "gate: slot {} holds no word of its own", slot);
             TCX_DROP
         }
-        Verdict::Drop(_) | Verdict::Tunnel(_) => TCX_DROP,
+        Verdict::Tunnel(_) => into_tunnel.unwrap_or(TCX_DROP),
+        Verdict::Drop(_) => TCX_DROP,
+    };
+    if device.uplink != 0 && came_by == device.uplink {
+        // After `parked`: the uplink's program must not find it arrived, and nothing parked.
+        arrived(&skb, index);
     }
+    action
 }
 
 #[inline(always)]

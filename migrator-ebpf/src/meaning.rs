@@ -15,6 +15,9 @@ impl Counter {
             Self::RefusedNoSlot => "refused_no_slot",
             Self::Sent => "sent",
             Self::Blocked => "blocked",
+            Self::Fast => "fast",
+            Self::FastLost => "fast_lost",
+            Self::FastFull => "fast_full",
             Self::SentOut => "sent_out",
             Self::Landed => "landed",
             Self::RefusedGroup => "refused_group",
@@ -40,6 +43,9 @@ impl Counter {
             Self::RefusedNoSlot => "dropped: the device has no valid gate",
             Self::Sent => "from the guest, let out",
             Self::Blocked => "from the guest, dropped: it may not run here",
+            Self::Fast => "for the guest, straight from the uplink to its TAP",
+            Self::FastLost => "of those, what the TAP's full queue did not take",
+            Self::FastFull => "how many times it did not",
             Self::SentOut => {
                 "for the guest, from this node's own bridge: sent out of the uplink to where it has gone"
             }

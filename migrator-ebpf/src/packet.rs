@@ -4,10 +4,22 @@
 pub const MAC_LEN: usize = 6;
 
 const ETHERTYPE: usize = 12;
-const ETH_P_IP: u16 = 0x0800;
-const ETH_P_IPV6: u16 = 0x86dd;
+pub(crate) const ETH_P_IP: u16 = 0x0800;
+pub(crate) const ETH_P_IPV6: u16 = 0x86dd;
 const ETH_P_8021Q: u16 = 0x8100;
 const ETH_P_8021AD: u16 = 0x88a8;
+
+/// RFC 791, RFC 8200: offsets of the next protocol, and the length of IPv6's fixed header.
+const IPV4_PROTOCOL: usize = HEADER + 9;
+const IPV6_NEXT: usize = HEADER + 6;
+const IPV6_LEN: usize = 40;
+/// Where the packet of an untagged frame begins.
+pub(crate) const HEADER: usize = ETHERTYPE + 2;
+/// IANA's protocol numbers.
+const ICMP: u8 = 1;
+pub(crate) const UDP: u8 = 17;
+const FRAGMENT: u8 = 44;
+const ICMPV6: u8 = 58;
 
 /// How many VLAN tags are looked behind.
 const MAX_TAGS: usize = 3;
@@ -50,6 +62,23 @@ pub fn is_group(frame: &impl Bytes) -> bool {
 #[inline(always)]
 pub fn is_own_echo(frame: &impl Bytes, mac: [u8; MAC_LEN]) -> bool {
     source_mac(frame) == Some(mac)
+}
+
+/// Whether an untagged frame with this EtherType may take the fast way: UDP and ICMP, and fragments of them.
+///
+/// It follows from what all frames of a flow have in common, so a flow is of one kind as a whole. TCP is left to the kernel,
+/// which joins its segments (GRO) and gives them to the guest in pieces of up to 64 KiB.
+#[inline(always)]
+pub fn is_fast_kind(frame: &impl Bytes, kind: u16) -> bool {
+    match kind {
+        ETH_P_IP => matches!(frame.load(IPV4_PROTOCOL), Some([ICMP | UDP])),
+        ETH_P_IPV6 => match frame.load(IPV6_NEXT) {
+            Some([UDP | ICMPV6]) => true,
+            Some([FRAGMENT]) => matches!(frame.load(HEADER + IPV6_LEN), Some([UDP | ICMPV6])),
+            _ => false,
+        },
+        _ => false,
+    }
 }
 
 /// The bucket of a frame's flow.
@@ -186,6 +215,29 @@ mod tests {
         let whole = ethernet(ETH_P_IPV6, 0, &ipv6(17, 1));
         let fragment = ethernet(ETH_P_IPV6, 0, &ipv6(44, 1));
         assert_eq!(of(&whole), of(&fragment));
+    }
+
+    #[test]
+    fn udp_and_icmp_are_fast_as_a_whole_and_nothing_else_is() {
+        let fast = |kind, packet: &[u8]| {
+            let frame = ethernet(kind, 0, packet);
+            is_fast_kind(&FrameBytes(&frame), kind)
+        };
+        let mut packet = ipv4(1, 0, &[]);
+        for (protocol, expected) in [(1, true), (17, true), (6, false), (132, false), (47, false)] {
+            packet[9] = protocol;
+            assert_eq!(fast(ETH_P_IP, &packet), expected, "{protocol}");
+            packet[6] = 0x20;
+            assert_eq!(fast(ETH_P_IP, &packet), expected, "{protocol}, fragment");
+        }
+        for (next, expected) in [(17, true), (58, true), (6, false), (0, false), (60, false)] {
+            assert_eq!(fast(ETH_P_IPV6, &ipv6(next, 1)), expected, "{next}");
+            let mut fragment = ipv6(44, 1);
+            fragment[40] = next;
+            assert_eq!(fast(ETH_P_IPV6, &fragment), expected, "{next}, fragment");
+        }
+        assert!(!fast(0x0806, &[0; 46]));
+        assert!(!fast(ETH_P_IP, &[0x45]));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! state_dir: /var/lib/migrator   # pods, images, journal, sockets
 //! bridge: br0                    # the bridge that pods are ports of
 //! uplink: eth0                   # the bridge's port that leads to the other nodes
+//! xdp: auto                      # optional: or off, to keep frames on the bridge's way
 //! listen: 10.78.0.1:7077         # where other nodes connect
 //! advertise: 10.78.0.1:7077      # optional: what to tell them, if not `listen`
 //! peers: { b: "10.78.0.2:7077" }
@@ -30,7 +31,7 @@ use serde::Deserialize;
 use vm_runtime::spec::AccelChoice;
 
 use crate::memory::compress::Compress;
-use crate::network::{OnOverflow, ParkLimits};
+use crate::network::{OnOverflow, ParkLimits, XdpChoice};
 use crate::wire::preamble::MAX_DATA_CONNECTIONS;
 
 pub use names::{BadInterfaceName, BadNodeName, InterfaceName, NodeName};
@@ -57,6 +58,9 @@ pub struct Config {
     pub bridge: InterfaceName,
     /// The bridge's port towards the other nodes.
     pub uplink: InterfaceName,
+    /// Whether small packets may go from the uplink straight to a pod: `auto` where the uplink takes native XDP, or `off`.
+    #[serde(default)]
+    pub xdp: XdpChoice,
     /// Address that other nodes connect to.
     pub listen: SocketAddr,
     /// What other nodes are told to connect to, where it is not `listen`.

@@ -8,12 +8,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use migrator::network::{ExistingDevices, Ledger, LogKind, Port, Role, Stage, VNET_HEADER};
+use migrator::network::{
+    ExistingDevices, Ledger, LogKind, Port, Role, Stage, VNET_HEADER, XdpChoice,
+};
 use migrator_tests::netns::{set_vnet_header, take_segments_whole};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use port_lab::{
-    CLIENT_MAC, Guest, Inbox, Lab, Node, POD_MAC, Sender, check_ledger, connect, finish_ipv4, pod,
-    say_hello,
+    CLIENT_MAC, Guest, Inbox, Lab, Node, POD_MAC, Sender, Setup, check_ledger, connect,
+    finish_ipv4, pod, say_hello,
 };
 use tokio::sync::mpsc;
 use vm_runtime::units::MacAddress;
@@ -222,7 +224,10 @@ fn read_frame(tap: &OwnedFd, header: usize) -> anyhow::Result<Vec<u8>> {
 
 #[test]
 fn a_segment_crosses_park_residue_and_log_whole() -> anyhow::Result<()> {
-    let lab = Lab::new()?;
+    let lab = Lab::with(Setup {
+        xdp: XdpChoice::Off,
+        ..Setup::default()
+    })?;
     take_segments_whole(lab.client_tap.as_fd())?;
     let at_a = lab
         .a

@@ -137,6 +137,7 @@ async fn about(State(node): State<Arc<Node>>) -> Json<NodeInfo> {
         state_dir: config.state_dir.clone(),
         bridge: config.bridge.to_string(),
         uplink: config.uplink.to_string(),
+        uplink_path: node.network.uplink().clone(),
         advertise: config.advertised(),
         peers: config
             .peers
@@ -156,5 +157,12 @@ async fn about(State(node): State<Arc<Node>>) -> Json<NodeInfo> {
 }
 
 async fn examine(State(node): State<Arc<Node>>) -> Json<doctor::Report> {
-    Json(doctor::examine(&doctor::Subject::of_config(&node.config)).await)
+    let mut report = doctor::examine(&doctor::Subject::of_config(&node.config)).await;
+    let uplink = node.config.uplink.as_str();
+    report.checks.push(doctor::uplink(
+        uplink,
+        node.config.xdp,
+        node.network.uplink(),
+    ));
+    Json(report)
 }

@@ -8,6 +8,7 @@ use crate::memory::compress::Compress;
 use crate::migration::mode::{Mode, OnStall};
 use crate::network::OnOverflow;
 use crate::network::TunnelInfo;
+use crate::network::UplinkPath;
 use serde::{Deserialize, Serialize};
 use vm_runtime::pod::PodSpec;
 use vm_runtime::spec::{Accel, VmSpec};
@@ -41,6 +42,8 @@ pub struct NodeInfo {
     pub bridge: String,
     /// The bridge's uplink.
     pub uplink: String,
+    /// The way from there to a pod.
+    pub uplink_path: UplinkPath,
     /// Where other nodes connect.
     pub advertise: SocketAddr,
     /// The other nodes.

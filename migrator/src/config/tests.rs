@@ -5,6 +5,7 @@ name: a
 state_dir: state
 bridge: br0
 uplink: eth0
+xdp: off
 listen: 10.78.0.1:7077
 advertise: 10.78.0.1:7078
 peers: { b: "10.78.0.2:7077" }
@@ -58,6 +59,7 @@ fn a_full_file_is_read_and_relative_paths_start_at_its_folder() {
     assert_eq!(config.migration.on_overflow, OnOverflow::Drop);
     assert_eq!(config.migration.connections, 4);
     assert_eq!(config.migration.compress, Compress::Zstd);
+    assert_eq!(config.xdp, XdpChoice::Off);
 }
 
 #[test]
@@ -68,6 +70,7 @@ fn optional_keys_have_defaults() {
     )
     .unwrap();
     assert_eq!(config.tunnel, Tunnel::Off);
+    assert_eq!(config.xdp, XdpChoice::Auto);
     assert_eq!(config.api_socket(), Path::new("/s/api.sock"));
     assert_eq!(config.qemu, QemuConfig::default());
     assert!(config.peers.is_empty());

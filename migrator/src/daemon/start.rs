@@ -127,6 +127,7 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
     let network = NodeNetwork::open(NodeNetConfig {
         bridge: config.bridge.as_str().to_owned(),
         uplink: config.uplink.as_str().to_owned(),
+        xdp: config.xdp,
         bpffs: state.join("bpf"),
         spool_dir: memory_folder(state.join("spool")),
         tunnel: match config.tunnel {

@@ -16,6 +16,7 @@ use vm_runtime::spec::AccelChoice;
 use vm_runtime::units::Bytes;
 
 use crate::config::{Config, QemuConfig, TlsPaths};
+use crate::network::{UplinkPath, XdpChoice};
 
 /// What is examined, beside the kernel and the machine.
 #[derive(Clone, Debug, Default)]
@@ -122,6 +123,25 @@ pub async fn examine(subject: &Subject) -> Report {
     Report {
         ok: checks.iter().all(|c| c.result.is_ok() || !c.required),
         checks,
+    }
+}
+
+/// The way that the running service's frames take from the uplink to a pod.
+pub fn uplink(name: &str, choice: XdpChoice, path: &UplinkPath) -> Check {
+    let (check, purpose) = (
+        "uplink_xdp",
+        "small packets straight from the uplink to the guest",
+    );
+    match (path, choice) {
+        (UplinkPath::Xdp, _) => present(check, false, purpose, format!("native XDP on {name}")),
+        (UplinkPath::Bridge { why }, XdpChoice::Off) => present(check, false, purpose, why.clone()),
+        (UplinkPath::Bridge { why }, XdpChoice::Auto) => missing(
+            check,
+            false,
+            purpose,
+            why.clone(),
+            "all goes by the bridge, which is right and slower; once the reason is gone, start the service again; `xdp: off` in the configuration silences this",
+        ),
     }
 }
 

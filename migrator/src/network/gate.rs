@@ -7,7 +7,6 @@
 mod facts;
 mod tunnel;
 
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,13 +17,15 @@ use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
 use migrator_ebpf::{
-    ABI, BUCKETS, CounterRow, Device, Gate, MAX_SLOTS, NO_SLOT_ROW, bucket_index, names,
+    ABI, BUCKETS, CounterRow, Device, Gate, MAX_SLOTS, NO_SLOT_ROW, QUEUES_MAX, bucket_index,
+    latch_index, names,
 };
-use nix::mount::{MsFlags, mount};
-use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::error::GateError;
+use super::netlink::Link;
+use super::pins::{mount_bpffs, remove_pin};
 use super::sys::MappedWords;
+use super::uplink::{FastWay, UplinkPath, XdpChoice};
 use super::watch::Watchers;
 pub use facts::{HookFacts, MapFacts, ProgramFacts};
 
@@ -50,6 +51,7 @@ pub(crate) struct Gates {
     tunnel: tunnel::Maps,
     pub(crate) watchers: Arc<Watchers>,
     flips: facts::Flips,
+    pub(crate) fast: FastWay,
 }
 
 impl std::fmt::Debug for Gates {
@@ -58,14 +60,15 @@ impl std::fmt::Debug for Gates {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What is behind these locks stays whole when a holder panics: each change is one kernel call.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Gates {
-    /// Loads the programs, over the maps pinned in `bpffs` if there are any. Mounts it if needed.
-    pub(crate) fn open(bpffs: &Path) -> Result<Self, GateError> {
+    /// Loads the programs, over the maps pinned in `bpffs` if there are any. Mounts it if needed. `queues`: receive queues of the
+    /// uplink.
+    pub(crate) fn open(bpffs: &Path, queues: u32) -> Result<Self, GateError> {
         mount_bpffs(bpffs).map_err(|source| GateError::Mount {
             path: bpffs.to_owned(),
             source,
@@ -77,6 +80,7 @@ impl Gates {
         })?;
         let mut programs = EbpfLoader::new()
             .default_map_pin_directory(&dir)
+            .map_max_entries(names::LATCHES, latch_index(queues.clamp(1, QUEUES_MAX), 0))
             .load(PROGRAMS)
             .map_err(|error| GateError::Load(error.into()))?;
         for name in [names::GATE, names::GUARD, names::LANDING] {
@@ -85,6 +89,8 @@ impl Gates {
                 .load()
                 .map_err(|error| GateError::Load(error.into()))?;
         }
+        // Before any map is taken out: its programs use those of the gates, too.
+        let fast = FastWay::take(&mut programs, dir.clone())?;
         start_logger(&mut programs);
         let map_error = |map, source| GateError::Map {
             map,
@@ -135,6 +141,7 @@ impl Gates {
             tunnel,
             watchers,
             flips: facts::Flips::default(),
+            fast,
             dir,
         })
     }
@@ -199,10 +206,25 @@ impl Gates {
                 .remove(&index)
                 .map_err(|error| self.map_error(names::DEVICES, error.into()))?;
         }
+        self.fast.forget(slot)?;
         if let Some(word) = self.words.get(u32::from(slot)) {
-            word.store(0, Ordering::Release);
+            // The epoch goes on: no word of a slot comes twice, or a latch could take the next pod for this one.
+            let shut = Gate::from_word(word.load(Ordering::Acquire)).shut(slot);
+            word.store(shut.to_word(), Ordering::Release);
         }
         self.forget_tunnel(slot)
+    }
+
+    /// Opens the fast way from the uplink, if it can be had.
+    pub(crate) fn start_fast_way(
+        &self,
+        choice: XdpChoice,
+        name: &str,
+        uplink: Link,
+        bridge: Link,
+    ) -> UplinkPath {
+        self.fast
+            .start(&mut lock(&self.programs), choice, name, uplink, bridge)
     }
 
     /// Slots that a former service has left links for.
@@ -256,7 +278,7 @@ fn classifier<'a>(
         .ok_or(GateError::Mismatch(name))
 }
 
-type Cause = Box<dyn std::error::Error + Send + Sync>;
+pub(crate) type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 /// Replaces the program of a pinned link. The link may be dead: its device was removed.
 fn adopt(program: &mut SchedClassifier, pin: &Path) -> Result<(), Cause> {
@@ -278,27 +300,6 @@ fn fresh(
     let id = program.attach_with_options(tap, hook, order)?;
     let link: FdLink = program.take_link(id)?.try_into()?;
     drop(link.pin(pin)?);
-    Ok(())
-}
-
-fn remove_pin(pin: &Path) -> Result<(), GateError> {
-    match std::fs::remove_file(pin) {
-        Ok(()) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(source) => Err(GateError::Unpin {
-            path: pin.to_owned(),
-            source,
-        }),
-    }
-}
-
-fn mount_bpffs(dir: &Path) -> io::Result<()> {
-    std::fs::create_dir_all(dir)?;
-    if statfs(dir)?.filesystem_type() != BPF_FS_MAGIC {
-        let none: Option<&str> = None;
-        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-        mount(Some("bpf"), dir, Some("bpf"), flags, none)?;
-    }
     Ok(())
 }
 
@@ -405,6 +406,7 @@ impl SlotGate {
     /// Nothing waits in any bucket, and no log was injected: for a slot whose park is new.
     pub(crate) fn clear(&self) -> Result<(), GateError> {
         self.set_injected(0);
+        self.gates.fast.clear(self.slot);
         for bucket in 0..=u8::MAX {
             self.set_done(bucket, self.parked(bucket));
         }

@@ -51,6 +51,9 @@ impl Ledger {
 pub struct Reasons {
     /// Passed by the gate straight to the TAP.
     pub passed: u64,
+    /// From the uplink straight to the TAP.
+    #[serde(default)]
+    pub fast: u64,
     /// Parked by the gate, in any mode.
     pub parked: u64,
     /// Read back from the TAP after the guest had stopped.
@@ -103,6 +106,7 @@ impl Reasons {
         let less = |now: u64, then: u64| now.saturating_sub(then);
         Self {
             passed: less(self.passed, base.passed),
+            fast: less(self.fast, base.fast),
             parked: less(self.parked, base.parked),
             residue: less(self.residue, base.residue),
             log_received: less(self.log_received, base.log_received),
@@ -161,7 +165,7 @@ impl Tally {
         Self {
             park_read: dealt_with,
             own_injected: dealt_with,
-            full: tap_dropped,
+            full: tap_dropped.saturating_sub(row.get(Counter::FastFull)),
             ..Self::default()
         }
     }
@@ -181,9 +185,12 @@ fn parked(row: &CounterRow) -> u64 {
 /// Adds everything up. `park_dropped` and `tap_dropped` are the devices' own counters.
 pub(crate) fn book(row: &CounterRow, tally: &Tally, park_dropped: u64, tap_dropped: u64) -> Ledger {
     let parked = parked(row);
-    let lost_tap = tap_dropped.saturating_sub(tally.full);
+    // Of each redirected batch that did not fit, the device counts one frame.
+    let counted = tally.full + row.get(Counter::FastFull);
+    let lost_tap = tap_dropped.saturating_sub(counted) + row.get(Counter::FastLost);
     let reasons = Reasons {
         passed: row.get(Counter::Passed),
+        fast: row.get(Counter::Fast),
         parked,
         residue: tally.residue,
         log_received: tally.log_received,
@@ -208,7 +215,7 @@ pub(crate) fn book(row: &CounterRow, tally: &Tally, park_dropped: u64, tap_dropp
         end_timeouts: tally.end_timeouts,
     };
     let in_park = parked.saturating_sub(tally.park_read + park_dropped + tally.crash);
-    let taken = reasons.passed + tally.log_injected + tally.own_injected;
+    let taken = reasons.passed + reasons.fast + tally.log_injected + tally.own_injected;
     Ledger {
         seen: row.seen() + tally.log_received,
         delivered: taken.saturating_sub(tally.residue + lost_tap),
@@ -293,6 +300,21 @@ mod tests {
         assert!(ledger.balances());
         let ledger = book(&row(0, 0, 3), &tally, 0, 9);
         assert_eq!((ledger.delivered, ledger.lost), (8, 2));
+        assert!(ledger.balances());
+    }
+
+    #[test]
+    fn frames_of_the_fast_way_are_delivered_or_lost_in_a_full_tap() {
+        let mut row = row(10, 0, 0);
+        row.0[Counter::Fast as usize] = 100;
+        // Two batches were cut short, by 20 frames in all; one frame of the gate's did not fit either.
+        row.0[Counter::FastLost as usize] = 20;
+        row.0[Counter::FastFull as usize] = 2;
+        let ledger = book(&row, &Tally::default(), 0, 3);
+        assert_eq!((ledger.seen, ledger.delivered, ledger.lost), (110, 89, 21));
+        assert!(ledger.balances());
+        let ledger = book(&row, &Tally::after_restart(&row, 0, 3), 0, 3);
+        assert_eq!(ledger.lost, 20);
         assert!(ledger.balances());
     }
 

@@ -3,6 +3,7 @@
 //! Every frame for a guest leaves through its TAP, so the programs on the TAP see all of them:
 //!
 //! ```text
+//!   uplink --------------> TAP                   [uplink]: the fast way for small packets, where nothing is to be overtaken
 //!   bridge --> [gate] --> TAP --> guest          [guard]: what the guest sends, only where it may run
 //!                 |        ^
 //!                 v        | inject: packet socket, past qdisc and gate
@@ -30,11 +31,13 @@ mod log;
 mod marker;
 mod netlink;
 mod node;
+mod pins;
 mod port;
 mod show;
 mod spool;
 mod sys;
 mod tunnel;
+mod uplink;
 mod watch;
 
 pub use allowance::{OnOverflow, Overflow, ParkLimits};
@@ -50,4 +53,5 @@ pub use port::Port;
 pub use show::{CounterFacts, GateFacts, LinkFacts, NodeFacts, PortFacts, QueueFacts, WaitFacts};
 pub use sys::VNET_HEADER;
 pub use tunnel::{NoTunnel, TUNNEL_DEVICE, TunnelConfig, TunnelInfo};
+pub use uplink::{UplinkPath, XdpChoice};
 pub use watch::Watch;

@@ -4,12 +4,17 @@ mod vxlan;
 
 pub(crate) use vxlan::VxlanError;
 
-use futures::TryStreamExt;
+use futures::{StreamExt, TryStreamExt};
 use netlink_packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkFlags, LinkMessage,
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoBridge, InfoData, LinkAttribute, LinkFlags,
+    LinkInfo, LinkMessage,
 };
 use netlink_packet_route::neighbour::{NeighbourFlags, NeighbourMessage, NeighbourState};
-use netlink_packet_route::{AddressFamily, neighbour::NeighbourAttribute};
+use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage, neighbour::NeighbourAttribute};
+use rtnetlink::packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+};
 use rtnetlink::{Handle, LinkBridgePort, LinkUnspec};
 use vm_runtime::units::MacAddress;
 
@@ -35,6 +40,10 @@ pub(crate) struct Link {
     /// Frames that it keeps for its reader at most.
     pub(crate) queue: u32,
     pub(crate) up: bool,
+    /// Receive queues that it has at most.
+    pub(crate) rx_queues: u32,
+    /// A bridge that tells VLANs apart.
+    pub(crate) vlan_filtering: bool,
 }
 
 /// The service's rtnetlink socket, in the namespace of the thread that opened it.
@@ -110,6 +119,30 @@ impl Netlink {
         self.set(name, port).await?;
         let up = LinkUnspec::new_with_index(link.index).up().build();
         self.set(name, up).await
+    }
+
+    /// Takes the queueing discipline off a pod's TAP, before it is up: a frame is then in the TAP's queue when its sender's call returns. With
+    /// one, another CPU may be handing it over still, when a redirected frame of its flow gets there.
+    pub(crate) async fn make_queueless(&self, name: &str) -> Result<(), NetlinkError> {
+        let index = self.require(name).await?.index;
+        let index = i32::try_from(index).map_err(|_| NetlinkError::Missing(name.to_owned()))?;
+        let mut message = TcMessage::with_index(index);
+        message.header.parent = TcHandle::ROOT;
+        message
+            .attributes
+            .push(TcAttribute::Kind("noqueue".to_owned()));
+        let mut request = NetlinkMessage::from(RouteNetlinkMessage::NewQueueDiscipline(message));
+        request.header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
+        let refused = |source| NetlinkError::new("take the queueing discipline off", name, source);
+        let mut answers = self.handle.clone().request(request).map_err(refused)?;
+        while let Some(answer) = answers.next().await {
+            if let NetlinkPayload::Error(error) = answer.payload
+                && error.code.is_some()
+            {
+                return Err(refused(rtnetlink::Error::NetlinkError(error)));
+            }
+        }
+        Ok(())
     }
 
     /// The device must never send a frame of its own: no IPv6 address, so no discovery either.
@@ -208,6 +241,8 @@ fn read_link(message: &LinkMessage) -> Link {
         other_drops: 0,
         queue: 0,
         up: message.header.flags.contains(LinkFlags::Up),
+        rx_queues: 1,
+        vlan_filtering: false,
     };
     for attribute in &message.attributes {
         match attribute {
@@ -217,10 +252,21 @@ fn read_link(message: &LinkMessage) -> Link {
                 link.other_drops = stats.tx_errors + stats.rx_dropped;
             }
             LinkAttribute::TxQueueLen(frames) => link.queue = *frames,
+            LinkAttribute::NumRxQueues(queues) => link.rx_queues = *queues,
+            LinkAttribute::LinkInfo(info) => link.vlan_filtering = filters_vlans(info),
             _ => {}
         }
     }
     link
+}
+
+fn filters_vlans(info: &[LinkInfo]) -> bool {
+    info.iter().any(|info| match info {
+        LinkInfo::Data(InfoData::Bridge(settings)) => {
+            settings.contains(&InfoBridge::VlanFiltering(true))
+        }
+        _ => false,
+    })
 }
 
 fn is_errno(error: &rtnetlink::Error, errnos: &[i32]) -> bool {

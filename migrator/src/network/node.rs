@@ -5,9 +5,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use migrator_ebpf::{Device, Gate, MAX_SLOTS, Mode};
+use migrator_ebpf::{Device, Gate, Local, MAX_SLOTS, Mode};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::{Notify, watch};
+use tokio::time::{Duration, Instant};
 use vm_runtime::units::MacAddress;
 
 use super::allowance::{Allowance, ParkLimits};
@@ -20,6 +21,7 @@ use super::port::{Port, Ports};
 use super::spool::Spool;
 use super::sys::{self, PacketSocket};
 use super::tunnel::{NodeTunnel, TunnelConfig, TunnelInfo};
+use super::uplink::{self, STRAGGLERS, UplinkPath, XdpChoice};
 
 /// Where a node's network is.
 #[derive(Clone, Debug)]
@@ -28,6 +30,8 @@ pub struct NodeNetConfig {
     pub bridge: String,
     /// The bridge's port towards the other nodes: announcements leave here.
     pub uplink: String,
+    /// Whether frames may go from the uplink straight to a pod.
+    pub xdp: XdpChoice,
     /// Folder of the node's own BPF file system; mounted if it is none yet.
     pub bpffs: PathBuf,
     /// Folder for the packets of pods that are being moved, made when needed: they outlive a service that is killed.
@@ -77,6 +81,7 @@ pub(crate) struct NodeInner {
     pub(crate) tunnel: NodeTunnel,
     pub(crate) ports: Arc<Ports>,
     pub(crate) allowance: Arc<Allowance>,
+    uplink: UplinkPath,
 }
 
 impl NodeInner {
@@ -111,9 +116,13 @@ impl NodeNetwork {
     /// The bridge or the uplink is missing, or the kernel does not take the programs.
     pub async fn open(config: NodeNetConfig) -> Result<Self, OpenError> {
         let netlink = Netlink::open().map_err(OpenError::Socket)?;
-        netlink.require(&config.bridge).await?;
-        netlink.require(&config.uplink).await?;
-        let gates = Arc::new(Gates::open(&config.bpffs)?);
+        let bridge = netlink.require(&config.bridge).await?;
+        let uplink = netlink.require(&config.uplink).await?;
+        let gates = Arc::new(Gates::open(&config.bpffs, uplink.rx_queues)?);
+        let path = gates.start_fast_way(config.xdp, &config.uplink, uplink, bridge);
+        if path == UplinkPath::Xdp {
+            tokio::spawn(uplink::keep(Arc::downgrade(&gates)));
+        }
         for slot in gates.pinned_slots() {
             if netlink.link(&tap_name(slot)).await?.is_none() {
                 gates.detach(slot, None)?;
@@ -131,6 +140,7 @@ impl NodeNetwork {
             gates,
             tunnel,
             ports: Arc::default(),
+            uplink: path,
         };
         Ok(Self {
             inner: Arc::new(inner),
@@ -144,6 +154,11 @@ impl NodeNetwork {
 
     pub(crate) fn inner(&self) -> &NodeInner {
         &self.inner
+    }
+
+    /// The way that frames take from the uplink to a pod.
+    pub fn uplink(&self) -> &UplinkPath {
+        &self.inner.uplink
     }
 
     /// Slots that hold pinned state of a pod whose TAP exists.
@@ -226,17 +241,34 @@ impl NodeNetwork {
                 epoch: gate.get().epoch.wrapping_add(1),
             });
         }
+        let fast = &self.inner.gates.fast;
+        let local = Local {
+            slot,
+            // linux/if_ether.h ETH_HLEN.
+            frame_max: u16::try_from(bridge.mtu + 14).unwrap_or(u16::MAX),
+        };
+        // The uplink's program counts first, the gate afterwards: no frame that the one has not counted may come to the other.
+        let known = fast.introduce(pod.mac.0, local)?;
+        let counted_from = Instant::now() + if known { Duration::ZERO } else { STRAGGLERS };
+        if adopted {
+            tokio::time::sleep_until(counted_from).await;
+        } else {
+            netlink.make_queueless(&names.0).await?;
+        }
         let device = Device {
             park: park.index,
             out: 0,
+            uplink: fast.uplink(),
             slot,
             mac: pod.mac.0,
         };
         // The gate first, so that the bridge never reaches a TAP without one.
         self.inner.gates.attach(&names.0, tap.index, device)?;
         netlink.raise_tap(&names.0, bridge, pod.mac).await?;
+        fast.lead_to(slot, tap.index)?;
         let stage = initial_stage(gate.get().mode, role);
         if matches!(stage, Stage::Local | Stage::Holding | Stage::Forwarding) {
+            tokio::time::sleep_until(counted_from).await;
             netlink.own_address(&names.0, tap.index, pod.mac).await?;
         }
         // One that has gone keeps the entry that it had: it may be the one of its next slot here.
@@ -249,7 +281,14 @@ impl NodeNetwork {
         } else {
             Tally::default()
         };
-        let port = self.start(pod, gate, names, tap.index, devices, (stage, tally))?;
+        let port = self.start(
+            pod,
+            gate,
+            names,
+            (tap.index, counted_from),
+            devices,
+            (stage, tally),
+        )?;
         if adopted {
             port.resync(true);
         }
@@ -285,7 +324,7 @@ impl NodeNetwork {
         pod: &PodNetId,
         gate: SlotGate,
         names: (String, String),
-        tap_index: u32,
+        (tap_index, counted_from): (u32, Instant),
         devices: ExistingDevices,
         (stage, tally): (Stage, Tally),
     ) -> Result<Port, AttachError> {
@@ -339,6 +378,7 @@ impl NodeNetwork {
             tap_name: names.0,
             park_name: names.1,
             tap_index,
+            counted_from,
             devices,
             commands,
             wake,

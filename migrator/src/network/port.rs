@@ -31,6 +31,8 @@ pub(crate) struct Parts {
     pub(crate) tap_name: String,
     pub(crate) park_name: String,
     pub(crate) tap_index: u32,
+    /// From when on no frame comes that the uplink's program has not counted.
+    pub(crate) counted_from: tokio::time::Instant,
     pub(crate) devices: ExistingDevices,
     pub(crate) commands: Sender<Command>,
     pub(crate) wake: Arc<EventFd>,
@@ -48,6 +50,7 @@ pub(crate) struct Inner {
     pub(super) tap_name: String,
     pub(super) park_name: String,
     tap_index: u32,
+    counted_from: tokio::time::Instant,
     commands: Sender<Command>,
     wake: Arc<EventFd>,
     acked: watch::Receiver<u64>,
@@ -126,6 +129,7 @@ impl Port {
             tap_name: parts.tap_name,
             park_name: parts.park_name,
             tap_index: parts.tap_index,
+            counted_from: parts.counted_from,
             commands: parts.commands,
             wake: parts.wake,
             acked: parts.acked,
@@ -219,8 +223,11 @@ impl Port {
             pod,
             tap_name,
             tap_index,
+            counted_from,
             ..
         } = &*self.inner;
+        // Long past in a migration.
+        tokio::time::sleep_until(*counted_from).await;
         node.tunnel
             .land(&node.gates, pod.mac, self.slot(), *tap_index)?;
         Ok(node

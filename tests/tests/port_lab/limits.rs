@@ -4,7 +4,9 @@ use anyhow::{Context, ensure};
 use migrator::network::{LogItem, OnOverflow, Overflow, ParkLimits, Port, PortError, Role, Stage};
 use tokio::sync::mpsc::{self, UnboundedReceiver};
 
-use super::{DEADLINE, Guest, Inbox, Lab, POD_MAC, Sender, check_ledger, connect, pod, say_hello};
+use super::{
+    DEADLINE, Guest, Inbox, Lab, POD_MAC, Sender, Setup, check_ledger, connect, pod, say_hello,
+};
 
 /// Some 700 of the probe's frames.
 const SMALL: ParkLimits = ParkLimits {
@@ -22,7 +24,10 @@ struct Held {
 
 /// A pod on node a, under traffic.
 fn under_traffic(limits: ParkLimits, frames: u64) -> anyhow::Result<Held> {
-    let lab = Lab::with_limits(limits)?;
+    let lab = Lab::with(Setup {
+        park: limits,
+        ..Setup::default()
+    })?;
     let inbox = Inbox::default();
     let id = pod("pod", POD_MAC, 10);
     let at_a = lab.a.attach(&id, 1, Role::Local, None)?;

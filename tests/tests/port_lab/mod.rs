@@ -1,5 +1,6 @@
-//! Nodes and a client in namespaces of their own; [`traffic`] is what crosses them, [`killed`], [`tunnel`] and [`stream`] have tests.
+//! Nodes and a client in namespaces of their own; [`traffic`] is what crosses them, the other modules have tests.
 
+mod fast;
 mod killed;
 mod limits;
 mod stream;
@@ -14,24 +15,18 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use migrator::network::{
     ExistingDevices, Ledger, LogItem, NodeNetConfig, NodeNetwork, ParkLimits, PodNetId, Port, Role,
-    TunnelConfig,
+    TunnelConfig, XdpChoice,
 };
 use migrator_tests::netns::{BpfDir, Netns, require_root};
 use tempfile::TempDir;
 use tokio::sync::mpsc;
 use vm_runtime::units::MacAddress;
 
-pub(crate) use traffic::{Guest, Inbox, Sender, finish_ipv4, probe, say_hello};
+pub(crate) use traffic::{GROUP_FLOW, Guest, Inbox, Sender, finish_ipv4, probe, say_hello};
 
 pub(crate) const DEADLINE: Duration = Duration::from_secs(40);
 pub(crate) const POD_MAC: MacAddress = MacAddress([0x52, 0x54, 0, 0, 0, 0x10]);
 pub(crate) const CLIENT_MAC: MacAddress = MacAddress([0x52, 0x54, 0, 0, 0, 0x01]);
-
-/// More than any test but those of the limits needs.
-pub(crate) const PARK: ParkLimits = ParkLimits {
-    bytes: 1 << 30,
-    bytes_per_pod: 1 << 30,
-};
 
 pub(crate) type Job = Pin<Box<dyn Future<Output = ()> + Send>>;
 
@@ -41,31 +36,49 @@ pub(crate) struct Node {
     pub(crate) network: NodeNetwork,
     pub(crate) dir: BpfDir,
     pub(crate) spool: TempDir,
-    pub(crate) park: ParkLimits,
     pub(crate) netns: Netns,
-    pub(crate) tunnel: Option<TunnelConfig>,
+    pub(crate) setup: Setup,
 }
 
 /// Addresses for the nodes themselves, 10.78.0.N and fd78::N, on a network that takes longer packets than the pods are sent.
 #[derive(Clone, Copy)]
 pub(crate) struct Underlay {
     pub(crate) mtu: u32,
-    pub(crate) tunnel: TunnelConfig,
 }
 
-pub(crate) fn config(
-    dir: &BpfDir,
-    spool: &TempDir,
-    tunnel: Option<TunnelConfig>,
-    park: ParkLimits,
-) -> NodeNetConfig {
+/// What a node is made with.
+#[derive(Clone, Copy)]
+pub(crate) struct Setup {
+    pub(crate) underlay: Option<Underlay>,
+    pub(crate) tunnel: Option<TunnelConfig>,
+    pub(crate) park: ParkLimits,
+    pub(crate) xdp: XdpChoice,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            underlay: None,
+            tunnel: None,
+            // More than any test but those of the limits needs.
+            park: ParkLimits {
+                bytes: 1 << 30,
+                bytes_per_pod: 1 << 30,
+            },
+            xdp: XdpChoice::Auto,
+        }
+    }
+}
+
+pub(crate) fn config(dir: &BpfDir, spool: &TempDir, setup: Setup) -> NodeNetConfig {
     NodeNetConfig {
         bridge: "br0".into(),
         uplink: "eth0".into(),
+        xdp: setup.xdp,
         bpffs: dir.path().to_owned(),
         spool_dir: spool.path().join("spool"),
-        tunnel,
-        park,
+        tunnel: setup.tunnel,
+        park: setup.park,
     }
 }
 
@@ -99,12 +112,7 @@ pub(crate) fn call<T: Send + 'static>(
 
 impl Node {
     /// A node whose bridge has a cable to the switch.
-    pub(crate) fn new(
-        switch: &Netns,
-        number: u32,
-        underlay: Option<Underlay>,
-        park: ParkLimits,
-    ) -> anyhow::Result<Self> {
+    pub(crate) fn new(switch: &Netns, number: u32, setup: Setup) -> anyhow::Result<Self> {
         let netns = Netns::new()?;
         netns.ip("link add br0 type bridge forward_delay 0")?;
         netns.ip(&format!("link add eth0 type veth peer name p{number}"))?;
@@ -113,26 +121,24 @@ impl Node {
         netns.ip("link set eth0 master br0 up")?;
         netns.ip("link set br0 up")?;
         switch.ip(&format!("link set p{number} master sw0 up"))?;
-        if let Some(Underlay { mtu, .. }) = underlay {
+        if let Some(Underlay { mtu }) = setup.underlay {
             netns.ip(&format!("link set eth0 mtu {mtu}"))?;
             netns.ip(&format!("link set br0 mtu {mtu}"))?;
             switch.ip(&format!("link set p{number} mtu {mtu}"))?;
             netns.ip(&format!("addr add 10.78.0.{number}/24 dev br0"))?;
             netns.ip(&format!("addr add fd78::{number}/64 dev br0 nodad"))?;
         }
-        let tunnel = underlay.map(|underlay| underlay.tunnel);
         let jobs = start_thread(&netns);
         let dir = BpfDir::new()?;
         let spool = tempfile::tempdir()?;
-        let network = call(&jobs, NodeNetwork::open(config(&dir, &spool, tunnel, park)))??;
+        let network = call(&jobs, NodeNetwork::open(config(&dir, &spool, setup)))??;
         Ok(Self {
-            park,
             jobs,
             network,
             dir,
             spool,
             netns,
-            tunnel,
+            setup,
         })
     }
 
@@ -157,7 +163,7 @@ impl Node {
     /// The service ends and a new one starts; the devices live on.
     pub(crate) fn restart(&mut self) -> anyhow::Result<()> {
         self.jobs = start_thread(&self.netns);
-        let config = config(&self.dir, &self.spool, self.tunnel, self.park);
+        let config = config(&self.dir, &self.spool, self.setup);
         self.network = self.call(NodeNetwork::open(config))??;
         Ok(())
     }
@@ -216,25 +222,23 @@ pub(crate) struct Lab {
 
 impl Lab {
     pub(crate) fn new() -> anyhow::Result<Self> {
-        Self::over(None)
+        Self::with(Setup::default())
     }
 
-    pub(crate) fn over(underlay: Option<Underlay>) -> anyhow::Result<Self> {
-        Self::with(underlay, PARK)
-    }
-
-    pub(crate) fn with_limits(park: ParkLimits) -> anyhow::Result<Self> {
-        Self::with(None, park)
-    }
-
-    fn with(underlay: Option<Underlay>, park: ParkLimits) -> anyhow::Result<Self> {
+    /// Over a veth that runs an XDP program, nothing comes that is still to be cut.
+    pub(crate) fn with(setup: Setup) -> anyhow::Result<Self> {
         require_root();
         let switch = Netns::new()?;
         switch.ip("link add sw0 type bridge forward_delay 0")?;
         switch.ip("link set sw0 up")?;
-        let a = Node::new(&switch, 1, underlay, park)?;
-        let b = Node::new(&switch, 2, underlay, park)?;
-        let client = Node::new(&switch, 3, None, park)?;
+        let a = Node::new(&switch, 1, setup)?;
+        let b = Node::new(&switch, 2, setup)?;
+        let client = Setup {
+            underlay: None,
+            tunnel: None,
+            ..setup
+        };
+        let client = Node::new(&switch, 3, client)?;
         for number in 1..=3 {
             wait_for_port(&switch, &format!("p{number}"))?;
         }

@@ -11,8 +11,10 @@ use anyhow::{Context, ensure};
 use migrator_tests::netns::{Netns, open_tap, take_segments_whole};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::tunnel::{WIDE, tunnel_to};
-use super::{DEADLINE, Guest, Inbox, Lab, POD_MAC, Role, pod, say_hello, wait_for_port};
+use super::tunnel::{tunnel_to, wide};
+use super::{
+    DEADLINE, Guest, Inbox, Lab, POD_MAC, Role, Setup, XdpChoice, pod, say_hello, wait_for_port,
+};
 use crate::migrate;
 
 const BYTES: usize = 40 << 20;
@@ -59,7 +61,11 @@ fn pattern(at: usize) -> u8 {
 
 #[test]
 fn a_tcp_stream_goes_through_the_tunnel_in_segments_that_are_cut_last() -> anyhow::Result<()> {
-    let lab = Lab::over(Some(WIDE))?;
+    // Segments come whole.
+    let lab = Lab::with(Setup {
+        xdp: XdpChoice::Off,
+        ..wide()
+    })?;
     let client = Netns::new()?;
     client.ip(&format!(
         "link add eth0 type veth peer name p9 netns {}",

@@ -18,7 +18,7 @@ const MAGIC: [u8; 4] = *b"prob";
 const PAYLOAD: usize = VNET_HEADER + 14 + 20 + 8;
 const FLOWS: u8 = 8;
 /// This flow is broadcast.
-const GROUP_FLOW: u8 = FLOWS;
+pub(crate) const GROUP_FLOW: u8 = FLOWS;
 
 pub(crate) fn probe(flow: u8, number: u64) -> Vec<u8> {
     let mut frame = vec![0; VNET_HEADER];

@@ -10,20 +10,27 @@ use migrator::network::{
 };
 
 use super::{
-    DEADLINE, Guest, Inbox, Lab, Node, PARK, POD_MAC, Sender, Underlay, check_ledger, pod,
+    DEADLINE, Guest, Inbox, Lab, Node, POD_MAC, Sender, Setup, Underlay, check_ledger, pod,
     say_hello, wait_for_port,
 };
 use crate::migrate;
 
 /// Frames are of 1500 bytes at most, and the network between the nodes takes them with IPv4 or IPv6, UDP and VXLAN around them.
-pub(super) const WIDE: Underlay = Underlay {
-    mtu: 1600,
-    tunnel: TunnelConfig {
-        vni: 77,
-        port: 4789,
-        mtu: Some(1500),
-    },
+const UNDERLAY: Underlay = Underlay { mtu: 1600 };
+const TUNNEL: TunnelConfig = TunnelConfig {
+    vni: 77,
+    port: 4789,
+    mtu: Some(1500),
 };
+
+pub(super) fn wide() -> Setup {
+    Setup {
+        underlay: Some(UNDERLAY),
+        tunnel: Some(TUNNEL),
+        ..Setup::default()
+    }
+}
+
 const NODE_B: [&str; 2] = ["10.78.0.2", "fd78::2"];
 const SLOT_A: u16 = 1;
 
@@ -60,7 +67,7 @@ struct Departed {
 }
 
 fn departed(count: u64) -> anyhow::Result<Departed> {
-    let lab = Lab::over(Some(WIDE))?;
+    let lab = Lab::with(wide())?;
     let inbox = Inbox::default();
     let at_a = lab
         .a
@@ -191,7 +198,7 @@ fn a_service_whose_tunnel_is_turned_off_relays_what_still_comes() -> anyhow::Res
         park: departed.at_a.park_fd()?,
     };
     drop(departed.at_a);
-    departed.lab.a.tunnel = None;
+    departed.lab.a.setup.tunnel = None;
     departed.lab.a.restart()?;
     let gone = departed
         .lab
@@ -289,14 +296,14 @@ fn a_way_that_is_too_narrow_or_shut_is_found_out_and_the_relay_goes_on() -> anyh
 
 #[test]
 fn a_node_whose_port_is_taken_says_so_and_relays() -> anyhow::Result<()> {
-    let mut lab = Lab::over(Some(WIDE))?;
-    lab.a.tunnel = None;
+    let mut lab = Lab::with(wide())?;
+    lab.a.setup.tunnel = None;
     lab.a.restart()?;
     lab.a
         .netns
         .ip("link add other type vxlan external dstport 4789")?;
     lab.a.netns.ip("link set other up")?;
-    lab.a.tunnel = Some(WIDE.tunnel);
+    lab.a.setup.tunnel = Some(TUNNEL);
     lab.a.restart()?;
     let network = lab.a.network.clone();
     let info = lab.a.call(async move { network.tunnel_info().await })?;
@@ -322,7 +329,7 @@ fn frames_follow_a_pod_that_moves_on_through_both_nodes_that_it_has_left() -> an
         at_b,
         guest,
     } = departed;
-    let c = Node::new(&lab.switch, 4, Some(WIDE), PARK)?;
+    let c = Node::new(&lab.switch, 4, wide())?;
     wait_for_port(&lab.switch, "p4")?;
     wait_for_port(&c.netns, "eth0")?;
     tunnel_to(&lab.a, &at_a, NODE_B[0])??;

@@ -1,0 +1,225 @@
+//! The programs of the fast way. Why nothing is overtaken on it is in `migrator_ebpf`'s module `uplink`.
+
+use core::mem::MaybeUninit;
+
+use aya_ebpf::bindings::xdp_action::XDP_PASS;
+use aya_ebpf::helpers::{bpf_xdp_get_buff_len, bpf_xdp_load_bytes, bpf_xdp_store_bytes};
+use aya_ebpf::macros::{map, raw_tracepoint, xdp};
+use aya_ebpf::maps::{Array, DevMapHash, HashMap, PerCpuArray};
+use aya_ebpf::programs::{RawTracePointContext, XdpContext};
+use migrator_ebpf::{
+    BUCKETS, Bytes, Counter, Extent, Gate, Local, MAC_LEN, MAX_SLOTS, Mode, UdpSegment, bucket,
+    bucket_index, extent, is_fast_kind, latch_index, may_open, udp_segment,
+};
+
+use super::{BPF_F_MMAPABLE, COUNTERS, DEVICES, DONE, GATES, PARKED, add, count, read};
+
+#[map]
+static LOCALS: HashMap<[u8; MAC_LEN], Local> = HashMap::pinned(2 * MAX_SLOTS, 0);
+#[map]
+static TAPS: DevMapHash = DevMapHash::pinned(MAX_SLOTS, 0);
+#[map]
+static PASSED: Array<u64> = Array::pinned(MAX_SLOTS * BUCKETS, BPF_F_MMAPABLE);
+#[map]
+pub(crate) static ARRIVED: Array<u64> = Array::pinned(MAX_SLOTS * BUCKETS, BPF_F_MMAPABLE);
+/// For one receive queue; the service makes it larger.
+#[map]
+static LATCHES: Array<u64> = Array::pinned(MAX_SLOTS * BUCKETS, 0);
+/// The TAP whose batch this CPU is about to hand over: its interface index, or 0.
+#[map]
+static HANDING_OVER: PerCpuArray<u32> = PerCpuArray::pinned(1, 0);
+
+/// Added to `passed` by something that may be several frames: the gate counts them one by one, and must not
+/// catch up before the service has looked.
+const SEVERAL: u64 = 1 << 20;
+
+/// Bytes that are summed up at a time, and how often: more than the longest frame that a program without fragments gets, a page.
+const CHUNK: usize = 128;
+const CHUNKS: usize = 32;
+
+struct Frame<'a>(&'a XdpContext);
+
+impl Bytes for Frame<'_> {
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        let mut bytes = MaybeUninit::<[u8; N]>::uninit();
+        // SAFETY: the helper writes all `N` bytes, or fails.
+        unsafe {
+            let to = bytes.as_mut_ptr().cast();
+            (bpf_xdp_load_bytes(self.0.ctx, offset as u32, to, N as u32) == 0)
+                .then(|| bytes.assume_init())
+        }
+    }
+}
+
+/// Its first bytes, read in place.
+#[inline(always)]
+fn ethernet(ctx: &XdpContext) -> Option<[u8; 14]> {
+    let start = ctx.data();
+    // SAFETY: the bytes lie within the frame, as compared; alignment does not matter.
+    (start + 14 <= ctx.data_end()).then(|| unsafe { (start as *const [u8; 14]).read_unaligned() })
+}
+
+/// XDP: what comes in by the uplink.
+#[xdp]
+fn uplink(ctx: XdpContext) -> u32 {
+    let Some([a, b, c, d, e, f, _, _, _, _, _, _, high, low]) = ethernet(&ctx) else {
+        return XDP_PASS;
+    };
+    // SAFETY: the map value is copied, and only ever replaced as a whole.
+    let Some(local) = (unsafe { LOCALS.get(&[a, b, c, d, e, f]).copied() }) else {
+        return XDP_PASS;
+    };
+    let frame = Frame(&ctx);
+    let kind = u16::from_be_bytes([high, low]);
+    if !is_fast_kind(&frame, kind) {
+        return XDP_PASS;
+    }
+    let index = bucket_index(local.slot, bucket(&frame));
+    let len = ctx.data_end() - ctx.data();
+    let frames = match extent(&frame, kind, len, usize::from(local.frame_max)) {
+        Extent::Whole => {
+            if let Some(action) = redirect(&ctx, &frame, kind, local, index) {
+                return action;
+            }
+            1
+        }
+        Extent::TooLong => SEVERAL,
+        // SAFETY: `ctx` is the context that the kernel passed in.
+        Extent::Elsewhere if unsafe { bpf_xdp_get_buff_len(ctx.ctx) } > len as u64 => SEVERAL,
+        Extent::Elsewhere => 1,
+    };
+    add(&PASSED, index, frames);
+    XDP_PASS
+}
+
+/// `None`: the kernel's way.
+#[inline(always)]
+fn redirect(
+    ctx: &XdpContext,
+    frame: &Frame<'_>,
+    kind: u16,
+    local: Local,
+    index: u32,
+) -> Option<u32> {
+    let slot = u32::from(local.slot);
+    let word = read(&GATES, slot);
+    let gate = Gate::from_word(word);
+    if gate.mode != Mode::Local || gate.slot != local.slot {
+        return None;
+    }
+    let latch = LATCHES.get_ptr_mut(latch_index(ctx.rx_queue_index(), index))?;
+    // SAFETY: an aligned `u64` of a live map, used by one receive queue, which is polled by one CPU at a time.
+    let latched = unsafe { latch.read() } == word;
+    if !latched {
+        let arrived = read(&ARRIVED, index);
+        let passed = read(&PASSED, index);
+        let done = read(&DONE, index);
+        if !may_open(arrived, passed, done, read(&PARKED, index)) {
+            return None;
+        }
+    }
+    // Only looks the TAP up; the kernel acts on what this program returns.
+    let action = TAPS.redirect(slot, u64::from(XDP_PASS)).ok()?;
+    if let Some(segment) = udp_segment(frame, kind) {
+        finish(ctx, segment)?;
+    }
+    // SAFETY: as above.
+    unsafe { latch.write(word) };
+    count(slot, Counter::Fast);
+    Some(action)
+}
+
+/// Finishes a checksum that its sender has left to the device.
+#[inline(never)]
+fn finish(ctx: &XdpContext, segment: UdpSegment) -> Option<()> {
+    let mut sum = 0;
+    let (mut at, mut left) = (segment.at, segment.len);
+    for _ in 0..CHUNKS {
+        if left < CHUNK {
+            break;
+        }
+        sum += chunk(ctx, at, CHUNK)?;
+        at += CHUNK;
+        left -= CHUNK;
+    }
+    if left != 0 {
+        sum += chunk(ctx, at, left)?;
+    }
+    // The sum of words in this machine's order is the checksum in this machine's order (RFC 1071).
+    let mut bytes = UdpSegment::finished(sum).to_ne_bytes();
+    let offset = segment.checksum_at() as u32;
+    // SAFETY: the helper reads the two bytes, and checks the offset.
+    let stored = unsafe { bpf_xdp_store_bytes(ctx.ctx, offset, bytes.as_mut_ptr().cast(), 2) };
+    (stored == 0).then_some(())
+}
+
+/// Sums up 1 to [`CHUNK`] bytes, more being an error; only the last chunk may be a short or odd one.
+#[inline(always)]
+fn chunk(ctx: &XdpContext, at: usize, len: usize) -> Option<u64> {
+    let mut words = MaybeUninit::<[u64; CHUNK / 8]>::uninit();
+    let start: *mut u64 = words.as_mut_ptr().cast();
+    for i in 0..CHUNK / 8 {
+        // SAFETY: within the array. Volatile, or it becomes a call that zeroes byte by byte.
+        unsafe { start.add(i).write_volatile(0) };
+    }
+    // SAFETY: a value of this function's own. The compiler knows its range, and the verifier does not: so it must not know.
+    let len = unsafe { (&raw const len).read_volatile() };
+    if len == 0 || len > CHUNK {
+        return None;
+    }
+    // SAFETY: the helper writes `len` bytes, no more than there are, or fails.
+    let loaded = unsafe { bpf_xdp_load_bytes(ctx.ctx, at as u32, start.cast(), len as u32) };
+    if loaded != 0 {
+        return None;
+    }
+    // SAFETY: written above as a whole.
+    let words = unsafe { words.assume_init() };
+    let mut sum = 0;
+    let mut i = 0;
+    while i < words.len() {
+        sum += (words[i] & 0xffff_ffff) + (words[i] >> 32);
+        i += 1;
+    }
+    Some(sum)
+}
+
+/// XDP, for each frame of a batch right before the kernel hands it to a TAP (`bq_xmit_all` in Linux's kernel/bpf/devmap.c).
+#[xdp(map = "devmap")]
+fn into_tap(ctx: XdpContext) -> u32 {
+    if let Some(tap) = HANDING_OVER.get_ptr_mut(0) {
+        // SAFETY: `ctx` is the context that the kernel passed in; the value is this CPU's.
+        unsafe { *tap = (*ctx.ctx).egress_ifindex };
+    }
+    XDP_PASS
+}
+
+/// After the batch: books what the TAP's full queue did not take. Every batch of the machine comes by here; one that is ours was announced
+/// by [`into_tap`], on this CPU and with nothing between.
+#[raw_tracepoint(tracepoint = "xdp_devmap_xmit")]
+fn tap_full(ctx: RawTracePointContext) -> i32 {
+    let Some(tap) = HANDING_OVER.get_ptr_mut(0) else {
+        return 0;
+    };
+    // SAFETY: the value is this CPU's.
+    let ifindex = unsafe { tap.replace(0) };
+    // Arguments: from, to, sent, drops, error.
+    let (drops, error): (i32, i32) = (ctx.arg(3), ctx.arg(4));
+    if ifindex == 0 || drops <= 0 {
+        return 0;
+    }
+    // SAFETY: the map value is only read.
+    let Some(device) = (unsafe { DEVICES.get(&ifindex) }) else {
+        return 0;
+    };
+    if let Some(row) = COUNTERS.get_ptr_mut(u32::from(device.slot)) {
+        // SAFETY: the map holds whole rows, and this CPU's is written with soft interrupts off.
+        unsafe {
+            (*row).0[Counter::FastLost as usize] += drops as u64;
+            if error == 0 {
+                (*row).0[Counter::FastFull as usize] += 1;
+            }
+        }
+    }
+    0
+}

@@ -1,0 +1,354 @@
+//! Every verdict of the uplink's program, by `BPF_PROG_TEST_RUN`: no traffic. What it counts and redirects to are real maps; the TAP that it
+//! leads to is the loopback device, which the kernel only looks up in a test run.
+
+mod frames;
+
+use aya::maps::xdp::DevMapHash;
+use aya::maps::{Array, HashMap, MapData, PerCpuArray};
+use aya::programs::{SchedClassifier, TestRun, TestRunOptions, Xdp};
+use aya::{Ebpf, EbpfLoader};
+use frames::{POD, UDP, fast_frames, frame, ipv4, ipv6, other_frames, plain, udp};
+use migrator_ebpf::{
+    Counter, CounterRow, Device, FrameBytes, Gate, Local, Mode, bucket, bucket_index, names,
+};
+use migrator_tests::netns::{BpfDir, require_root};
+use nix::mount::{MsFlags, mount};
+
+const LOOPBACK: u32 = 1;
+const SLOT: u16 = 3;
+const FRAME_MAX: u16 = 1514;
+
+/// linux/bpf.h `enum xdp_action`.
+const PASS: u32 = 2;
+const REDIRECT: u32 = 4;
+
+struct Bench {
+    programs: Ebpf,
+    gates: Array<MapData, u64>,
+    parked: Array<MapData, u64>,
+    done: Array<MapData, u64>,
+    passed: Array<MapData, u64>,
+    arrived: Array<MapData, u64>,
+    devices: HashMap<MapData, u32, Device>,
+    locals: HashMap<MapData, [u8; 6], Local>,
+    taps: DevMapHash<MapData>,
+    counters: PerCpuArray<MapData, CounterRow>,
+    epoch: u32,
+    _dir: BpfDir,
+}
+
+impl Bench {
+    fn new() -> anyhow::Result<Self> {
+        require_root();
+        let dir = BpfDir::new()?;
+        let none: Option<&str> = None;
+        mount(Some("bpf"), dir.path(), Some("bpf"), MsFlags::empty(), none)?;
+        let mut programs = EbpfLoader::new()
+            .default_map_pin_directory(dir.path())
+            .load(migrator::network::PROGRAMS)?;
+        let program = programs.program_mut(names::UPLINK).expect("in the object");
+        let uplink: &mut Xdp = program.try_into()?;
+        uplink.load()?;
+        let program = programs.program_mut(names::GATE).expect("in the object");
+        let gate: &mut SchedClassifier = program.try_into()?;
+        gate.load()?;
+        let mut take = |name| programs.take_map(name).expect("in the object");
+        let mut bench = Self {
+            gates: Array::try_from(take(names::GATES))?,
+            parked: Array::try_from(take(names::PARKED))?,
+            done: Array::try_from(take(names::DONE))?,
+            passed: Array::try_from(take(names::PASSED))?,
+            arrived: Array::try_from(take(names::ARRIVED))?,
+            devices: HashMap::try_from(take(names::DEVICES))?,
+            locals: HashMap::try_from(take(names::LOCALS))?,
+            taps: DevMapHash::try_from(take(names::TAPS))?,
+            counters: PerCpuArray::try_from(take(names::COUNTERS))?,
+            programs,
+            epoch: 0,
+            _dir: dir,
+        };
+        let local = Local {
+            slot: SLOT,
+            frame_max: FRAME_MAX,
+        };
+        bench.locals.insert(POD, local, 0)?;
+        bench.taps.insert(u32::from(SLOT), LOOPBACK, None, 0)?;
+        bench.set(Mode::Local)?;
+        Ok(bench)
+    }
+
+    /// Each word has an epoch of its own, as the service sees to.
+    fn set(&mut self, mode: Mode) -> anyhow::Result<()> {
+        self.epoch += 1;
+        let gate = Gate {
+            mode,
+            may_send: true,
+            slot: SLOT,
+            epoch: self.epoch,
+        };
+        Ok(self.gates.set(u32::from(SLOT), gate.to_word(), 0)?)
+    }
+
+    fn run(&self, frame: &[u8]) -> anyhow::Result<(u32, Vec<u8>)> {
+        let program = self.programs.program(names::UPLINK).expect("in the object");
+        let program: &Xdp = program.try_into()?;
+        let mut out = vec![0; 4096];
+        let result = program.test_run(TestRunOptions {
+            data_in: Some(frame),
+            data_out: Some(&mut out),
+            ..TestRunOptions::default()
+        })?;
+        out.truncate(result.data_size_out as usize);
+        Ok((result.return_value, out))
+    }
+
+    fn fast(&self) -> anyhow::Result<u64> {
+        let rows = self.counters.get(&u32::from(SLOT), 0)?;
+        Ok(rows.iter().map(|row| row.get(Counter::Fast)).sum())
+    }
+
+    fn index(frame: &[u8]) -> u32 {
+        bucket_index(SLOT, bucket(&FrameBytes(frame)))
+    }
+
+    fn passed(&self, frame: &[u8]) -> anyhow::Result<u64> {
+        Ok(self.passed.get(&Self::index(frame), 0)?)
+    }
+
+    /// Redirected as it is, and booked as that alone.
+    #[track_caller]
+    fn is_fast(&self, what: &str, frame: &[u8]) {
+        let before = (self.fast().unwrap(), self.passed(frame).unwrap());
+        let (action, out) = self.run(frame).unwrap();
+        assert_eq!(action, REDIRECT, "{what}");
+        assert_eq!(out, frame, "{what}");
+        let now = (self.fast().unwrap(), self.passed(frame).unwrap());
+        assert_eq!(now, (before.0 + 1, before.1), "{what}");
+    }
+
+    /// Left to the kernel as it is, and counted as `frames` that are to come to the gate.
+    #[track_caller]
+    fn is_left(&self, what: &str, frame: &[u8], frames: u64) {
+        let before = (self.fast().unwrap(), self.passed(frame).unwrap());
+        let (action, out) = self.run(frame).unwrap();
+        assert_eq!(action, PASS, "{what}");
+        assert_eq!(out, frame, "{what}");
+        let now = (self.fast().unwrap(), self.passed(frame).unwrap());
+        assert_eq!(now, (before.0, before.1 + frames), "{what}");
+    }
+
+    /// As if the gate had seen the frame.
+    fn arrive(&mut self, frame: &[u8], count: u64) -> anyhow::Result<()> {
+        let index = Self::index(frame);
+        let arrived = self.arrived.get(&index, 0)?;
+        Ok(self.arrived.set(index, arrived + count, 0)?)
+    }
+}
+
+#[test]
+fn an_open_gate_lets_every_fast_kind_straight_through() -> anyhow::Result<()> {
+    let bench = Bench::new()?;
+    for (name, frame) in fast_frames() {
+        bench.is_fast(name, &frame);
+    }
+    Ok(())
+}
+
+#[test]
+fn other_kinds_are_left_to_the_kernel_in_any_mode() -> anyhow::Result<()> {
+    let mut bench = Bench::new()?;
+    for mode in [Mode::Local, Mode::Hold, Mode::Forward, Mode::Shut] {
+        bench.set(mode)?;
+        for (name, frame) in other_frames() {
+            bench.is_left(name, &frame, 0);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_gate_that_is_not_open_gets_every_frame_and_each_is_counted() -> anyhow::Result<()> {
+    let mut bench = Bench::new()?;
+    for mode in [Mode::Hold, Mode::Forward, Mode::Shut] {
+        // Latched before, under another word.
+        for (name, frame) in fast_frames() {
+            bench.set(mode)?;
+            bench.is_left(name, &frame, 1);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_bucket_stays_with_the_kernel_until_what_it_got_has_arrived() -> anyhow::Result<()> {
+    let mut bench = Bench::new()?;
+    let (udp, udp6) = (plain(), fast_frames().remove(1).1);
+    bench.is_fast("before", &udp);
+    bench.set(Mode::Hold)?;
+    bench.is_left("held", &udp, 1);
+    bench.is_left("held", &udp, 1);
+    bench.set(Mode::Local)?;
+    bench.is_left("behind two", &udp, 1);
+    bench.is_fast("another bucket", &udp6);
+    bench.arrive(&udp, 2)?;
+    bench.is_left("behind the third", &udp, 1);
+    bench.arrive(&udp, 2)?;
+    bench.is_fast("all have arrived", &udp);
+    // A count that is wrong does not open it either.
+    bench.set(Mode::Local)?;
+    bench.arrive(&udp, 1)?;
+    bench.is_left("one too many", &udp, 1);
+    Ok(())
+}
+
+#[test]
+fn a_bucket_stays_with_the_kernel_until_what_is_parked_is_done() -> anyhow::Result<()> {
+    let mut bench = Bench::new()?;
+    let udp = plain();
+    let index = Bench::index(&udp);
+    bench.parked.set(index, 5, 0)?;
+    bench.done.set(index, 4, 0)?;
+    bench.is_left("one is parked", &udp, 1);
+    bench.arrive(&udp, 1)?;
+    bench.is_left("still", &udp, 1);
+    bench.arrive(&udp, 1)?;
+    bench.done.set(index, 5, 0)?;
+    bench.is_fast("done", &udp);
+    Ok(())
+}
+
+#[test]
+fn nothing_but_the_gates_word_ends_the_fast_way() -> anyhow::Result<()> {
+    let mut bench = Bench::new()?;
+    let udp = plain();
+    let index = Bench::index(&udp);
+    bench.is_fast("first", &udp);
+    // Others of the bucket are under way: this flow's frames are in the batch, and must stay together.
+    bench.passed.set(index, 9, 0)?;
+    bench.parked.set(index, 9, 0)?;
+    bench.is_fast("latched", &udp);
+    bench.set(Mode::Local)?;
+    bench.is_left("a new word", &udp, 1);
+    Ok(())
+}
+
+#[test]
+fn what_is_too_long_keeps_its_bucket_closed() -> anyhow::Result<()> {
+    const SEVERAL: u64 = 1 << 20;
+    let bench = Bench::new()?;
+    let long = frame(POD, 0x0800, &ipv4(UDP, 0, 0, &udp(1473, 0)));
+    bench.is_left("one byte too long", &long, SEVERAL);
+    let mut short = plain();
+    short[17] += 1;
+    bench.is_left("says more than there is", &short, 1);
+    Ok(())
+}
+
+#[test]
+fn a_tap_that_is_not_up_yet_and_a_foreign_word_leave_all_to_the_kernel() -> anyhow::Result<()> {
+    let mut bench = Bench::new()?;
+    let udp = plain();
+    bench.taps.remove(u32::from(SLOT))?;
+    bench.is_left("no tap", &udp, 1);
+    bench.taps.insert(u32::from(SLOT), LOOPBACK, None, 0)?;
+    bench.arrive(&udp, 1)?;
+    let foreign = Gate {
+        mode: Mode::Local,
+        may_send: true,
+        slot: SLOT + 1,
+        epoch: 9,
+    };
+    bench.gates.set(u32::from(SLOT), foreign.to_word(), 0)?;
+    bench.is_left("foreign word", &udp, 1);
+    Ok(())
+}
+
+/// One's complement sum of a datagram and its pseudo-header.
+fn sum(frame: &[u8], addresses: std::ops::Range<usize>, at: usize) -> u16 {
+    let mut bytes = [&frame[addresses], &frame[at..]].concat();
+    if bytes.len() % 2 == 1 {
+        bytes.push(0);
+    }
+    bytes.extend([0, UDP]);
+    bytes.extend((frame.len() as u16 - at as u16).to_be_bytes());
+    let pairs = bytes.chunks(2);
+    let sum = pairs.map(|pair| u64::from(u16::from_be_bytes([pair[0], pair[1]])));
+    migrator_ebpf::fold(sum.sum())
+}
+
+#[test]
+fn an_unfinished_checksum_is_finished() -> anyhow::Result<()> {
+    let bench = Bench::new()?;
+    for len in [0, 1, 18, 55, 56, 57, 120, 121, 1471, 1472] {
+        for (kind, packet, addresses, at) in [
+            (0x0800, ipv4(UDP, 0, 0, &udp(len, 0)), 26..34, 34),
+            (0x0800, ipv4(UDP, 0, 3, &udp(len.min(1400), 0)), 26..34, 46),
+            (0x86dd, ipv6(UDP, &udp(len.min(1400), 0)), 22..54, 54),
+        ] {
+            let mut partial = frame(POD, kind, &packet);
+            // What the sender leaves: the sum of the pseudo-header alone.
+            let mut header = partial[..at + 8].to_vec();
+            header[at..].fill(0);
+            let len = partial.len() - at;
+            let pseudo = sum(&header, addresses.clone(), at);
+            // `sum` took the length of what it was given.
+            let pseudo = migrator_ebpf::fold(u64::from(pseudo) + len as u64 + (0xffff - 8));
+            partial[at + 6..at + 8].copy_from_slice(&pseudo.to_be_bytes());
+            let (action, out) = bench.run(&partial)?;
+            assert_eq!(action, REDIRECT, "{len}");
+            assert_eq!(sum(&out, addresses, at), 0xffff, "{len} {kind:x}");
+            let mut as_before = out.clone();
+            as_before[at + 6..at + 8].copy_from_slice(&pseudo.to_be_bytes());
+            assert_eq!(as_before, partial);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_gate_counts_what_came_by_the_uplink_and_nothing_else() -> anyhow::Result<()> {
+    let mut bench = Bench::new()?;
+    // In a test run the frame comes from the loopback device, and goes there.
+    for (uplink, counted) in [(LOOPBACK, 1), (0, 0), (LOOPBACK + 1, 0)] {
+        let device = Device {
+            park: LOOPBACK,
+            out: 0,
+            uplink,
+            slot: SLOT,
+            mac: POD,
+        };
+        bench.devices.insert(LOOPBACK, device, 0)?;
+        for mode in [Mode::Local, Mode::Hold] {
+            bench.set(mode)?;
+            for (name, frame) in fast_frames() {
+                assert_eq!(gate_counts(&bench, &frame)?, counted, "{name}, {uplink}");
+            }
+            for (name, frame) in other_frames() {
+                // The gate of a TAP sees frames for its own pod, and the kernel tests no cut IP packet.
+                if !matches!(name, "another's" | "cut ip" | "runt") {
+                    assert_eq!(gate_counts(&bench, &frame)?, 0, "{name}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What the gate adds to `arrived` of a frame's bucket.
+fn gate_counts(bench: &Bench, frame: &[u8]) -> anyhow::Result<u64> {
+    /// linux/bpf.h `struct __sk_buff`, up to `ingress_ifindex` and beyond.
+    const SK_BUFF: usize = 192;
+    const INGRESS_IFINDEX: usize = 36;
+    let mut context = vec![0u8; SK_BUFF];
+    context[INGRESS_IFINDEX..INGRESS_IFINDEX + 4].copy_from_slice(&LOOPBACK.to_ne_bytes());
+    let index = Bench::index(frame);
+    let before = bench.arrived.get(&index, 0)?;
+    let program = bench.programs.program(names::GATE).expect("in the object");
+    let program: &SchedClassifier = program.try_into()?;
+    program.test_run(TestRunOptions {
+        data_in: Some(frame),
+        ctx_in: Some(&context),
+        ..TestRunOptions::default()
+    })?;
+    Ok(bench.arrived.get(&index, 0)? - before)
+}
