@@ -1,7 +1,11 @@
 //! `cargo xtask bench`: what moving costs. One file per form.
 
 mod demo;
+mod figures;
 mod memory;
+mod plan;
+mod stage;
+mod table;
 
 use std::process::ExitCode;
 
@@ -24,7 +28,7 @@ enum Form {
     /// The spread of downtime and blackout over many moves of the demo; what `bench` alone does
     Demo(demo::Args),
     /// Moves, silence, copy rate, faults, slowdown and VMM replacement, against QEMU's own, iperf3 and rustls
-    Memory(memory::Args),
+    Memory(plan::Args),
 }
 
 /// The verb.
