@@ -3,6 +3,7 @@
 mod demo;
 mod figures;
 mod memory;
+mod network;
 mod plan;
 mod stage;
 mod table;
@@ -29,6 +30,8 @@ enum Form {
     Demo(demo::Args),
     /// Moves, silence, copy rate, faults, slowdown and VMM replacement, against QEMU's own, iperf3 and rustls
     Memory(plan::Args),
+    /// The gate's cost, parking and injecting, the flip, and latency around a move, against plain sockets and QEMU's own
+    Network(plan::Args),
 }
 
 /// The verb.
@@ -40,5 +43,6 @@ pub fn main(project: &Project, args: &Args) -> Result<ExitCode> {
         None => demo::main(project, &args.demo),
         Some(Form::Demo(args)) => demo::main(project, args),
         Some(Form::Memory(args)) => memory::main(project, args),
+        Some(Form::Network(args)) => network::main(project, args),
     }
 }
