@@ -15,7 +15,7 @@ pub(super) struct Args {
     /// One small case of each row
     #[arg(long)]
     pub(super) quick: bool,
-    /// Only cases whose name contains these words, such as `copy` or `park-inject`
+    /// Only cases whose name contains these words, such as `copy`, `move-512` or `park-inject`
     #[arg(long, value_name = "FILTER")]
     pub(super) case: Option<String>,
     /// Runs of each side
