@@ -4,3 +4,4 @@ pub mod images;
 pub mod lab;
 pub mod large_pages;
 pub mod netns;
+pub mod packet;

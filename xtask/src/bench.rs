@@ -1,7 +1,12 @@
 //! `cargo xtask bench`: what moving costs. One file per form.
 
 mod demo;
+mod figures;
 mod memory;
+mod network;
+mod plan;
+mod stage;
+mod table;
 
 use std::process::ExitCode;
 
@@ -24,7 +29,9 @@ enum Form {
     /// The spread of downtime and blackout over many moves of the demo; what `bench` alone does
     Demo(demo::Args),
     /// Moves, silence, copy rate, faults, slowdown and VMM replacement, against QEMU's own, iperf3 and rustls
-    Memory(memory::Args),
+    Memory(plan::Args),
+    /// The gate's cost, parking and injecting, the flip, and latency around a move, against plain sockets and QEMU's own
+    Network(plan::Args),
 }
 
 /// The verb.
@@ -36,5 +43,6 @@ pub fn main(project: &Project, args: &Args) -> Result<ExitCode> {
         None => demo::main(project, &args.demo),
         Some(Form::Demo(args)) => demo::main(project, args),
         Some(Form::Memory(args)) => memory::main(project, args),
+        Some(Form::Network(args)) => network::main(project, args),
     }
 }

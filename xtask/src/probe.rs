@@ -12,7 +12,9 @@ use anyhow::{Context, Result, anyhow};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, setsockopt, sockopt};
 use nix::sys::time::TimeSpec;
 
-use crate::silence::{Answer, Summary, Tally, longest, summarise, unanswered};
+use crate::silence::{
+    Answer, RoundTrip, Summary, Tally, longest, round_trips, summarise, unanswered,
+};
 use crate::{netns, sched};
 
 /// Bytes of UDP payload: number, nonce, zeros.
@@ -59,6 +61,11 @@ impl Record {
     /// Loss, doubles, order, silence.
     pub fn summary(&self) -> Summary {
         summarise(&self.sent_us, &self.answers)
+    }
+
+    /// How long each answered packet took, in the order in which these left.
+    pub fn round_trips(&self) -> Vec<RoundTrip> {
+        round_trips(&self.sent_us, &self.answers)
     }
 
     /// Longest silence in milliseconds around a moment (microseconds of Unix time): 200 ms before to 1500 ms after.

@@ -103,6 +103,38 @@ pub fn summarise(sent_us: &[u64], answers: &[Answer]) -> Summary {
     summary
 }
 
+/// A packet that was answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RoundTrip {
+    /// When it left, in microseconds of Unix time.
+    pub sent_us: u64,
+    /// Until its first answer.
+    pub took_us: u64,
+}
+
+/// The round trips of all packets that were answered, in the order in which these left.
+pub fn round_trips(sent_us: &[u64], answers: &[Answer]) -> Vec<RoundTrip> {
+    let mut first = vec![None; sent_us.len()];
+    for answer in answers {
+        if let Some(first) = usize::try_from(answer.sequence)
+            .ok()
+            .and_then(|index| first.get_mut(index))
+        {
+            first.get_or_insert(answer.at_us);
+        }
+    }
+    sent_us
+        .iter()
+        .zip(first)
+        .filter_map(|(sent_us, answered_us)| {
+            Some(RoundTrip {
+                sent_us: *sent_us,
+                took_us: answered_us?.saturating_sub(*sent_us),
+            })
+        })
+        .collect()
+}
+
 /// Longest time without an answer, in milliseconds, of all silences that touch `[from_us, until_us]`. A silence is not cut
 /// at the window's edges. Packets that still leave after the last answer make a silence as well.
 pub fn longest(answers: &[Answer], last_sent_us: Option<u64>, from_us: u64, until_us: u64) -> f64 {
@@ -188,6 +220,16 @@ mod tests {
         assert_eq!((summary.sent, summary.received, summary.lost), (5, 3, 2));
         assert_eq!((summary.duplicated, summary.reordered), (1, 1));
         assert_eq!(unanswered(&sent, &got, 9), [(3, 600), (4, 800)]);
+    }
+
+    #[test]
+    fn a_round_trip_ends_with_the_first_answer() {
+        let got = answers(&[(2, 500), (0, 510), (2, 900), (9, 910)]);
+        let trips: Vec<(u64, u64)> = round_trips(&[0, 200, 400], &got)
+            .into_iter()
+            .map(|trip| (trip.sent_us, trip.took_us))
+            .collect();
+        assert_eq!(trips, [(0, 510), (400, 100)]);
     }
 
     #[test]

@@ -7,23 +7,17 @@ mod replace;
 mod silence;
 mod slowdown;
 
-use std::time::Duration;
-
 use anyhow::Result;
 
-use super::Plan;
-use super::figures::{Record, Run as Figures};
-use super::load::{Load, Work};
-use super::stage::{Stage, Which};
+use crate::bench::figures::Record;
+use crate::bench::plan::Plan;
+use crate::bench::stage::{Stage, Which};
 use crate::project::Project;
-
-/// Between two steps of a run: a load that was just begun comes to its rate, a guest that was just moved comes to rest.
-const SETTLES: Duration = Duration::from_millis(500);
 
 /// What a row works with.
 pub(super) struct Bench<'a> {
     pub(super) project: &'a Project,
-    pub(super) stage: Stage,
+    pub(super) stage: &'a mut Stage,
     pub(super) plan: &'a Plan,
     pub(super) records: &'a mut Vec<Record>,
 }
@@ -75,28 +69,6 @@ fn row(name: &'static str, which: Which, cases: Vec<String>, run: Run) -> Row {
         cases,
         run,
     }
-}
-
-/// Begins the load of a run.
-fn settle(load: &Load, work: Work) -> Result<()> {
-    load.set(work)?;
-    std::thread::sleep(SETTLES);
-    Ok(())
-}
-
-/// Shows a run's figures as they come.
-fn told(side: &str, run: Result<Figures>) -> Result<Figures> {
-    match &run {
-        Ok(figures) => {
-            let figures: Vec<String> = figures
-                .iter()
-                .map(|(metric, figure)| format!("{metric} {figure:.1}"))
-                .collect();
-            println!("bench:   {side}: {}", figures.join(", "));
-        }
-        Err(error) => println!("bench:   {side}: FAILED: {error:#}"),
-    }
-    run
 }
 
 #[cfg(test)]

@@ -7,8 +7,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
-use super::{Bench, told};
-use crate::bench::memory::figures::{Aim, Metric, Run, Samples, records};
+use super::Bench;
+use crate::bench::figures::{Aim, Metric, Run, Samples, records};
+use crate::bench::plan::told;
 use crate::cmd;
 use crate::lab::{Lab, Node};
 use crate::netns;

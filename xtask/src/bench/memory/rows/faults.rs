@@ -3,11 +3,13 @@
 
 use anyhow::{Result, anyhow, ensure};
 
-use super::{Bench, settle, told};
-use crate::bench::memory::figures::{Aim, Metric, Run, Samples, records};
-use crate::bench::memory::load::{Load, Work};
-use crate::bench::memory::ours::{self, Faults};
-use crate::bench::memory::peer::{How, Memory};
+use super::Bench;
+use crate::bench::figures::{Aim, Metric, Run, Samples, records};
+use crate::bench::plan::told;
+use crate::bench::stage::load::{Load, Work};
+use crate::bench::stage::ours::{self, Faults};
+use crate::bench::stage::peer::{How, Memory};
+use crate::bench::stage::settle;
 
 /// The guests' RAM in MiB: a small one is over before a thousand pages were waited for.
 const SIZES: [u32; 2] = [512, 2048];

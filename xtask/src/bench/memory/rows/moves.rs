@@ -2,12 +2,14 @@
 
 use anyhow::Result;
 
-use super::{Bench, settle, told};
-use crate::bench::memory::Moved;
-use crate::bench::memory::figures::{Aim, Metric, Run, Samples, records};
-use crate::bench::memory::load::Work;
-use crate::bench::memory::peer::{How, Memory};
-use crate::bench::memory::stage::Which;
+use super::Bench;
+use crate::bench::figures::{Aim, Metric, Run, Samples, records};
+use crate::bench::plan::told;
+use crate::bench::stage::Moved;
+use crate::bench::stage::Which;
+use crate::bench::stage::load::Work;
+use crate::bench::stage::peer::{How, Memory};
+use crate::bench::stage::settle;
 
 /// The guests' RAM in MiB.
 const SIZES: [u32; 2] = [512, 2048];

@@ -2,11 +2,13 @@
 
 use anyhow::Result;
 
-use super::{Bench, settle, told};
-use crate::bench::memory::figures::{Aim, Metric, Run, Samples, records};
-use crate::bench::memory::load::Work;
-use crate::bench::memory::ours;
-use crate::bench::memory::peer::{Memory, Peer};
+use super::Bench;
+use crate::bench::figures::{Aim, Metric, Run, Samples, records};
+use crate::bench::plan::told;
+use crate::bench::stage::load::Work;
+use crate::bench::stage::ours;
+use crate::bench::stage::peer::{Memory, Peer};
+use crate::bench::stage::settle;
 
 /// The guests' RAM in MiB.
 const SIZES: [u32; 2] = [512, 2048];

@@ -5,11 +5,13 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
-use super::{Bench, settle, told};
-use crate::bench::memory::Moved;
-use crate::bench::memory::figures::{Aim, Metric, Run, Samples, records};
-use crate::bench::memory::load::Work;
-use crate::bench::memory::peer::{How, Memory};
+use super::Bench;
+use crate::bench::figures::{Aim, Metric, Run, Samples, records};
+use crate::bench::plan::told;
+use crate::bench::stage::Moved;
+use crate::bench::stage::load::Work;
+use crate::bench::stage::peer::{How, Memory};
+use crate::bench::stage::settle;
 use crate::probe::{self, Probe};
 
 /// Packets a second.

@@ -5,10 +5,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 
-use super::{Bench, settle, told};
-use crate::bench::memory::figures::{Aim, Metric, Run, Samples, records};
-use crate::bench::memory::load::{Load, Work};
-use crate::bench::memory::peer::Memory;
+use super::Bench;
+use crate::bench::figures::{Aim, Metric, Run, Samples, records};
+use crate::bench::plan::told;
+use crate::bench::stage::load::{Load, Work};
+use crate::bench::stage::peer::Memory;
+use crate::bench::stage::settle;
 
 /// The guests' RAM in MiB.
 const SIZE: u32 = 512;

@@ -17,11 +17,11 @@ use vm_runtime::agent_client::{AgentClient, OutputSink, Stream};
 use vm_runtime::pod::PodSpec;
 use vm_runtime::qmp::QmpEvent;
 
-pub(super) use self::args::Memory;
+pub(in crate::bench) use self::args::Memory;
 use self::args::{Incoming, TLS_CLIENT, TLS_SERVER};
 use self::course::{Course, Side};
 use self::qemu::Qemu;
-pub(super) use self::qemu::{Ground, TAPS};
+pub(in crate::bench) use self::qemu::{Ground, TAPS};
 use super::load::Load;
 use super::pod::Guest;
 use super::{BOOTS_WITHIN, DOWNTIME_LIMIT_MS, MOVES_WITHIN, Moved};
@@ -40,24 +40,24 @@ const SOON: Duration = Duration::from_secs(30);
 
 /// How QEMU migrates.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct How {
+pub(in crate::bench) struct How {
     /// Pages go over several connections.
-    pub(super) multifd: bool,
+    pub(in crate::bench) multifd: bool,
     /// With certificates on both sides.
-    pub(super) tls: bool,
+    pub(in crate::bench) tls: bool,
     /// Post-copy from the start, with a connection of its own for faults.
-    pub(super) postcopy: bool,
+    pub(in crate::bench) postcopy: bool,
 }
 
 /// The guest, or nothing if it has died.
-pub(super) struct Peer {
+pub(in crate::bench) struct Peer {
     ground: Arc<Ground>,
     guest: Guest,
     spec: PodSpec,
     memory: Memory,
     running: Option<Qemu>,
     /// Its load.
-    pub(super) load: Load,
+    pub(in crate::bench) load: Load,
 }
 
 impl Peer {
@@ -65,7 +65,11 @@ impl Peer {
     ///
     /// # Errors
     /// It does not start.
-    pub(super) fn start(ground: &Arc<Ground>, guest: Guest, memory: Memory) -> Result<Peer> {
+    pub(in crate::bench) fn start(
+        ground: &Arc<Ground>,
+        guest: Guest,
+        memory: Memory,
+    ) -> Result<Peer> {
         let (spec, told) = guest.plan()?;
         let mut peer = Peer {
             ground: Arc::clone(ground),
@@ -93,13 +97,13 @@ impl Peer {
     }
 
     /// The guest, if it runs and its load answers.
-    pub(super) fn well(mut self) -> Option<Peer> {
+    pub(in crate::bench) fn well(mut self) -> Option<Peer> {
         let alive = self.running.as_mut().is_some_and(Qemu::is_alive);
         (alive && self.load.report().is_ok()).then_some(self)
     }
 
     /// The guest.
-    pub(super) fn guest(&self) -> Guest {
+    pub(in crate::bench) fn guest(&self) -> Guest {
         self.guest
     }
 
@@ -115,7 +119,7 @@ impl Peer {
     ///
     /// # Errors
     /// It does not arrive, or does not answer there. The guest is gone then.
-    pub(super) fn migrate(&mut self, how: How) -> Result<Moved> {
+    pub(in crate::bench) fn migrate(&mut self, how: How) -> Result<Moved> {
         let source = self.take()?;
         let requested_at = now_us();
         let mut destination = self.destination(&source, how)?;
@@ -141,7 +145,7 @@ impl Peer {
     ///
     /// # Errors
     /// The migration does not begin, is over before `during`, or `during` fails.
-    pub(super) fn while_copied<T>(
+    pub(in crate::bench) fn while_copied<T>(
         &mut self,
         bytes_per_s: u64,
         during: impl FnOnce(&Load) -> Result<T>,

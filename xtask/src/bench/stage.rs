@@ -1,7 +1,14 @@
-//! What the cases run on: the lab with one QEMU, and in it the two guests that are compared. Dropping it takes all of it down.
+//! What cases with guests run on: the lab with one QEMU, and in it the two guests that are compared. Dropping it takes all of it down.
+
+mod image;
+pub(super) mod load;
+pub(super) mod ours;
+pub(super) mod peer;
+mod pod;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use tokio::runtime::Runtime;
@@ -9,14 +16,45 @@ use vm_runtime::probe;
 use vm_runtime::qemu::{QemuBinary, QemuConfig};
 use vm_runtime::spec::AccelChoice;
 
-use super::image;
-use super::load::Work;
-use super::ours::Ours;
-use super::peer::{Ground, Memory, Peer, TAPS};
-use super::pod::Guest;
+use self::load::{Load, Work};
+use self::ours::Ours;
+use self::peer::{Ground, Memory, Peer, TAPS};
+use self::pod::Guest;
 use crate::lab::{Lab, Node, Owner};
 use crate::project::Project;
 use crate::{cmd, qemu10};
+
+/// A guest boots in 5 s under emulation, on an idle machine.
+const BOOTS_WITHIN: Duration = Duration::from_secs(120);
+/// What has not moved after this does not converge.
+const MOVES_WITHIN: Duration = Duration::from_secs(120);
+/// The longest predicted downtime that lets either side freeze the guest: QEMU's default, and ours.
+const DOWNTIME_LIMIT_MS: u32 = 300;
+/// Between two steps of a run: a load that was just begun comes to its rate, a guest that was just moved comes to rest.
+const SETTLES: Duration = Duration::from_millis(500);
+
+/// One move of a guest, on either side.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Moved {
+    /// From the request until nothing is left to do.
+    pub(super) total_ms: f64,
+    /// What the start of the destination's QEMU took before that; 0 where the total has it in it.
+    pub(super) start_ms: f64,
+    /// From the source's stop to the destination's resume.
+    pub(super) downtime_ms: f64,
+    /// When the source stopped, in microseconds of Unix time.
+    pub(super) stopped_at_unix_us: u64,
+}
+
+/// Begins the load of a run.
+///
+/// # Errors
+/// The guest does not answer.
+pub(super) fn settle(load: &Load, work: Work) -> Result<()> {
+    load.set(work)?;
+    std::thread::sleep(SETTLES);
+    Ok(())
+}
 
 /// Which QEMU both sides run on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

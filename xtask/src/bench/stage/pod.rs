@@ -13,22 +13,22 @@ const ECHO_PORT: u16 = 7000;
 const LOAD_PORT: u16 = 7001;
 
 /// Serial of the disk that holds the image.
-pub(super) const DISK: &str = "img0";
+pub(in crate::bench) const DISK: &str = "img0";
 
 /// A guest: who runs it, and how large it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Guest {
+pub(in crate::bench) struct Guest {
     /// The pod's name.
-    pub(super) name: &'static str,
+    pub(in crate::bench) name: &'static str,
     /// Its address.
     address: Ipv4Addr,
     /// Guest RAM in MiB.
-    pub(super) mib: u32,
+    pub(in crate::bench) mib: u32,
 }
 
 impl Guest {
     /// The one that migrator runs.
-    pub(super) fn ours(mib: u32) -> Guest {
+    pub(in crate::bench) fn ours(mib: u32) -> Guest {
         Guest {
             name: "bench",
             address: Ipv4Addr::new(10, 77, 0, 40),
@@ -37,7 +37,7 @@ impl Guest {
     }
 
     /// The one that QEMU alone runs. Beside ours, hence the other name and address.
-    pub(super) fn peer(mib: u32) -> Guest {
+    pub(in crate::bench) fn peer(mib: u32) -> Guest {
         Guest {
             name: "bench-peer",
             address: Ipv4Addr::new(10, 77, 0, 41),
@@ -46,22 +46,22 @@ impl Guest {
     }
 
     /// What the load fills, writes and touches: a quarter of the RAM, in MiB.
-    pub(super) fn set_mib(self) -> u32 {
+    pub(in crate::bench) fn set_mib(self) -> u32 {
         self.mib / 4
     }
 
     /// Where the echo answers.
-    pub(super) fn echo(self) -> SocketAddr {
+    pub(in crate::bench) fn echo(self) -> SocketAddr {
         (self.address, ECHO_PORT).into()
     }
 
     /// Where the load is told what to do.
-    pub(super) fn load(self) -> SocketAddr {
+    pub(in crate::bench) fn load(self) -> SocketAddr {
         (self.address, LOAD_PORT).into()
     }
 
     /// Its pod, for `migrator run`.
-    pub(super) fn yaml(self) -> String {
+    pub(in crate::bench) fn yaml(self) -> String {
         format!(
             "apiVersion: v1
 kind: Pod
@@ -91,7 +91,7 @@ spec:
     ///
     /// # Errors
     /// The YAML is not a pod.
-    pub(super) fn plan(self) -> Result<(PodSpec, Configuration)> {
+    pub(in crate::bench) fn plan(self) -> Result<(PodSpec, Configuration)> {
         let spec = PodSpec::from_yaml(&self.yaml()).context("the benchmarks' own pod is wrong")?;
         let told = configuration(&spec, |_| ImageSettings {
             disk: DISK.to_owned(),

@@ -19,7 +19,7 @@ use vm_runtime::spec::{Accel, CPU, DiskSpec, KERNEL_CMDLINE, MACHINE, VmSpec};
 use vm_runtime::units::Bytes;
 
 use super::args::{self, Memory, Shape};
-use crate::bench::memory::pod;
+use crate::bench::stage::pod;
 use crate::lab::{Lab, Node};
 use crate::netns;
 
@@ -30,15 +30,15 @@ const ANSWERS_WITHIN: Duration = Duration::from_secs(30);
 
 /// What all QEMUs of a stage have in common.
 #[derive(Debug)]
-pub(in super::super) struct Ground {
-    pub(in super::super) lab: Lab,
-    pub(in super::super) runtime: Handle,
-    pub(in super::super) qemu: QemuBinary,
-    pub(in super::super) accel: Accel,
-    pub(in super::super) kernel: PathBuf,
-    pub(in super::super) initramfs: PathBuf,
+pub(in crate::bench) struct Ground {
+    pub(in crate::bench) lab: Lab,
+    pub(in crate::bench) runtime: Handle,
+    pub(in crate::bench) qemu: QemuBinary,
+    pub(in crate::bench) accel: Accel,
+    pub(in crate::bench) kernel: PathBuf,
+    pub(in crate::bench) initramfs: PathBuf,
     /// The block device with the image.
-    pub(in super::super) disk: PathBuf,
+    pub(in crate::bench) disk: PathBuf,
 }
 
 impl Ground {
@@ -48,7 +48,7 @@ impl Ground {
     }
 
     /// A node's certificates under the names that QEMU wants.
-    pub(in super::super) fn tls_dir(&self, node: Node) -> PathBuf {
+    pub(in crate::bench) fn tls_dir(&self, node: Node) -> PathBuf {
         self.dir().join(format!("tls-{}", node.name()))
     }
 
@@ -93,7 +93,7 @@ pub(super) struct Qemu {
 }
 
 /// The TAPs of a node: two, because an old and a new VMM of one guest may be there at the same time.
-pub(in super::super) const TAPS: [&str; 2] = ["bench0", "bench1"];
+pub(in crate::bench) const TAPS: [&str; 2] = ["bench0", "bench1"];
 
 /// Names of folders.
 static NUMBER: AtomicU32 = AtomicU32::new(0);

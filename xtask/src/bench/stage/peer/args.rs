@@ -13,7 +13,7 @@ pub(super) const TLS_CLIENT: &str = "tls-client";
 
 /// What guest RAM is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in super::super) enum Memory {
+pub(in crate::bench) enum Memory {
     /// QEMU's default: anonymous memory of the process.
     Private,
     /// A memfd, and every other RAM block one too: what cpr-transfer needs.

@@ -16,7 +16,7 @@ const ALIVE_WITHIN: Duration = Duration::from_secs(15);
 
 /// What the load may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Work {
+pub(in crate::bench) enum Work {
     /// Nothing.
     Idle,
     /// Dirties so many bytes a second.
@@ -29,18 +29,18 @@ pub(super) enum Work {
 
 /// Its counters.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
-pub(super) struct Report {
+pub(in crate::bench) struct Report {
     /// Pages written by `dirty` so far.
-    pub(super) pages: u64,
+    pub(in crate::bench) pages: u64,
     /// Loops of `spin` so far.
-    pub(super) loops: u64,
+    pub(in crate::bench) loops: u64,
     /// Times of `touch` since it was begun: upper bound in nanoseconds, count.
-    pub(super) touches_ns: Vec<(u64, u64)>,
+    pub(in crate::bench) touches_ns: Vec<(u64, u64)>,
 }
 
 /// One guest's load.
 #[derive(Debug)]
-pub(super) struct Load {
+pub(in crate::bench) struct Load {
     socket: UdpSocket,
     target: SocketAddr,
 }
@@ -53,7 +53,7 @@ impl Load {
     ///
     /// # Errors
     /// The namespace cannot be entered.
-    pub(super) fn new(netns: &str, target: SocketAddr) -> Result<Load> {
+    pub(in crate::bench) fn new(netns: &str, target: SocketAddr) -> Result<Load> {
         let socket = netns::within(netns, || {
             UdpSocket::bind("0.0.0.0:0").context("cannot open a UDP socket")
         })?;
@@ -64,7 +64,7 @@ impl Load {
     ///
     /// # Errors
     /// It does not within `limit`.
-    pub(super) fn await_ready(&self, limit: Duration) -> Result<()> {
+    pub(in crate::bench) fn await_ready(&self, limit: Duration) -> Result<()> {
         self.ask("idle", limit).map(drop)
     }
 
@@ -72,7 +72,7 @@ impl Load {
     ///
     /// # Errors
     /// It does not answer: the guest is dead.
-    pub(super) fn set(&self, work: Work) -> Result<Report> {
+    pub(in crate::bench) fn set(&self, work: Work) -> Result<Report> {
         let verb = match work {
             Work::Idle | Work::Dirty(0) => "idle".to_owned(),
             Work::Dirty(bytes_per_s) => format!("dirty {bytes_per_s}"),
@@ -86,7 +86,7 @@ impl Load {
     ///
     /// # Errors
     /// It does not answer: the guest is dead.
-    pub(super) fn report(&self) -> Result<Report> {
+    pub(in crate::bench) fn report(&self) -> Result<Report> {
         self.ask("report", ALIVE_WITHIN)
     }
 

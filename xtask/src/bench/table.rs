@@ -86,7 +86,7 @@ fn extremes(min: Option<f64>, max: Option<f64>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::memory::figures::{Aim, Metric, Samples, records};
+    use crate::bench::figures::{Aim, Metric, Samples, records};
 
     #[test]
     fn a_missed_aim_and_a_missing_figure_show() {

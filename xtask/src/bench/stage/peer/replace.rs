@@ -14,7 +14,7 @@ use super::args::{self, Incoming};
 use super::course::ms;
 use super::qemu::Qemu;
 use super::{How, Peer, UNLIMITED};
-use crate::bench::memory::MOVES_WITHIN;
+use crate::bench::stage::MOVES_WITHIN;
 
 impl Peer {
     /// Stops the guest, saves it with its RAM to a file, ends QEMU, starts another, loads, goes on. The downtime in
@@ -22,7 +22,7 @@ impl Peer {
     ///
     /// # Errors
     /// A step fails. The guest is gone then.
-    pub(in super::super) fn replace_by_file(&mut self) -> Result<f64> {
+    pub(in crate::bench) fn replace_by_file(&mut self) -> Result<f64> {
         let old = self.take()?;
         let (_file, path) = state_file()?;
         let uri = json!({ "uri": format!("file:{path}") });
@@ -51,7 +51,7 @@ impl Peer {
     ///
     /// # Errors
     /// A step fails. The guest is gone then.
-    pub(in super::super) fn replace_by_cpr(&mut self) -> Result<f64> {
+    pub(in crate::bench) fn replace_by_cpr(&mut self) -> Result<f64> {
         let old = self.take()?;
         let dir = self.ground.dir();
         let (main, cpr) = (socket(&dir, "main.sock"), socket(&dir, "cpr.sock"));

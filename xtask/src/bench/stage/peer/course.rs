@@ -2,7 +2,7 @@
 
 use vm_runtime::qmp::QmpEvent;
 
-use crate::bench::memory::Moved;
+use crate::bench::stage::Moved;
 
 /// Which QEMU an event came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

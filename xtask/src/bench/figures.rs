@@ -15,6 +15,7 @@ pub(super) struct Samples {
     figures: BTreeMap<&'static str, Vec<f64>>,
     failures: Vec<String>,
     unavailable: Option<String>,
+    remarks: Vec<String>,
 }
 
 impl Samples {
@@ -36,6 +37,11 @@ impl Samples {
             }
             Err(error) => self.failures.push(format!("{error:#}")),
         }
+    }
+
+    /// Adds what a reader of the figures should know.
+    pub(super) fn remark(&mut self, text: impl Into<String>) {
+        self.remarks.push(text.into());
     }
 
     /// The spread of one metric; none if no run gave it.
@@ -116,7 +122,7 @@ pub(super) struct Record {
     pub(super) ours_failed: usize,
     /// Runs that failed on the peer's side.
     pub(super) peer_failed: usize,
-    /// Why a figure is missing, and how runs failed.
+    /// Why a figure is missing, how runs failed, and what limits the figures.
     pub(super) note: Option<String>,
 }
 
@@ -169,7 +175,7 @@ fn record(case: &str, against: &str, metric: &Metric, ours: &Samples, peer: &Sam
     }
 }
 
-/// What is missing, and how runs failed: each reason once.
+/// What is missing, how runs failed (each reason once), and what else there is to know.
 fn note(ours: &Samples, peer: &Samples, against: &str) -> Option<String> {
     let mut parts = Vec::new();
     for (whose, samples) in [("ours", ours), (against, peer)] {
@@ -183,6 +189,7 @@ fn note(ours: &Samples, peer: &Samples, against: &str) -> Option<String> {
         for (reason, times) in reasons {
             parts.push(format!("{whose}: {times} failed: {reason}"));
         }
+        parts.extend(samples.remarks.iter().cloned());
     }
     (!parts.is_empty()).then(|| parts.join("; "))
 }
@@ -252,6 +259,15 @@ mod tests {
         let record = one(&samples(&[5.0]), &peer);
         assert_eq!((record.peer_n, record.peer_failed), (1, 2));
         assert_eq!(record.note.as_deref(), Some("QEMU: 2 failed: guest dead"));
+    }
+
+    #[test]
+    fn a_remark_is_part_of_the_note() {
+        let mut ours = samples(&[5.0]);
+        ours.remark("the sender is slow");
+        let record = one(&ours, &samples(&[20.0]));
+        assert!(record.met);
+        assert_eq!(record.note.as_deref(), Some("the sender is slow"));
     }
 
     #[test]

@@ -18,12 +18,12 @@ use crate::process::poll_until;
 const VERB_WITHIN: Duration = Duration::from_secs(30);
 
 /// The pod, running.
-pub(super) struct Ours {
+pub(in crate::bench) struct Ours {
     lab: Lab,
     guest: Guest,
     at: Node,
     /// Its load.
-    pub(super) load: Load,
+    pub(in crate::bench) load: Load,
 }
 
 /// The part of a migration's report that is used; the service says more.
@@ -49,11 +49,11 @@ struct Memory {
 
 /// The report's figures of post-copy faults.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
-pub(super) struct Faults {
-    pub(super) count: u64,
-    pub(super) p50_us: f64,
-    pub(super) p99_us: f64,
-    pub(super) p999_us: f64,
+pub(in crate::bench) struct Faults {
+    pub(in crate::bench) count: u64,
+    pub(in crate::bench) p50_us: f64,
+    pub(in crate::bench) p99_us: f64,
+    pub(in crate::bench) p999_us: f64,
 }
 
 #[derive(Deserialize)]
@@ -77,7 +77,7 @@ impl Ours {
     ///
     /// # Errors
     /// It does not start.
-    pub(super) fn start(lab: &Lab, guest: Guest) -> Result<Ours> {
+    pub(in crate::bench) fn start(lab: &Lab, guest: Guest) -> Result<Ours> {
         let file = lab.dir().join("bench-pod.yaml");
         std::fs::write(&file, guest.yaml())
             .with_context(|| format!("cannot write {}", file.display()))?;
@@ -94,12 +94,12 @@ impl Ours {
     }
 
     /// The pod, if it runs and its load answers.
-    pub(super) fn well(mut self) -> Option<Ours> {
+    pub(in crate::bench) fn well(mut self) -> Option<Ours> {
         (self.locate().is_ok() && self.load.report().is_ok()).then_some(self)
     }
 
     /// The guest.
-    pub(super) fn guest(&self) -> Guest {
+    pub(in crate::bench) fn guest(&self) -> Guest {
         self.guest
     }
 
@@ -107,7 +107,10 @@ impl Ours {
     ///
     /// # Errors
     /// It is not moved, or does not answer there.
-    pub(super) fn migrate(&mut self, options: &[&str]) -> Result<(Moved, Option<Faults>)> {
+    pub(in crate::bench) fn migrate(
+        &mut self,
+        options: &[&str],
+    ) -> Result<(Moved, Option<Faults>)> {
         let words = [
             &["migrate", self.guest.name, "--to", self.at.other().name()],
             options,
@@ -135,7 +138,7 @@ impl Ours {
     ///
     /// # Errors
     /// The migration does not begin to copy, is over before `during`, or `during` fails.
-    pub(super) fn while_copied<T>(
+    pub(in crate::bench) fn while_copied<T>(
         &mut self,
         bytes_per_s: u64,
         during: impl FnOnce(&Load) -> Result<T>,
@@ -167,7 +170,7 @@ impl Ours {
     ///
     /// # Errors
     /// It is not replaced.
-    pub(super) fn upgrade(&mut self) -> Result<f64> {
+    pub(in crate::bench) fn upgrade(&mut self) -> Result<f64> {
         let report: Value = self.json(&["upgrade", self.guest.name], MOVES_WITHIN)?;
         self.load.report()?;
         let us = find_number(&report, "downtime_us")
@@ -245,7 +248,7 @@ impl Drop for Ours {
 }
 
 /// Whether `migrator VERB` exists, and knows `option`.
-pub(super) fn knows(lab: &Lab, verb: &str, option: Option<&str>) -> bool {
+pub(in crate::bench) fn knows(lab: &Lab, verb: &str, option: Option<&str>) -> bool {
     says(lab, Node::A, &[verb, "--help"], VERB_WITHIN).is_ok_and(|said| {
         said.code == Some(0) && option.is_none_or(|option| said.out.contains(option))
     })

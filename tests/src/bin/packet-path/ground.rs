@@ -1,0 +1,226 @@
+//! The namespaces, the node's network, and its ports.
+
+use std::future::Future;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use aya::maps::MapInfo;
+use aya::programs::{ProgramInfo, loaded_programs};
+use migrator::network::{NodeNetConfig, NodeNetwork, ParkLimits, PodNetId, Port, Role, XdpChoice};
+use migrator_ebpf::{ABI, names};
+use migrator_tests::netns::{BpfDir, Netns, require_root, take_segments_whole};
+use tempfile::TempDir;
+use tokio::sync::mpsc;
+use vm_runtime::units::MacAddress;
+
+use crate::DEADLINE;
+use crate::schedule::{Place, settle};
+
+/// The slot of the port that is measured.
+pub(crate) const GATED: u16 = 1;
+/// The slot of the port whose programs are taken away.
+pub(crate) const BARE: u16 = 2;
+/// The bridge's uplink, seen from outside.
+pub(crate) const TO_BRIDGE: &str = "out0";
+/// The way to a device that is no port of a bridge.
+pub(crate) const TO_RAW: &str = "out1";
+/// That device.
+pub(crate) const RAW: &str = "raw0";
+
+type Job = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// Where the sender is.
+pub(crate) struct Outside {
+    pub(crate) netns: Netns,
+}
+
+/// A node with one pod, or two.
+pub(crate) struct Ground {
+    pub(crate) outside: Outside,
+    pub(crate) netns: Netns,
+    jobs: mpsc::UnboundedSender<Job>,
+    network: NodeNetwork,
+    dir: BpfDir,
+    _spool: TempDir,
+}
+
+/// The address of the pod in a slot.
+pub(crate) fn mac(slot: u16) -> MacAddress {
+    MacAddress([0x52, 0x54, 0, 0, 1, slot as u8])
+}
+
+impl Ground {
+    /// Makes all of it; the kernel takes it down with this value.
+    ///
+    /// # Errors
+    /// The kernel lacks something.
+    ///
+    /// # Panics
+    /// Not root.
+    pub(crate) fn new() -> Result<Ground> {
+        require_root();
+        let (outside, netns) = (Netns::new()?, Netns::new()?);
+        netns.ip("link add br0 type bridge forward_delay 0 mcast_snooping 0")?;
+        for (inner, outer) in [("eth0", TO_BRIDGE), (RAW, TO_RAW)] {
+            netns.ip(&format!("link add {inner} type veth peer name {outer}"))?;
+            netns.ip(&format!(
+                "link set {outer} netns {}",
+                outside.path().display()
+            ))?;
+            outside.ip(&format!("link set {outer} up"))?;
+        }
+        netns.ip("link set eth0 master br0 up")?;
+        netns.ip(&format!("link set {RAW} up"))?;
+        netns.ip("link set br0 up")?;
+        wait_for_port(&netns, "eth0")?;
+        let jobs = start_thread(&netns);
+        let (dir, spool) = (BpfDir::new()?, tempfile::tempdir()?);
+        let config = NodeNetConfig {
+            bridge: "br0".into(),
+            uplink: "eth0".into(),
+            // What is measured here is the gate's own way.
+            xdp: XdpChoice::Off,
+            bpffs: dir.path().to_owned(),
+            spool_dir: spool.path().join("spool"),
+            tunnel: None,
+            park: ParkLimits {
+                bytes: 1 << 30,
+                bytes_per_pod: 1 << 30,
+            },
+        };
+        let network = call(&jobs, NodeNetwork::open(config))??;
+        Ok(Ground {
+            outside: Outside { netns: outside },
+            netns,
+            jobs,
+            network,
+            dir,
+            _spool: spool,
+        })
+    }
+
+    /// A future of the node's network, run where it belongs.
+    ///
+    /// # Errors
+    /// It takes too long.
+    pub(crate) fn call<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = T> + Send + 'static,
+    ) -> Result<T> {
+        call(&self.jobs, work)
+    }
+
+    /// The port of a pod that runs here, as a VMM leaves it whose guest takes TCP segments whole.
+    ///
+    /// # Errors
+    /// The network has none to give.
+    pub(crate) fn attach(&self, slot: u16) -> Result<Port> {
+        let pod = PodNetId {
+            name: format!("pod{slot}"),
+            mac: mac(slot),
+            v4: Some([10, 77, 0, slot as u8].into()),
+            v6: None,
+        };
+        let network = self.network.clone();
+        let attached =
+            self.call(async move { network.attach(&pod, slot, Role::Local, None).await });
+        let port = attached??;
+        take_segments_whole(port.tap_fd()?.as_fd())?;
+        Ok(port)
+    }
+
+    /// The same, with nothing of ours on its TAP.
+    ///
+    /// # Errors
+    /// As [`attach`](Self::attach), or a pin cannot be removed.
+    pub(crate) fn attach_bare(&self) -> Result<Port> {
+        let port = self.attach(BARE)?;
+        // A link without a pin and without a descriptor detaches its program.
+        for entry in std::fs::read_dir(self.pins())?.flatten() {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            if name.starts_with("link_") && name.ends_with(&format!("_{BARE}")) {
+                std::fs::remove_file(entry.path())?;
+            }
+        }
+        Ok(port)
+    }
+
+    fn pins(&self) -> PathBuf {
+        self.dir.path().join(format!("v{ABI}"))
+    }
+
+    /// Where a map is pinned.
+    pub(crate) fn map(&self, name: &str) -> PathBuf {
+        self.pins().join(name)
+    }
+
+    /// What the kernel says of this node's gate. Other nodes of the machine have programs of the same name: this node's is the one
+    /// that uses its map.
+    ///
+    /// # Errors
+    /// There is none.
+    pub(crate) fn gate(&self) -> Result<ProgramInfo> {
+        let words = MapInfo::from_pin(self.map(names::GATES))?.id();
+        loaded_programs()
+            .flatten()
+            .find(|program| {
+                program.name_as_str() == Some(names::GATE)
+                    && matches!(program.map_ids(), Ok(Some(maps)) if maps.contains(&words))
+            })
+            .context("the gate is not loaded")
+    }
+}
+
+fn start_thread(netns: &Netns) -> mpsc::UnboundedSender<Job> {
+    let (jobs, mut queue) = mpsc::unbounded_channel::<Job>();
+    netns.spawn(move || {
+        // The threads of ports come from here. What takes the sender's CPU away takes the offered frames away.
+        if let Err(error) = settle(Place::Receiver) {
+            eprintln!("packet-path: {error:#}");
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        runtime.block_on(async {
+            while let Some(job) = queue.recv().await {
+                tokio::spawn(job);
+            }
+        });
+    });
+    jobs
+}
+
+fn call<T: Send + 'static>(
+    jobs: &mpsc::UnboundedSender<Job>,
+    work: impl Future<Output = T> + Send + 'static,
+) -> Result<T> {
+    let (reply, answer) = std::sync::mpsc::channel();
+    let job = async move {
+        // The asker may have given up.
+        let _ = reply.send(work.await);
+    };
+    jobs.send(Box::pin(job)).ok().context("the node's thread")?;
+    answer
+        .recv_timeout(DEADLINE)
+        .context("the node does not answer")
+}
+
+/// A bridge forwards on a port only when it has heard of its carrier, which takes the kernel a second.
+fn wait_for_port(netns: &Netns, port: &str) -> Result<()> {
+    // Opened before the first look, so that no change is missed.
+    let news = netns.link_news()?;
+    let until = Instant::now() + DEADLINE;
+    loop {
+        let shown = netns.run("bridge", &format!("link show dev {port}"))?;
+        if shown.contains("state forwarding") {
+            return Ok(());
+        }
+        news.wait(until)
+            .with_context(|| format!("{port} does not forward"))?;
+    }
+}

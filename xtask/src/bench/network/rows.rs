@@ -1,0 +1,89 @@
+//! The rows of the table: which cases each has, and what runs them.
+
+mod latency;
+mod paths;
+
+use anyhow::Result;
+
+use crate::bench::figures::Record;
+use crate::bench::plan::Plan;
+use crate::project::Project;
+
+/// What a row works with.
+pub(super) struct Bench<'a> {
+    pub(super) project: &'a Project,
+    pub(super) plan: &'a Plan,
+    pub(super) records: &'a mut Vec<Record>,
+}
+
+/// Runs the named cases of a row, and adds their records.
+type Run = fn(&mut Bench<'_>, &[String]) -> Result<()>;
+
+/// One row.
+pub(super) struct Row {
+    pub(super) name: &'static str,
+    /// Its cases that are wanted, by name.
+    pub(super) cases: Vec<String>,
+    pub(super) run: Run,
+}
+
+/// The rows that have a wanted case, in the order in which they run.
+pub(super) fn all(plan: &Plan) -> Vec<Row> {
+    let mut rows = vec![
+        row("idle gate", paths::gate_idle(plan.quick), paths::run),
+        row(
+            "park and inject",
+            paths::park_inject(plan.quick),
+            paths::run,
+        ),
+        row("flip", paths::flip(), paths::run),
+        row("latency", latency::cases(), latency::run),
+    ];
+    for row in &mut rows {
+        row.cases.retain(|case| plan.wants(case));
+    }
+    rows.retain(|row| !row.cases.is_empty());
+    rows
+}
+
+fn row(name: &'static str, cases: Vec<String>, run: Run) -> Row {
+    Row { name, cases, run }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(quick: bool, filter: Option<&str>) -> Vec<String> {
+        let plan = Plan {
+            quick,
+            filter: filter.map(str::to_owned),
+            runs: 5,
+        };
+        all(&plan).into_iter().flat_map(|row| row.cases).collect()
+    }
+
+    #[test]
+    fn a_quick_run_has_one_case_of_each_row() {
+        let quick = names(true, None);
+        assert_eq!(
+            quick,
+            [
+                "gate-idle-64",
+                "park-inject-64",
+                "flip",
+                "latency-switchover"
+            ]
+        );
+        let whole = names(false, None);
+        assert!(quick.iter().all(|case| whole.contains(case)));
+        assert!(whole.len() > quick.len());
+    }
+
+    #[test]
+    fn cases_can_be_filtered() {
+        assert_eq!(names(false, Some("park")).len(), 3);
+        assert_eq!(names(false, Some("idle-1400")), ["gate-idle-1400"]);
+        assert_eq!(names(false, Some("switch")), ["latency-switchover"]);
+    }
+}

@@ -1,0 +1,144 @@
+//! Rows of `packet-path`: an idle gate, a hold with its rollback, a flip.
+
+use anyhow::{Context, Result};
+
+use super::Bench;
+use crate::bench::figures::{Aim, Metric, Samples, records};
+use crate::bench::network::program::{self, Call};
+
+/// One of the program's measurements.
+struct Path {
+    /// Its name in cases, and for the program.
+    name: &'static str,
+    /// Which frames, in cases and for the program; none where there is no choice.
+    frames: &'static [&'static str],
+    /// What the peer is.
+    against: &'static str,
+    /// Why there is no figure of it, if there is none.
+    no_peer: Option<&'static str>,
+    metrics: &'static [Metric],
+}
+
+const GATE_IDLE: Path = Path {
+    name: "gate-idle",
+    frames: &["64", "1400"],
+    against: "the same path without the programs",
+    no_peer: None,
+    metrics: &[
+        metric("rate", "packets/s", &[Aim::RatioAtLeast(0.97)]),
+        metric("CPU time", "ns/packet", &[Aim::RatioAtMost(1.03)]),
+        // Ours alone: without a program there is nothing to count.
+        metric("program", "ns/packet", &[]),
+    ],
+};
+
+const PARK_INJECT: Path = Path {
+    name: "park-inject",
+    frames: &["64", "1400", "gso"],
+    against: "AF_PACKET receive and send",
+    no_peer: None,
+    metrics: &[
+        metric("lost", "frames", &[Aim::Zero]),
+        metric("doubled or overtaken", "frames", &[Aim::Zero]),
+        metric("offered", "frames/s", &[]),
+        metric("parked", "frames", &[]),
+        metric("drain rate", "frames/s", &[]),
+    ],
+};
+
+const FLIP: Path = Path {
+    name: "flip",
+    frames: &[],
+    against: "published figures",
+    no_peer: Some("nobody publishes this step alone; docs/benchmarks.md has what is published"),
+    metrics: &[
+        metric("store to the first parked", "us", &[Aim::Below(100.0)]),
+        metric("slowest of a run", "us", &[Aim::Below(100.0)]),
+        metric("the call of hold", "us", &[]),
+    ],
+};
+
+const PATHS: [Path; 3] = [GATE_IDLE, PARK_INJECT, FLIP];
+
+const fn metric(name: &'static str, unit: &'static str, aims: &'static [Aim]) -> Metric {
+    Metric { name, unit, aims }
+}
+
+impl Path {
+    fn cases(&self, quick: bool) -> Vec<String> {
+        if self.frames.is_empty() {
+            return vec![self.name.to_owned()];
+        }
+        let frames = if quick {
+            &self.frames[..1]
+        } else {
+            self.frames
+        };
+        frames
+            .iter()
+            .map(|frames| format!("{}-{frames}", self.name))
+            .collect()
+    }
+
+    /// The frames of a case of this row; none if it is another's.
+    fn frames_of(&self, case: &str) -> Option<Option<&'static str>> {
+        if self.frames.is_empty() {
+            return (case == self.name).then_some(None);
+        }
+        let wanted = case.strip_prefix(self.name)?.strip_prefix('-')?;
+        let frames = self.frames.iter().find(|frames| **frames == wanted)?;
+        Some(Some(frames))
+    }
+}
+
+pub(super) fn gate_idle(quick: bool) -> Vec<String> {
+    GATE_IDLE.cases(quick)
+}
+
+pub(super) fn park_inject(quick: bool) -> Vec<String> {
+    PARK_INJECT.cases(quick)
+}
+
+pub(super) fn flip() -> Vec<String> {
+    FLIP.cases(false)
+}
+
+pub(super) fn run(bench: &mut Bench<'_>, wanted: &[String]) -> Result<()> {
+    for case in wanted {
+        let (path, frames) = PATHS
+            .iter()
+            .find_map(|path| Some((path, path.frames_of(case)?)))
+            .with_context(|| format!("{case} is no case of this row"))?;
+        let call = Call {
+            what: path.name,
+            frames,
+            runs: bench.plan.runs,
+            quick: bench.plan.quick,
+        };
+        let (ours, mut peer) = program::run(bench.project, &call, path.metrics)?;
+        if let Some(reason) = path.no_peer {
+            peer = Samples::unavailable(reason);
+        }
+        let records = records(case, path.against, path.metrics, &ours, &peer);
+        bench.records.extend(records);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_case_belongs_to_one_row_and_names_its_frames() {
+        for path in &PATHS {
+            for case in path.cases(false) {
+                let owners = PATHS.iter().filter(|path| path.frames_of(&case).is_some());
+                assert_eq!(owners.count(), 1, "{case}");
+            }
+        }
+        assert_eq!(PARK_INJECT.frames_of("park-inject-gso"), Some(Some("gso")));
+        assert_eq!(PARK_INJECT.frames_of("park-inject"), None);
+        assert_eq!(FLIP.frames_of("flip"), Some(None));
+    }
+}
