@@ -99,6 +99,8 @@ pub struct Device {
     /// Interface index of the uplink, once the pod has gone and the network sends to its new place: where frames of the node's own bridge then
     /// go. 0 before.
     pub out: u32,
+    /// Interface index of the tunnel's device; 0 if there is none. What comes by it was sent here by another node, and follows the pod.
+    pub tunnel: u32,
     /// Interface index of the uplink whose program counts what it leaves to the kernel; 0 if there is none.
     pub uplink: u32,
     /// The pod's slot.
@@ -107,7 +109,7 @@ pub struct Device {
     pub mac: [u8; MAC_LEN],
 }
 
-const _: () = assert!(size_of::<Device>() == 20);
+const _: () = assert!(size_of::<Device>() == 24);
 const _: () = assert!(size_of::<Tunnel>() == 28);
 const _: () = assert!(size_of::<Landing>() == 12);
 const _: () = assert!(size_of::<CounterRow>() == COUNTERS_LEN * 8);
@@ -119,7 +121,7 @@ pub const fn bucket_index(slot: u16, bucket: u8) -> u32 {
 
 #[cfg(feature = "user")]
 mod user {
-    // SAFETY: `repr(C)`, 4 + 4 + 4 + 2 + 6 bytes without padding, every bit pattern valid: what a map value needs.
+    // SAFETY: `repr(C)`, four `u32`, then 2 + 6 bytes without padding, every bit pattern valid: what a map value needs.
     unsafe impl aya::Pod for super::Device {}
     // SAFETY: `repr(C)`, three `u32` and 16 bytes without padding, every bit pattern valid.
     unsafe impl aya::Pod for super::Tunnel {}

@@ -151,7 +151,8 @@ fn gate(ctx: TcContext) -> i32 {
     let is_group = is_group(&skb);
     // SAFETY: `skb` is the context that the kernel passed in.
     let came_by = unsafe { (*ctx.skb.skb).ingress_ifindex };
-    let verdict = if device.out != 0 && came_by != device.out && !is_group {
+    let is_own = came_by != device.out && (device.tunnel == 0 || came_by != device.tunnel);
+    let verdict = if device.out != 0 && is_own && !is_group {
         verdict.of_own_bridge()
     } else {
         verdict.of_group(is_group)

@@ -258,6 +258,7 @@ impl NodeNetwork {
         let device = Device {
             park: park.index,
             out: 0,
+            tunnel: self.inner.tunnel.device().unwrap_or(0),
             uplink: fast.uplink(),
             slot,
             mac: pod.mac.0,

@@ -88,6 +88,7 @@ impl Bench {
         let device = Device {
             park: LOOPBACK,
             out: 0,
+            tunnel: 0,
             uplink: 0,
             slot: SLOT,
             mac: POD,

@@ -56,6 +56,7 @@ fn a_device_without_a_slot_and_a_foreign_word_let_nothing_through() -> anyhow::R
     let outside = Device {
         park: LOOPBACK,
         out: 0,
+        tunnel: 0,
         uplink: 0,
         slot: MAX_SLOTS as u16,
         mac: POD,

@@ -120,6 +120,7 @@ fn what_comes_from_the_nodes_own_bridge_goes_out_of_the_uplink_once_the_network_
     let device = Device {
         park: LOOPBACK,
         out: LOOPBACK,
+        tunnel: 0,
         uplink: 0,
         slot: SLOT,
         mac: POD,

@@ -313,6 +313,7 @@ fn the_gate_counts_what_came_by_the_uplink_and_nothing_else() -> anyhow::Result<
         let device = Device {
             park: LOOPBACK,
             out: 0,
+            tunnel: 0,
             uplink,
             slot: SLOT,
             mac: POD,

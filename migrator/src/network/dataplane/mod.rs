@@ -16,6 +16,7 @@ mod command;
 mod destination;
 mod overflow;
 mod queues;
+mod resync;
 mod source;
 
 pub use backlog::Backlog;
@@ -126,10 +127,8 @@ pub(crate) struct Dataplane {
     end_seen: bool,
     injected_seq: u64,
     settle: Option<Reply<Result<(), PortError>>>,
-    /// Counters of `parked` that everything before must have reached, after a loss.
-    resync: Option<(Box<[u64; 256]>, bool)>,
-    /// As soon as the gate is open; whether a former service was killed, and what it took along is to be booked.
-    resync_due: Option<bool>,
+    /// Frames that buckets wait for are missing, and looked for.
+    resync: Option<resync::Resync>,
 }
 
 impl Dataplane {
@@ -176,7 +175,6 @@ impl Dataplane {
             injected_seq: if arrived { injected_seq } else { 0 },
             settle: None,
             resync: None,
-            resync_due: None,
         }
     }
 
@@ -273,7 +271,7 @@ impl Dataplane {
                 Err(error) => answer(reply, Err(error)),
             },
             Command::SourceAway => self.source_is_away |= !self.end_seen,
-            Command::Resync(crashed) => self.start_resync(crashed),
+            Command::Resync(crashed) => self.want_resync(crashed),
             Command::Tally(reply) => {
                 let tally = self.tally();
                 answer(reply, tally);
@@ -332,9 +330,6 @@ impl Dataplane {
             self.set_gate(Mode::Local, true);
             self.set_stage(Stage::Local);
             self.setup.spool.remove();
-            if let Some(crashed) = self.resync_due.take() {
-                self.start_resync(crashed);
-            }
             if let Some(reply) = self.settle.take() {
                 answer(reply, Ok(()));
             }
@@ -348,7 +343,7 @@ impl Dataplane {
                 self.drain_tap = Some((until, reply));
             }
         }
-        self.finish_resync();
+        self.go_on_resync(now);
     }
 
     /// Before the thread ends: what it has taken must not die with it, if the guest still reads.
@@ -378,7 +373,8 @@ impl Dataplane {
         if self.is_full() {
             timeout = timeout.min(FULL_LOOK);
         }
-        for due in [self.end_due, self.echo_due].into_iter().flatten() {
+        let dues = [self.end_due, self.echo_due, self.resync_due()];
+        for due in dues.into_iter().flatten() {
             timeout = timeout.min(due.saturating_duration_since(now));
         }
         if self.stage == Stage::Settling {

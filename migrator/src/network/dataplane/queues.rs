@@ -8,7 +8,6 @@ use migrator_ebpf::{FrameBytes, bucket, is_group, is_own_echo};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags};
 
-use super::super::grace;
 use super::super::sys::{self, Sent, VNET_HEADER};
 use super::{BATCH, Dataplane, ETHERNET_MIN, PENDING_MAX, Stage};
 
@@ -203,43 +202,6 @@ impl Dataplane {
         }
         if self.opened_at.is_some() && *self.setup.acked.borrow() < self.injected_seq {
             self.setup.acked.send_replace(self.injected_seq);
-        }
-    }
-
-    pub(super) fn start_resync(&mut self, crashed: bool) {
-        if self.stage != Stage::Local {
-            self.resync_due = Some(self.resync_due.unwrap_or(false) | crashed);
-            return;
-        }
-        let gate = &self.setup.gate;
-        let mut counters = Box::new([0; 256]);
-        for (bucket, counter) in (0..=u8::MAX).zip(counters.iter_mut()) {
-            *counter = gate.parked(bucket);
-        }
-        // After it, every frame that those counters stand for is in the park's queue, or lost.
-        if let Err(error) = grace::grace_period() {
-            tracing::warn!(%error, "no grace period: flows behind a lost frame keep taking the slow way");
-            return;
-        }
-        self.park_empty = false;
-        self.resync = Some((counters, crashed));
-    }
-
-    pub(super) fn finish_resync(&mut self) {
-        if !self.park_empty || !self.pending.is_empty() || self.stage != Stage::Local {
-            return;
-        }
-        let Some((counters, crashed)) = self.resync.take() else {
-            return;
-        };
-        for (bucket, counter) in (0..=u8::MAX).zip(counters.iter()) {
-            let missing = counter.wrapping_sub(self.setup.gate.done(bucket)) as i64;
-            if missing > 0 {
-                self.setup.gate.set_done(bucket, *counter);
-                if crashed {
-                    self.tally.crash += missing as u64;
-                }
-            }
         }
     }
 }
