@@ -5,7 +5,7 @@
 //! state_dir: /var/lib/migrator   # pods, images, journal, sockets
 //! bridge: br0                    # the bridge that pods are ports of
 //! uplink: eth0                   # the bridge's port that leads to the other nodes
-//! xdp: auto                      # optional: or off, to keep frames on the bridge's way
+//! xdp: auto                      # optional: small packets straight from the uplink to pods; off if not told
 //! listen: 10.78.0.1:7077         # where other nodes connect
 //! advertise: 10.78.0.1:7077      # optional: what to tell them, if not `listen`
 //! peers: { b: "10.78.0.2:7077" }

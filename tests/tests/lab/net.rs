@@ -86,6 +86,11 @@ fn is_quiet(test: &TestLab, node: Node) -> Result<()> {
     Ok(())
 }
 
+/// Whether a gate in this mode sends frames to the node that the pod has gone to.
+fn away(mode: &str) -> bool {
+    matches!(mode, "forward" | "tunnel")
+}
+
 #[test]
 fn net_show_tells_where_a_pods_frames_go_before_during_and_after_its_move() -> Result<()> {
     let test = TestLab::with_pod()?;
@@ -145,17 +150,19 @@ fn net_show_tells_where_a_pods_frames_go_before_during_and_after_its_move() -> R
     let mut modes = Vec::new();
     let mut last = None;
     let until = Instant::now() + SOON;
-    while let Ok(net) = show(&test, Node::A) {
+    let left = loop {
+        let net = match show(&test, Node::A) {
+            Ok(net) => net,
+            Err(left) => break left,
+        };
         ensure!(Instant::now() < until, "it stays on a");
         ensure!(net.port.balances, "{net:?}");
         if modes.last() != Some(&net.port.gate.mode) {
             modes.push(net.port.gate.mode.clone());
         }
-        last = Some(net)
-            .filter(|net| net.port.gate.mode == "forward")
-            .or(last);
-    }
-    let last = last.context("it was never seen to forward")?;
+        last = Some(net).filter(|net| away(&net.port.gate.mode)).or(last);
+    };
+    let last = last.with_context(|| format!("never seen to forward: {modes:?}, then {left:#}"))?;
     ensure!(
         !last.port.gate.may_send && count(&last, "parked_hold") > 0,
         "{last:?}"
@@ -172,8 +179,11 @@ fn net_show_tells_where_a_pods_frames_go_before_during_and_after_its_move() -> R
         }
     };
     ensure!(ended == TraceEnd::PodGone, "{ended:?}");
+    // Late frames may be so few that none comes before the tunnel is open.
+    let (here, gone) = told.split_at(told.len().min(2));
+    ensure!(here == ["local", "hold"], "{told:?}");
     ensure!(
-        told.starts_with(&["local".into(), "hold".into(), "forward".into()]),
+        !gone.is_empty() && gone.iter().all(|mode| away(mode)),
         "{told:?}"
     );
     ensure!(

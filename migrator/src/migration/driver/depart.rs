@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::time::timeout;
+
 use super::offer::offer;
 use super::report::Figures;
 use super::runner::Side;
@@ -18,12 +20,15 @@ use crate::migration::journal::SourceRecord;
 use crate::migration::rounds::Policy;
 use crate::migration::source::{Input, Plan, Source};
 use crate::migration::status;
+use crate::network::{Port, Stage};
 use crate::pods::{MigrationEnd, PodHandle, PodResources};
 use crate::wire::message::Ledger;
 use crate::wire::session;
 
 /// For TCP, TLS and the preambles of all connections.
 pub(super) const DIAL_DEADLINE: Duration = Duration::from_secs(10);
+/// The longest wait for the old way's packets (`SOURCE_LIMIT` in the dataplane), and some more.
+const SETTLES_WITHIN: Duration = Duration::from_secs(5);
 /// What the rest of the downtime (stop, device state, grant, resume) is expected to take; measured, see
 /// `phases` in the report.
 const FIXED_US: u64 = 15_000;
@@ -43,6 +48,7 @@ pub(super) async fn outgoing(node: Arc<Node>, job: Outgoing) {
     let figures = figures(&node, &ticket, &pod, to.as_str());
     let begun = async {
         let offer = offer(&node, &pod, &resources, ticket.id, options).await?;
+        settled(&resources.port).await;
         let count = usize::from(options.connections);
         let session = session::dial(addr, &node.tls, to.as_str(), count, DIAL_DEADLINE)
             .await
@@ -92,6 +98,15 @@ pub(super) async fn outgoing(node: Arc<Node>, job: Outgoing) {
     run.attach(session, options.bandwidth);
     run.input(Input::Begin).await;
     run.events().await;
+}
+
+/// Waits for a pod that has just come here until its packets have, too: those of its old way are awaited for some seconds if
+/// its source is lost.
+async fn settled(port: &Port) {
+    if matches!(port.stage(), Stage::Opened | Stage::Settling) {
+        // If it is not, the hold says so.
+        let _ = timeout(SETTLES_WITHIN, port.reached(Stage::Local)).await;
+    }
 }
 
 /// Where another node's service listens.

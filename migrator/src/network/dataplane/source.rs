@@ -98,6 +98,13 @@ impl Dataplane {
         }
     }
 
+    /// Senders on the node's own bridge take the new way. It may have been found out just before a rollback.
+    pub(super) fn own_bridge_has_changed(&mut self) {
+        if matches!(self.stage, Stage::Holding | Stage::Forwarding) {
+            self.end_within(Duration::ZERO, Instant::now());
+        }
+    }
+
     /// The end marker follows after this time, if none is due earlier.
     pub(super) fn end_within(&mut self, delay: Duration, now: Instant) {
         if !self.log.ended() {

@@ -34,10 +34,10 @@ pub(crate) const STRAGGLERS: Duration = Duration::from_millis(20);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum XdpChoice {
-    /// Where the uplink takes it natively.
-    #[default]
+    /// Where the uplink takes it natively. What goes that way is counted, but not shown by `net trace`.
     Auto,
     /// Not at all.
+    #[default]
     Off,
 }
 
