@@ -33,6 +33,7 @@ use serde_json::{Value, json};
 use tokio::sync::broadcast::{self, error::RecvError};
 use tokio::time::timeout;
 
+use super::process::is_suspended;
 use super::record::{VmRecord, clear, free_dir};
 use super::spawn::{Birth, Succession};
 use super::start::start;
@@ -47,6 +48,8 @@ use crate::units::Bytes;
 
 /// How long the old QEMU gets to say how large its state was, if the new one has loaded it already.
 const BYTES_LIMIT: Duration = Duration::from_millis(1);
+/// How long a suspended QEMU's threads may take to stop before it is gone on without a look: it takes them microseconds.
+const STOPS_WITHIN: Duration = Duration::from_millis(20);
 
 /// What a node gives a QEMU that is to replace another.
 #[derive(Debug)]
@@ -219,7 +222,14 @@ impl Vm {
     /// # Errors
     /// The kernel refuses.
     pub fn suspend(&self) -> Result<(), SuccessionError> {
-        self.signal(Signal::SIGSTOP)
+        self.signal(Signal::SIGSTOP)?;
+        // The signal is on its way when kill(2) returns, and its threads stop some microseconds later; a find in between would take it
+        // for one that runs and is silent.
+        let until = Instant::now() + STOPS_WITHIN;
+        while !is_suspended(self.pid()) && Instant::now() < until {
+            std::thread::sleep(Duration::from_micros(20));
+        }
+        Ok(())
     }
 
     /// Takes [`Vm::suspend`] back; without that it does nothing.
