@@ -65,7 +65,7 @@ impl Default for Setup {
                 bytes: 1 << 30,
                 bytes_per_pod: 1 << 30,
             },
-            xdp: XdpChoice::Auto,
+            xdp: XdpChoice::On,
         }
     }
 }
