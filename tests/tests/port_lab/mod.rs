@@ -3,6 +3,7 @@
 mod fast;
 mod killed;
 mod limits;
+mod settled;
 mod stream;
 mod traffic;
 mod tunnel;

@@ -93,7 +93,8 @@ impl Ground {
         netns.ip("link set br0 up")?;
         wait_for_port(&netns, UPLINK)?;
         let jobs = start_thread(&netns);
-        let (dir, spool) = (BpfDir::new()?, tempfile::tempdir()?);
+        // In memory, as the service has it: on a disk, the file of parked frames would be what is measured.
+        let (dir, spool) = (BpfDir::new()?, tempfile::tempdir_in("/dev/shm")?);
         let config = NodeNetConfig {
             bridge: "br0".into(),
             uplink: UPLINK.into(),
