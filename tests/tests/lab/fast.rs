@@ -30,6 +30,8 @@ fn packets_on_the_fast_way_follow_the_pod_and_none_is_lost_or_overtaken() -> Res
     let mut test = TestLab::up_with_xdp()?;
     test.run_pod()?;
     takes_it(&test, Node::A)?;
+    let shown = test.succeeds(Node::A, &["net", "trace", POD, "--count", "20"])?;
+    ensure!(shown.contains("in  fast "), "{shown}");
     for from in [Node::A, Node::B, Node::A, Node::B] {
         let report = test.moves(from)?;
         ensure!(
