@@ -24,6 +24,7 @@ pub enum Mode {
 /// ```text
 /// bits  0..8   mode
 /// bit   8      may_send: frames from the guest may leave
+/// bit   9      settled, see the module `settled`
 /// bits 16..32  slot
 /// bits 32..64  epoch
 /// ```

@@ -10,6 +10,7 @@ mod counter;
 mod gate;
 mod meaning;
 mod packet;
+mod settled;
 mod trace;
 mod tunnel;
 mod uplink;
@@ -21,6 +22,7 @@ pub use packet::{
     Bytes, FrameBytes, MAC_LEN, bucket, destination_mac, is_fast_kind, is_group, is_own_echo,
     source_mac,
 };
+pub use settled::{flip_of, is_settled, settle};
 pub use trace::{Direction, TRACE_HEAD, TRACE_RING_BYTES, TraceEvent, is_watched, verdict_of};
 pub use tunnel::{Landing, Probe, Tunnel, landing_key};
 pub use uplink::{Extent, Local, QUEUES_MAX, extent, latch_index, may_open};
@@ -63,6 +65,8 @@ pub mod names {
     pub const GATES: &str = "GATES";
     /// Hash of [`crate::Device`], by interface index.
     pub const DEVICES: &str = "DEVICES";
+    /// Array of [`crate::Brief`] as `u64`, by interface index: what an open gate needs of [`DEVICES`]. Memory-mappable, not pinned.
+    pub const BRIEFS: &str = "BRIEFS";
     /// Array of `u64`, by [`crate::bucket_index`]: frames parked, added by the gate. Memory-mappable.
     pub const PARKED: &str = "PARKED";
     /// Array of `u64`, by [`crate::bucket_index`]: parked frames that have left the service. Memory-mappable.
@@ -114,6 +118,39 @@ const _: () = assert!(size_of::<Tunnel>() == 28);
 const _: () = assert!(size_of::<Landing>() == 12);
 const _: () = assert!(size_of::<CounterRow>() == COUNTERS_LEN * 8);
 
+/// Interface indices below this one have a [`Brief`]; devices beyond it are looked up, which takes a little longer.
+pub const BRIEFS_MAX: u32 = 1 << 16;
+
+/// What the gate needs of a [`Device`] while nothing waits, in one word. 0: it is in no such place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Brief {
+    /// The pod's slot.
+    pub slot: u16,
+    /// As in [`Device`].
+    pub uplink: u32,
+}
+
+impl Brief {
+    const KNOWN: u64 = 1 << 16;
+
+    /// The word that the map holds.
+    pub const fn to_word(self) -> u64 {
+        self.slot as u64 | Self::KNOWN | (self.uplink as u64) << 32
+    }
+
+    /// Reads a word.
+    #[inline(always)]
+    pub const fn from_word(word: u64) -> Option<Self> {
+        if word & Self::KNOWN == 0 {
+            return None;
+        }
+        Some(Self {
+            slot: word as u16,
+            uplink: (word >> 32) as u32,
+        })
+    }
+}
+
 /// Index of a bucket in the maps of `parked` and `done` counters.
 pub const fn bucket_index(slot: u16, bucket: u8) -> u32 {
     slot as u32 * BUCKETS + bucket as u32
@@ -131,4 +168,18 @@ mod user {
     unsafe impl aya::Pod for super::Local {}
     // SAFETY: an array of `u64` behind `repr(transparent)`: no padding, every bit pattern valid.
     unsafe impl aya::Pod for super::CounterRow {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_brief_reads_back_and_zero_is_none() {
+        for (slot, uplink) in [(0, 0), (7, 3), (u16::MAX, u32::MAX)] {
+            let brief = Brief { slot, uplink };
+            assert_eq!(Brief::from_word(brief.to_word()), Some(brief));
+        }
+        assert_eq!(Brief::from_word(0), None);
+    }
 }

@@ -20,8 +20,9 @@ use aya_ebpf::maps::{Array, HashMap, PerCpuArray};
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use migrator_ebpf::{
-    BUCKETS, Bytes, Counter, CounterRow, Device, Direction, Gate, MAX_SLOTS, NO_SLOT_ROW, Verdict,
-    bucket, bucket_index, is_fast_kind, is_group, is_own_echo, verdict,
+    BRIEFS_MAX, BUCKETS, Brief, Bytes, Counter, CounterRow, Device, Direction, Gate, MAX_SLOTS,
+    NO_SLOT_ROW, Verdict, bucket, bucket_index, is_fast_kind, is_group, is_own_echo, is_settled,
+    verdict,
 };
 
 /// linux/bpf.h: the map can be mapped into user memory.
@@ -36,6 +37,9 @@ const TCX_DROP: i32 = 2;
 pub(crate) static GATES: Array<u64> = Array::pinned(MAX_SLOTS, BPF_F_MMAPABLE);
 #[map]
 pub(crate) static DEVICES: HashMap<u32, Device> = HashMap::pinned(2 * MAX_SLOTS, 0);
+// Not pinned: each service fills it before its programs take over.
+#[map]
+static BRIEFS: Array<u64> = Array::with_max_entries(BRIEFS_MAX, BPF_F_MMAPABLE);
 #[map]
 pub(crate) static PARKED: Array<u64> = Array::pinned(MAX_SLOTS * BUCKETS, BPF_F_MMAPABLE);
 #[map]
@@ -97,9 +101,9 @@ pub(crate) fn add(map: &Array<u64>, index: u32, frames: u64) {
     }
 }
 
-/// Counts a frame that the uplink's program has counted when it left it to the kernel.
+/// Counts a frame that the uplink's program has counted when it left it to the kernel. Its bucket, if that is known.
 #[inline(always)]
-fn arrived(skb: &Skb<'_>, index: u32) {
+fn arrived(skb: &Skb<'_>, slot: u16, known: Option<u8>) {
     // SAFETY: `skb` is the context that the kernel passed in.
     let (kind, segments) = unsafe {
         let skb = skb.0.skb.skb;
@@ -111,6 +115,11 @@ fn arrived(skb: &Skb<'_>, index: u32) {
         (u16::from_be((*skb).protocol as u16), (*skb).gso_segs)
     };
     if is_fast_kind(skb, kind) {
+        let bucket = match known {
+            Some(bucket) => bucket,
+            None => bucket(skb),
+        };
+        let index = bucket_index(slot, bucket);
         add(&xdp::ARRIVED, index, u64::from(segments.max(1)));
     }
 }
@@ -124,16 +133,52 @@ fn device(ctx: &TcContext) -> Option<Device> {
     }
 }
 
+/// What the gate does while nothing waits for the pod in `slot`; `None`: it must look closer.
+#[inline(always)]
+fn pass_settled(ctx: &TcContext, slot: u16, uplink: u32) -> Option<i32> {
+    let word = read(&GATES, u32::from(slot));
+    if !is_settled(word, slot) {
+        return None;
+    }
+    let skb = Skb(ctx);
+    let counter = Counter::Passed;
+    book(ctx, slot, word, counter);
+    observe::trace(ctx, slot, word, counter, || bucket(&skb), Direction::In);
+    // SAFETY: `skb` is the context that the kernel passed in.
+    if uplink != 0 && unsafe { (*ctx.skb.skb).ingress_ifindex } == uplink {
+        arrived(&skb, slot, None);
+    }
+    Some(TCX_NEXT)
+}
+
 /// tcx egress: frames for the guest.
 #[classifier]
 fn gate(ctx: TcContext) -> i32 {
-    let Some(device) = device(&ctx) else {
+    // SAFETY: `skb` is the context that the kernel passed in.
+    let ifindex = unsafe { (*ctx.skb.skb).ifindex };
+    if let Some(brief) = Brief::from_word(read(&BRIEFS, ifindex))
+        && let Some(action) = pass_settled(&ctx, brief.slot, brief.uplink)
+    {
+        return action;
+    }
+    gate_closely(&ctx)
+}
+
+#[inline(always)]
+fn gate_closely(ctx: &TcContext) -> i32 {
+    let Some(device) = device(ctx) else {
         count(NO_SLOT_ROW, Counter::RefusedNoSlot);
-        debug!(&ctx, "gate: a device without a slot");
+        debug!(ctx, "gate: a device without a slot");
         return TCX_DROP;
     };
-    let skb = Skb(&ctx);
+    if let Some(action) = pass_settled(ctx, device.slot, device.uplink) {
+        return action;
+    }
+    let skb = Skb(ctx);
     let slot = u32::from(device.slot);
+    // SAFETY: `skb` is the context that the kernel passed in.
+    let came_by = unsafe { (*ctx.skb.skb).ingress_ifindex };
+    let is_counted = device.uplink != 0 && came_by == device.uplink;
     let bucket = bucket(&skb);
     let index = bucket_index(device.slot, bucket);
     // `done` first: it only grows towards `parked`, so an old value parks one frame too many, a value
@@ -149,8 +194,6 @@ fn gate(ctx: TcContext) -> i32 {
         done,
     );
     let is_group = is_group(&skb);
-    // SAFETY: `skb` is the context that the kernel passed in.
-    let came_by = unsafe { (*ctx.skb.skb).ingress_ifindex };
     let is_own = came_by != device.out && (device.tunnel == 0 || came_by != device.tunnel);
     let verdict = if device.out != 0 && is_own && !is_group {
         verdict.of_own_bridge()
@@ -160,7 +203,7 @@ fn gate(ctx: TcContext) -> i32 {
     let mut into_tunnel = None;
     let verdict = match verdict {
         Verdict::Tunnel(_) => {
-            into_tunnel = overlay::into_tunnel(&ctx, slot);
+            into_tunnel = overlay::into_tunnel(ctx, slot);
             match into_tunnel {
                 Some(_) => verdict,
                 None => Verdict::Park(Counter::ParkedForward),
@@ -169,8 +212,8 @@ fn gate(ctx: TcContext) -> i32 {
         other => other,
     };
     let counter = verdict.counter();
-    book(&ctx, device.slot, word, counter);
-    observe::trace(&ctx, device.slot, word, counter, bucket, Direction::In);
+    book(ctx, device.slot, word, counter);
+    observe::trace(ctx, device.slot, word, counter, || bucket, Direction::In);
     let action = match verdict {
         Verdict::Pass(_) => TCX_NEXT,
         Verdict::Park(_) => {
@@ -178,20 +221,20 @@ fn gate(ctx: TcContext) -> i32 {
             redirect(device.park)
         }
         Verdict::Show(_) => {
-            debug!(&ctx, "gate: slot {} hears its own address", slot);
+            debug!(ctx, "gate: slot {} hears its own address", slot);
             redirect(device.park)
         }
         Verdict::Out(_) => redirect(device.out),
         Verdict::Drop(Counter::RefusedNoSlot) => {
-            debug!(&ctx, "gate: slot {} holds no word of its own", slot);
+            debug!(ctx, "gate: slot {} holds no word of its own", slot);
             TCX_DROP
         }
         Verdict::Tunnel(_) => into_tunnel.unwrap_or(TCX_DROP),
         Verdict::Drop(_) => TCX_DROP,
     };
-    if device.uplink != 0 && came_by == device.uplink {
+    if is_counted {
         // After `parked`: the uplink's program must not find it arrived, and nothing parked.
-        arrived(&skb, index);
+        arrived(&skb, device.slot, Some(bucket));
     }
     action
 }
@@ -217,7 +260,7 @@ fn guard(ctx: TcContext) -> i32 {
         false => (Counter::Blocked, TCX_DROP),
     };
     book(&ctx, device.slot, word, counter);
-    observe::trace(&ctx, device.slot, word, counter, 0, Direction::Out);
+    observe::trace(&ctx, device.slot, word, counter, || 0, Direction::Out);
     action
 }
 

@@ -8,10 +8,11 @@ use aya_ebpf::macros::{map, raw_tracepoint, xdp};
 use aya_ebpf::maps::{Array, DevMapHash, HashMap, PerCpuArray};
 use aya_ebpf::programs::{RawTracePointContext, XdpContext};
 use migrator_ebpf::{
-    BUCKETS, Bytes, Counter, Extent, Gate, Local, MAC_LEN, MAX_SLOTS, Mode, UdpSegment, bucket,
-    bucket_index, extent, is_fast_kind, latch_index, may_open, udp_segment,
+    BUCKETS, Bytes, Counter, Direction, Extent, Gate, Local, MAC_LEN, MAX_SLOTS, Mode, UdpSegment,
+    bucket, bucket_index, extent, flip_of, is_fast_kind, latch_index, may_open, udp_segment,
 };
 
+use super::observe::trace;
 use super::{BPF_F_MMAPABLE, COUNTERS, DEVICES, DONE, GATES, PARKED, add, count, read};
 
 #[map]
@@ -75,11 +76,12 @@ fn uplink(ctx: XdpContext) -> u32 {
     if !is_fast_kind(&frame, kind) {
         return XDP_PASS;
     }
-    let index = bucket_index(local.slot, bucket(&frame));
+    let bucket = bucket(&frame);
+    let index = bucket_index(local.slot, bucket);
     let len = ctx.data_end() - ctx.data();
     let frames = match extent(&frame, kind, len, usize::from(local.frame_max)) {
         Extent::Whole => {
-            if let Some(action) = redirect(&ctx, &frame, kind, local, index) {
+            if let Some(action) = redirect(&ctx, &frame, kind, local, bucket) {
                 return action;
             }
             1
@@ -100,8 +102,9 @@ fn redirect(
     frame: &Frame<'_>,
     kind: u16,
     local: Local,
-    index: u32,
+    bucket: u8,
 ) -> Option<u32> {
+    let index = bucket_index(local.slot, bucket);
     let slot = u32::from(local.slot);
     let word = read(&GATES, slot);
     let gate = Gate::from_word(word);
@@ -110,7 +113,7 @@ fn redirect(
     }
     let latch = LATCHES.get_ptr_mut(latch_index(ctx.rx_queue_index(), index))?;
     // SAFETY: an aligned `u64` of a live map, used by one receive queue, which is polled by one CPU at a time.
-    let latched = unsafe { latch.read() } == word;
+    let latched = unsafe { latch.read() } == flip_of(word);
     if !latched {
         let arrived = read(&ARRIVED, index);
         let passed = read(&PASSED, index);
@@ -125,8 +128,16 @@ fn redirect(
         finish(ctx, segment)?;
     }
     // SAFETY: as above.
-    unsafe { latch.write(word) };
+    unsafe { latch.write(flip_of(word)) };
     count(slot, Counter::Fast);
+    trace(
+        ctx,
+        local.slot,
+        word,
+        Counter::Fast,
+        || bucket,
+        Direction::In,
+    );
     Some(action)
 }
 

@@ -5,7 +5,7 @@
 //! state_dir: /var/lib/migrator   # pods, images, journal, sockets
 //! bridge: br0                    # the bridge that pods are ports of
 //! uplink: eth0                   # the bridge's port that leads to the other nodes
-//! xdp: auto                      # optional: small packets straight from the uplink to pods; off if not told
+//! xdp: auto                      # optional: small packets straight from the uplink to pods; `on`: also from a veth; `off`
 //! listen: 10.78.0.1:7077         # where other nodes connect
 //! advertise: 10.78.0.1:7077      # optional: what to tell them, if not `listen`
 //! peers: { b: "10.78.0.2:7077" }
@@ -58,7 +58,7 @@ pub struct Config {
     pub bridge: InterfaceName,
     /// The bridge's port towards the other nodes.
     pub uplink: InterfaceName,
-    /// Whether small packets may go from the uplink straight to a pod: `auto` where the uplink takes native XDP, or `off`.
+    /// Whether small packets may go from the uplink straight to a pod: `auto` where the uplink takes native XDP and is no veth, `on` or `off`.
     #[serde(default)]
     pub xdp: XdpChoice,
     /// Address that other nodes connect to.

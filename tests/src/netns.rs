@@ -71,6 +71,14 @@ impl Netns {
         })
     }
 
+    /// Takes the calling thread inside, for good.
+    ///
+    /// # Panics
+    /// The namespace cannot be entered.
+    pub fn enter(&self) {
+        setns(self.fd.as_fd(), CloneFlags::CLONE_NEWNET).expect("enter the namespace");
+    }
+
     /// Runs a program with these arguments, split at spaces, inside; returns what it printed.
     ///
     /// # Errors

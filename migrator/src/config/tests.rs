@@ -70,7 +70,7 @@ fn optional_keys_have_defaults() {
     )
     .unwrap();
     assert_eq!(config.tunnel, Tunnel::Off);
-    assert_eq!(config.xdp, XdpChoice::Off);
+    assert_eq!(config.xdp, XdpChoice::Auto);
     assert_eq!(config.api_socket(), Path::new("/s/api.sock"));
     assert_eq!(config.qemu, QemuConfig::default());
     assert!(config.peers.is_empty());

@@ -135,7 +135,7 @@ pub fn uplink(name: &str, choice: XdpChoice, path: &UplinkPath) -> Check {
     match (path, choice) {
         (UplinkPath::Xdp, _) => present(check, false, purpose, format!("native XDP on {name}")),
         (UplinkPath::Bridge { why }, XdpChoice::Off) => present(check, false, purpose, why.clone()),
-        (UplinkPath::Bridge { why }, XdpChoice::Auto) => missing(
+        (UplinkPath::Bridge { why }, XdpChoice::Auto | XdpChoice::On) => missing(
             check,
             false,
             purpose,

@@ -5,6 +5,7 @@
 //! place, so a new version of the service brings its programs with it.
 
 mod facts;
+mod settle;
 mod tunnel;
 
 use std::path::{Path, PathBuf};
@@ -17,8 +18,8 @@ use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
 use migrator_ebpf::{
-    ABI, BUCKETS, CounterRow, Device, Gate, MAX_SLOTS, NO_SLOT_ROW, QUEUES_MAX, bucket_index,
-    latch_index, names,
+    ABI, BRIEFS_MAX, BUCKETS, Brief, CounterRow, Device, Gate, MAX_SLOTS, NO_SLOT_ROW, QUEUES_MAX,
+    bucket_index, latch_index, names,
 };
 
 use super::error::GateError;
@@ -28,6 +29,7 @@ use super::sys::MappedWords;
 use super::uplink::{FastWay, UplinkPath, XdpChoice};
 use super::watch::Watchers;
 pub use facts::{HookFacts, MapFacts, ProgramFacts};
+pub(crate) use settle::keep_settled;
 
 /// The programs, built by this crate's build script.
 pub static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/programs.o"));
@@ -44,6 +46,7 @@ pub(crate) struct Gates {
     programs: Mutex<Ebpf>,
     devices: Mutex<HashMap<MapData, u32, Device>>,
     counters: Mutex<PerCpuArray<MapData, CounterRow>>,
+    briefs: MappedWords,
     words: MappedWords,
     parked: MappedWords,
     done: MappedWords,
@@ -105,6 +108,7 @@ impl Gates {
             let fd = data.fd();
             MappedWords::map(fd, len as usize).map_err(|error| map_error(name, error.into()))
         };
+        let briefs = words(names::BRIEFS, BRIEFS_MAX)?;
         let gates = words(names::GATES, MAX_SLOTS)?;
         let parked = words(names::PARKED, MAX_SLOTS * BUCKETS)?;
         let done = words(names::DONE, MAX_SLOTS * BUCKETS)?;
@@ -134,6 +138,7 @@ impl Gates {
                     .map_err(|error| map_error(names::COUNTERS, error.into()))?,
             ),
             programs: Mutex::new(programs),
+            briefs,
             words: gates,
             parked,
             done,
@@ -160,6 +165,13 @@ impl Gates {
             .insert(ifindex, device, 0)
             .map_err(|error| self.map_error(names::DEVICES, error.into()))?;
         drop(devices);
+        if let Some(brief) = self.briefs.get(ifindex) {
+            let word = Brief {
+                slot: device.slot,
+                uplink: device.uplink,
+            };
+            brief.store(word.to_word(), Ordering::Release);
+        }
         let mut programs = lock(&self.programs);
         for (name, hook, pin) in HOOKS {
             let pin = self.dir.join(format!("{pin}{}", device.slot));
@@ -202,6 +214,9 @@ impl Gates {
             .map(|(index, _)| index)
             .collect();
         for index in stale {
+            if let Some(brief) = self.briefs.get(index) {
+                brief.store(0, Ordering::Release);
+            }
             devices
                 .remove(&index)
                 .map_err(|error| self.map_error(names::DEVICES, error.into()))?;

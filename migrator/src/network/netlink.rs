@@ -6,8 +6,8 @@ pub(crate) use vxlan::VxlanError;
 
 use futures::{StreamExt, TryStreamExt};
 use netlink_packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoBridge, InfoData, LinkAttribute, LinkFlags,
-    LinkInfo, LinkMessage,
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoBridge, InfoData, InfoKind, LinkAttribute,
+    LinkFlags, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::neighbour::{NeighbourFlags, NeighbourMessage, NeighbourState};
 use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage};
@@ -44,6 +44,8 @@ pub(crate) struct Link {
     pub(crate) rx_queues: u32,
     /// A bridge that tells VLANs apart.
     pub(crate) vlan_filtering: bool,
+    /// One end of a virtual cable.
+    pub(crate) is_veth: bool,
 }
 
 /// The service's rtnetlink socket, in the namespace of the thread that opened it.
@@ -243,6 +245,7 @@ fn read_link(message: &LinkMessage) -> Link {
         up: message.header.flags.contains(LinkFlags::Up),
         rx_queues: 1,
         vlan_filtering: false,
+        is_veth: false,
     };
     for attribute in &message.attributes {
         match attribute {
@@ -253,7 +256,10 @@ fn read_link(message: &LinkMessage) -> Link {
             }
             LinkAttribute::TxQueueLen(frames) => link.queue = *frames,
             LinkAttribute::NumRxQueues(queues) => link.rx_queues = *queues,
-            LinkAttribute::LinkInfo(info) => link.vlan_filtering = filters_vlans(info),
+            LinkAttribute::LinkInfo(info) => {
+                link.vlan_filtering = filters_vlans(info);
+                link.is_veth = info.contains(&LinkInfo::Kind(InfoKind::Veth));
+            }
             _ => {}
         }
     }

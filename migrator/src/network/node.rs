@@ -14,7 +14,7 @@ use vm_runtime::units::MacAddress;
 use super::allowance::{Allowance, ParkLimits};
 use super::dataplane::{self, Setup, Stage};
 use super::error::{AttachError, GateError, OpenError};
-use super::gate::{Gates, SlotGate};
+use super::gate::{Gates, SlotGate, keep_settled};
 use super::ledger::Tally;
 use super::netlink::Netlink;
 use super::port::{Port, Ports};
@@ -123,6 +123,7 @@ impl NodeNetwork {
         if path == UplinkPath::Xdp {
             tokio::spawn(uplink::keep(Arc::downgrade(&gates)));
         }
+        tokio::spawn(keep_settled(Arc::downgrade(&gates)));
         for slot in gates.pinned_slots() {
             if netlink.link(&tap_name(slot)).await?.is_none() {
                 gates.detach(slot, None)?;

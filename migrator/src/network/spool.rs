@@ -16,7 +16,7 @@
 //! without a frame only tells that its number was given out.
 
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::io;
+use std::io::{self, IoSlice, Seek, SeekFrom, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -33,28 +33,61 @@ const FIXED: usize = 11;
 const NO_BUCKET: u16 = u16::MAX;
 /// The file is not worth shortening below this.
 const SHORT: u64 = 1 << 20;
-/// What the buffer of a batch keeps.
-const BATCH_BYTES: usize = 1 << 20;
+/// Two buffers each; the kernel takes 1024 (`UIO_MAXIOV` in linux/uio.h).
+const RECORDS_AT_A_TIME: usize = 512;
 
 /// An item of the log, and the bucket that waits for it.
 pub(crate) type Record = (LogItem, Option<u8>);
 
-fn encode(into: &mut Vec<u8>, item: &LogItem, bucket: Option<u8>) {
+/// All of a record but its frame.
+type Head = [u8; HEADER + FIXED];
+
+fn head(item: &LogItem, bucket: Option<u8>) -> Head {
     let kind: u8 = match item.kind {
         LogKind::Residue => 0,
         LogKind::Frame => 1,
         LogKind::ResidueEnd => 2,
         LogKind::End => 3,
     };
-    let start = into.len();
-    into.extend(((FIXED + item.frame.len()) as u32).to_le_bytes());
-    into.extend([0; 4]);
-    into.push(kind);
-    into.extend(bucket.map_or(NO_BUCKET, u16::from).to_le_bytes());
-    into.extend(item.seq.to_le_bytes());
+    let mut head = [0; HEADER + FIXED];
+    let (lead, body) = head.split_at_mut(HEADER);
+    body[0] = kind;
+    body[1..3].copy_from_slice(&bucket.map_or(NO_BUCKET, u16::from).to_le_bytes());
+    body[3..].copy_from_slice(&item.seq.to_le_bytes());
+    let mut crc = crc32fast::Hasher::new();
+    crc.update(body);
+    crc.update(&item.frame);
+    lead[..4].copy_from_slice(&((FIXED + item.frame.len()) as u32).to_le_bytes());
+    lead[4..].copy_from_slice(&crc.finalize().to_le_bytes());
+    head
+}
+
+fn encode(into: &mut Vec<u8>, item: &LogItem, bucket: Option<u8>) {
+    into.extend(head(item, bucket));
     into.extend_from_slice(&item.frame);
-    let crc = crc32fast::hash(&into[start + HEADER..]);
-    into[start + 4..start + HEADER].copy_from_slice(&crc.to_le_bytes());
+}
+
+/// Writes records from `at` on, out of the buffers that they are in: a frame may have 64 KB. Returns their length.
+fn append(mut file: &File, at: u64, records: &[(Head, Bytes)]) -> io::Result<u64> {
+    file.seek(SeekFrom::Start(at))?;
+    let mut length = 0;
+    for records in records.chunks(RECORDS_AT_A_TIME) {
+        let parts = records.iter().flat_map(|(head, frame)| [&head[..], frame]);
+        let mut slices: Vec<IoSlice<'_>> = parts.map(IoSlice::new).collect();
+        let mut slices = slices.as_mut_slice();
+        while !slices.is_empty() {
+            match file.write_vectored(slices) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => {
+                    length += written as u64;
+                    IoSlice::advance_slices(&mut slices, written);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    Ok(length)
 }
 
 /// The record that `bytes` begin with, and its length. `None`: torn, or of another version.
@@ -113,7 +146,7 @@ pub(crate) struct Spool {
     /// None: nothing is kept.
     file: Option<File>,
     length: u64,
-    batch: Vec<u8>,
+    batch: Vec<(Head, Bytes)>,
 }
 
 impl Spool {
@@ -196,23 +229,24 @@ impl Spool {
     /// Adds an item to the batch.
     pub(crate) fn push(&mut self, item: &LogItem, bucket: Option<u8>) {
         if self.file.is_some() {
-            encode(&mut self.batch, item, bucket);
+            self.batch.push((head(item, bucket), item.frame.clone()));
         }
     }
 
-    /// Appends the batch, with one system call.
+    /// Appends the batch.
     pub(crate) fn write(&mut self) {
         let Some(file) = &self.file else { return };
         if self.batch.is_empty() {
             return;
         }
-        if let Err(error) = file.write_all_at(&self.batch, self.length) {
-            self.give_up(&error);
-            return;
+        match append(file, self.length, &self.batch) {
+            Ok(length) => self.length += length,
+            Err(error) => {
+                self.give_up(&error);
+                return;
+            }
         }
-        self.length += self.batch.len() as u64;
         self.batch.clear();
-        self.batch.shrink_to(BATCH_BYTES);
     }
 
     /// Forgets every record, now that their items have all been dealt with, and keeps `marks` instead. A short file
@@ -253,121 +287,4 @@ impl Spool {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
-    use super::*;
-    use crate::network::log::FIRST_FRAME_SEQ;
-
-    fn item(kind: LogKind, seq: u64, len: usize) -> LogItem {
-        LogItem {
-            seq,
-            kind,
-            frame: Bytes::from(vec![seq as u8; len]),
-        }
-    }
-
-    fn records() -> Vec<Record> {
-        vec![
-            (item(LogKind::Frame, FIRST_FRAME_SEQ, 24), Some(255)),
-            (item(LogKind::Residue, 1, FRAME_MAX), None),
-            (item(LogKind::Residue, 2, 60), Some(0)),
-            (item(LogKind::ResidueEnd, 3, 0), None),
-            (item(LogKind::End, FIRST_FRAME_SEQ + 1, 0), None),
-        ]
-    }
-
-    fn filled(dir: &Path) -> Spool {
-        let mut spool = Spool::new(&dir.join("spool"), 7);
-        assert!(spool.begin());
-        for (item, bucket) in records() {
-            spool.push(&item, bucket);
-            spool.write();
-        }
-        spool
-    }
-
-    #[test]
-    fn what_was_written_comes_back_and_goes_on() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = filled(dir.path()).path;
-        let mode = path.metadata().unwrap().permissions().mode();
-        assert_eq!(mode & 0o777, 0o600);
-        let mut next = Spool::new(&dir.path().join("spool"), 7);
-        assert_eq!(next.restore(), Some(records()));
-        let late = (item(LogKind::Frame, FIRST_FRAME_SEQ + 2, 90), Some(4));
-        next.push(&late.0, late.1);
-        next.write();
-        let mut last = Spool::new(&dir.path().join("spool"), 7);
-        let all: Vec<_> = records().into_iter().chain([late]).collect();
-        assert_eq!(last.restore(), Some(all));
-        last.remove();
-        assert_eq!(last.restore(), None);
-    }
-
-    #[test]
-    fn a_torn_file_gives_its_whole_records_and_is_cut_behind_them() {
-        let mut whole = MAGIC.to_vec();
-        let mut ends = vec![whole.len()];
-        for (item, bucket) in records().iter().filter(|(i, _)| i.frame.len() < 100) {
-            encode(&mut whole, item, *bucket);
-            ends.push(whole.len());
-        }
-        for cut in 0..whole.len() {
-            let (found, at) = decode_all(&Bytes::copy_from_slice(&whole[..cut]));
-            let expected = ends.iter().filter(|end| **end <= cut).count();
-            assert_eq!(found.len(), expected.saturating_sub(1), "cut at {cut}");
-            assert_eq!(at, expected.checked_sub(1).map_or(0, |last| ends[last]));
-            let mut flipped = whole.clone();
-            flipped[cut] ^= 0x10;
-            assert!(decode_all(&Bytes::from(flipped)).0.len() < ends.len() - 1);
-        }
-        let dir = tempfile::tempdir().unwrap();
-        let path = filled(dir.path()).path;
-        let length = path.metadata().unwrap().len();
-        File::options()
-            .write(true)
-            .open(&path)
-            .and_then(|file| file.set_len(length - 1))
-            .unwrap();
-        let mut next = Spool::new(path.parent().unwrap(), 7);
-        assert_eq!(next.restore().map(|found| found.len()), Some(4));
-        next.push(&records()[4].0, None);
-        next.write();
-        assert_eq!(path.metadata().unwrap().len(), length);
-    }
-
-    #[test]
-    fn a_long_file_is_shortened_to_its_marks() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut spool = filled(dir.path());
-        let marks = [item(LogKind::Frame, FIRST_FRAME_SEQ + 90, 0)];
-        spool.shorten(&marks);
-        assert!(spool.length > FRAME_MAX as u64, "short as it is");
-        while spool.length < SHORT {
-            spool.push(&item(LogKind::Frame, FIRST_FRAME_SEQ + 2, FRAME_MAX), None);
-            spool.write();
-        }
-        spool.shorten(&marks);
-        let [mark] = marks;
-        assert_eq!(spool.restore(), Some(vec![(mark, None)]));
-    }
-
-    #[test]
-    fn a_hold_forgets_the_one_before_and_does_without_a_file() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut spool = filled(dir.path());
-        assert!(spool.begin());
-        assert_eq!(spool.restore(), Some(Vec::new()));
-        // A full disk.
-        spool.file = OpenOptions::new().write(true).open("/dev/full").ok();
-        for (item, bucket) in records() {
-            spool.push(&item, bucket);
-            spool.write();
-        }
-        assert!(spool.file.is_none() && spool.batch.is_empty());
-        assert!(spool.begin(), "the next hold tries again");
-        std::fs::write(dir.path().join("file"), "").unwrap();
-        assert!(!Spool::new(&dir.path().join("file"), 7).begin());
-    }
-}
+mod tests;

@@ -6,7 +6,7 @@ use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
 use migrator_ebpf::{
     BUCKETS, Counter, CounterRow, Device, FrameBytes, Gate, Landing, Mode, TraceEvent, Tunnel,
-    bucket, bucket_index, names,
+    bucket, bucket_index, names, settle,
 };
 use migrator_tests::netns::{BpfDir, require_root};
 use nix::mount::{MsFlags, mount};
@@ -35,6 +35,7 @@ pub(crate) struct Bench {
     /// What aya-log writes into.
     pub(crate) logs: RingBuf<MapData>,
     pub(crate) devices: HashMap<MapData, u32, Device>,
+    pub(crate) briefs: Array<MapData, u64>,
     pub(crate) tunnels: Array<MapData, Tunnel>,
     pub(crate) landings: HashMap<MapData, u64, Landing>,
     parked: Array<MapData, u64>,
@@ -79,6 +80,7 @@ impl Bench {
             parked: Array::try_from(take(names::PARKED)?)?,
             done: Array::try_from(take(names::DONE)?)?,
             devices: HashMap::try_from(take(names::DEVICES)?)?,
+            briefs: Array::try_from(take(names::BRIEFS)?)?,
             tunnels: Array::try_from(take(names::TUNNELS)?)?,
             landings: HashMap::try_from(take(names::LANDINGS)?)?,
             counters: PerCpuArray::try_from(take(names::COUNTERS)?)?,
@@ -105,6 +107,12 @@ impl Bench {
             epoch,
         };
         Ok(self.gates.set(u32::from(SLOT), gate.to_word(), 0)?)
+    }
+
+    /// As if the service had found that nothing waits.
+    pub(crate) fn settle(&mut self) -> anyhow::Result<()> {
+        let word = self.gates.get(&u32::from(SLOT), 0)?;
+        Ok(self.gates.set(u32::from(SLOT), settle(word), 0)?)
     }
 
     pub(crate) fn run(&self, program: &'static str, frame: &Frame) -> anyhow::Result<u32> {

@@ -1,9 +1,9 @@
 //! The whole matrix: each mode, kind of frame, state of its bucket, and right to send. What the programs should do is written down
 //! here once more, on its own.
 
-use migrator_ebpf::{Counter, Mode, names};
+use migrator_ebpf::{Brief, Counter, Mode, names};
 
-use crate::bench::{Bench, Change, DROP, NEXT, REDIRECT, bucket_of};
+use crate::bench::{Bench, Change, DROP, LOOPBACK, NEXT, REDIRECT, SLOT, bucket_of};
 use crate::frames::{Frame, echo, frames, is_group};
 
 const MODES: [Mode; 5] = [
@@ -57,6 +57,46 @@ fn the_gate_decides_by_mode_and_bucket_alone() -> anyhow::Result<()> {
                         },
                     };
                     let what = format!("{mode:?}, {may_send}, {}, {waiting} wait", frame.name);
+                    assert_eq!(change, expected, "{what}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_settled_gate_passes_by_its_word_alone_and_no_other_gate_settles() -> anyhow::Result<()> {
+    let mut bench = Bench::new()?;
+    let brief = Brief {
+        slot: SLOT,
+        uplink: 0,
+    };
+    let mut epoch = 0;
+    for mode in MODES {
+        // With a brief of the device, and without one.
+        for word in [brief.to_word(), 0] {
+            bench.briefs.set(LOOPBACK, word, 0)?;
+            for (is_echo, frame) in all() {
+                for waiting in [0, 5] {
+                    epoch += 1;
+                    bench.set(mode, true, epoch)?;
+                    bench.settle()?;
+                    bench.let_wait(&frame, waiting)?;
+                    let change = bench.change(names::GATE, &frame)?;
+                    // The service says that nothing waits, so the counters are not asked.
+                    let said = if mode == Mode::Local { 0 } else { waiting };
+                    let (verdict, counter, parks) = expected(mode, is_echo, is_group(&frame), said);
+                    let parked = match parks {
+                        true => vec![(bucket_of(&frame), 1)],
+                        false => vec![],
+                    };
+                    let expected = Change {
+                        verdict,
+                        counted: vec![(counter, 1)],
+                        parked,
+                    };
+                    let what = format!("{mode:?}, {word:x}, {}, {waiting} wait", frame.name);
                     assert_eq!(change, expected, "{what}");
                 }
             }

@@ -61,6 +61,25 @@ fn a_watched_pod_shows_every_frame_as_it_was_decided() -> anyhow::Result<()> {
 }
 
 #[test]
+fn a_settled_gate_shows_its_frames_with_their_bucket() -> anyhow::Result<()> {
+    let mut bench = Bench::new()?;
+    bench.set(Mode::Local, true, 7)?;
+    bench.settle()?;
+    watch(&mut bench, now_ns()? + MINUTE_NS)?;
+    for frame in frames() {
+        assert_eq!(bench.run(names::GATE, &frame)?, NEXT, "{}", frame.name);
+        let events = bench.events();
+        let [event] = events.as_slice() else {
+            panic!("{} events of {}", events.len(), frame.name);
+        };
+        assert_eq!(event.counter(), Some(Counter::Passed), "{}", frame.name);
+        assert_eq!(event.bucket, bucket_of(&frame), "{}", frame.name);
+        assert_eq!(event.gate().epoch, 7);
+    }
+    Ok(())
+}
+
+#[test]
 fn nobody_watches_by_default_nor_beyond_the_time_that_was_set() -> anyhow::Result<()> {
     let mut bench = Bench::new()?;
     bench.set(Mode::Local, true, 1)?;
@@ -121,6 +140,10 @@ fn each_flip_is_logged_once_however_many_frames_see_it() -> anyhow::Result<()> {
             bench.run(names::GUARD, &frame)?;
         }
         assert_eq!(bench.logged(), 1, "epoch {epoch}");
+        // Which is no flip.
+        bench.settle()?;
+        bench.run(names::GATE, &frame)?;
+        assert_eq!(bench.logged(), 0, "epoch {epoch}");
     }
     // The word that was logged is no counter.
     for counter in Counter::ALL {

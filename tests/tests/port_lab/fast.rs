@@ -202,11 +202,13 @@ fn an_uplink_that_takes_no_native_xdp_leaves_all_to_the_bridge_and_says_why() ->
     let said = why(&["link add eth0 type ifb"], XdpChoice::Auto)?;
     ensure!(said.contains("no native XDP"), "{said}");
     let jumbo = [VETH, "link set p1 mtu 9000", "link set eth0 mtu 9000"];
-    let said = why(&jumbo, XdpChoice::Auto)?;
+    let said = why(&jumbo, XdpChoice::On)?;
     ensure!(said.contains("MTU"), "{said}");
+    let said = why(&[VETH], XdpChoice::Auto)?;
+    ensure!(said.contains("veth"), "{said}");
     let said = why(&[VETH], XdpChoice::Off)?;
     ensure!(said.contains("xdp: off"), "{said}");
-    ensure!(path(&[VETH], XdpChoice::Auto)? == UplinkPath::Xdp);
+    ensure!(path(&[VETH], XdpChoice::On)? == UplinkPath::Xdp);
     Ok(())
 }
 

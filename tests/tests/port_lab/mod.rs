@@ -3,6 +3,7 @@
 mod fast;
 mod killed;
 mod limits;
+mod settled;
 mod stream;
 mod traffic;
 mod tunnel;
@@ -65,7 +66,7 @@ impl Default for Setup {
                 bytes: 1 << 30,
                 bytes_per_pod: 1 << 30,
             },
-            xdp: XdpChoice::Auto,
+            xdp: XdpChoice::On,
         }
     }
 }

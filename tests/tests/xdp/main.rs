@@ -4,12 +4,13 @@
 mod frames;
 
 use aya::maps::xdp::DevMapHash;
-use aya::maps::{Array, HashMap, MapData, PerCpuArray};
+use aya::maps::{Array, HashMap, MapData, PerCpuArray, RingBuf};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use frames::{POD, UDP, fast_frames, frame, ipv4, ipv6, other_frames, plain, udp};
 use migrator_ebpf::{
-    Counter, CounterRow, Device, FrameBytes, Gate, Local, Mode, bucket, bucket_index, names,
+    Counter, CounterRow, Device, Direction, FrameBytes, Gate, Local, Mode, TRACE_HEAD, TraceEvent,
+    bucket, bucket_index, names, settle,
 };
 use migrator_tests::netns::{BpfDir, require_root};
 use nix::mount::{MsFlags, mount};
@@ -33,6 +34,8 @@ struct Bench {
     locals: HashMap<MapData, [u8; 6], Local>,
     taps: DevMapHash<MapData>,
     counters: PerCpuArray<MapData, CounterRow>,
+    trace: Array<MapData, u64>,
+    ring: RingBuf<MapData>,
     epoch: u32,
     _dir: BpfDir,
 }
@@ -63,6 +66,8 @@ impl Bench {
             locals: HashMap::try_from(take(names::LOCALS))?,
             taps: DevMapHash::try_from(take(names::TAPS))?,
             counters: PerCpuArray::try_from(take(names::COUNTERS))?,
+            trace: Array::try_from(take(names::TRACE))?,
+            ring: RingBuf::try_from(take(names::TRACE_RING))?,
             programs,
             epoch: 0,
             _dir: dir,
@@ -229,6 +234,45 @@ fn nothing_but_the_gates_word_ends_the_fast_way() -> anyhow::Result<()> {
     bench.is_fast("latched", &udp);
     bench.set(Mode::Local)?;
     bench.is_left("a new word", &udp, 1);
+    Ok(())
+}
+
+#[test]
+fn a_gate_that_settles_is_the_same_to_the_fast_way() -> anyhow::Result<()> {
+    let mut bench = Bench::new()?;
+    let udp = plain();
+    let index = Bench::index(&udp);
+    bench.is_fast("first", &udp);
+    let word = bench.gates.get(&u32::from(SLOT), 0)?;
+    bench.gates.set(u32::from(SLOT), settle(word), 0)?;
+    // Would not be opened now; but it is the word that it was opened under.
+    bench.passed.set(index, 9, 0)?;
+    bench.is_fast("latched, and settled", &udp);
+    Ok(())
+}
+
+#[test]
+fn a_watched_pod_shows_what_takes_the_fast_way_and_the_gate_shows_the_rest() -> anyhow::Result<()> {
+    let mut bench = Bench::new()?;
+    bench.trace.set(u32::from(SLOT), u64::MAX, 0)?;
+    for (name, frame) in fast_frames() {
+        bench.is_fast(name, &frame);
+        let event = bench.ring.next().expect(name);
+        let event = TraceEvent::from_bytes(&event).expect("a whole event");
+        assert_eq!(event.counter(), Some(Counter::Fast), "{name}");
+        assert_eq!(event.direction(), Direction::In, "{name}");
+        assert_eq!(event.slot, SLOT);
+        assert_eq!(event.gate().mode, Mode::Local);
+        assert_eq!(event.bucket, bucket(&FrameBytes(&frame)), "{name}");
+        assert_eq!(event.length as usize, frame.len(), "{name}");
+        assert_eq!(event.vlan_protocol, 0);
+        let copied = frame.len().min(TRACE_HEAD);
+        assert_eq!(event.head(), &frame[..copied], "{name}");
+    }
+    for (name, frame) in other_frames() {
+        bench.run(&frame)?;
+        assert!(bench.ring.next().is_none(), "{name} will come to the gate");
+    }
     Ok(())
 }
 

@@ -20,7 +20,7 @@ use crate::qemu10::{self, Unpacked};
 const COMES_UP_WITHIN: Duration = Duration::from_secs(60);
 
 /// Writes `config.yaml`. `MIGRATOR_QEMU` names another QEMU than the one in PATH, or is `10` for the unpacked one;
-/// `MIGRATOR_ACCEL` names the accelerator.
+/// `MIGRATOR_ACCEL` names the accelerator, `MIGRATOR_XDP` what is said of the fast way (`on`: the lab's cables are veths).
 pub(super) fn write_config(lab: &Lab, project: &Project, node: Node) -> Result<()> {
     let dir = lab.node_dir(node);
     let path = dir.join("config.yaml");
@@ -70,6 +70,10 @@ qemu:
         initramfs = quoted(&project.initramfs())?,
         accel = setting("MIGRATOR_ACCEL").unwrap_or_else(|| "auto".to_owned()),
     );
+    if let Some(choice) = setting("MIGRATOR_XDP") {
+        // A key of the top level, so before all others.
+        text.insert_str(0, &format!("xdp: {choice}\n"));
+    }
     if let Some(qemu) = qemu(project, setting) {
         let Unpacked {
             binary,

@@ -157,6 +157,11 @@ fn obstacle(choice: XdpChoice, name: &str, uplink: Link, bridge: Link) -> Option
     if choice == XdpChoice::Off {
         return Some("the configuration says `xdp: off`".to_owned());
     }
+    if choice == XdpChoice::Auto && uplink.is_veth {
+        return Some(format!(
+            "{name} is a veth: XDP would turn the segmentation offload of its other end off, which costs TCP more than small packets gain; `xdp: on` uses it all the same"
+        ));
+    }
     if bridge.vlan_filtering {
         return Some("the bridge filters VLANs, which the fast way would go past".to_owned());
     }
@@ -232,14 +237,22 @@ mod tests {
         tx_dropped: 0,
         rx_queues: 1,
         vlan_filtering: false,
+        is_veth: false,
         other_drops: 0,
         queue: 0,
         up: true,
     };
 
     #[test]
-    fn a_choice_and_a_filtering_bridge_keep_the_way_closed() {
+    fn a_choice_a_veth_and_a_filtering_bridge_keep_the_way_closed() {
         let why = |choice, bridge| obstacle(choice, "none0", LINK, bridge);
+        let veth = Link {
+            is_veth: true,
+            ..LINK
+        };
+        let said = obstacle(XdpChoice::Auto, "none0", veth, LINK);
+        assert!(said.is_some_and(|why| why.contains("veth")));
+        assert_eq!(obstacle(XdpChoice::On, "none0", veth, LINK), None);
         assert_eq!(why(XdpChoice::Auto, LINK), None);
         assert!(why(XdpChoice::Off, LINK).is_some_and(|why| why.contains("xdp: off")));
         let filtering = Link {

@@ -34,10 +34,12 @@ pub(crate) const STRAGGLERS: Duration = Duration::from_millis(20);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum XdpChoice {
-    /// Where the uplink takes it natively. What goes that way is counted, but not shown by `net trace`.
-    Auto,
-    /// Not at all.
+    /// Where the uplink takes it natively, and nothing gets slower by it: not on a veth, whose other end loses its segmentation offload.
     #[default]
+    Auto,
+    /// Where the uplink takes it natively.
+    On,
+    /// Not at all.
     Off,
 }
 

@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use aya::maps::{Array, Map, MapData};
-use migrator::network::{LogKind, Port, Stage};
-use migrator_ebpf::names;
+use migrator::network::{LogKind, Port, Stage, XdpChoice};
+use migrator_ebpf::{flip_of, names};
 use migrator_tests::packet::PacketSocket;
 use tokio::sync::mpsc;
 
@@ -54,7 +54,7 @@ struct Look {
 /// # Errors
 /// The network cannot be made.
 pub(crate) fn measure(runs: u32, quick: bool) -> Result<()> {
-    let ground = Ground::new()?;
+    let ground = Ground::new(XdpChoice::Off)?;
     let port = ground.attach(GATED)?;
     let flips = if quick { QUICK_FLIPS } else { FLIPS };
     let mut rates = Vec::new();
@@ -167,7 +167,7 @@ fn look_and_send(
             break;
         }
         let from = Instant::now();
-        let word = words.get(&u32::from(GATED), 0)?;
+        let word = flip_of(words.get(&u32::from(GATED), 0)?);
         send(&socket, frames.number(number))?;
         looks.push(Look {
             word,

@@ -118,7 +118,7 @@ fn frame(kind: Kind, MacAddress(pod): MacAddress, flow: usize) -> Vec<u8> {
 }
 
 /// RFC 1071, over a header whose own sum is still zero.
-fn checksum(header: &[u8]) -> u16 {
+pub(crate) fn checksum(header: &[u8]) -> u16 {
     let sum: u32 = header
         .chunks(2)
         .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])))

@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use aya::sys::{Stats, enable_stats};
+use migrator::network::XdpChoice;
 use migrator_tests::packet::PacketSocket;
 
 use crate::frames::{Frames, Kind};
@@ -77,7 +78,7 @@ impl Side {
 /// # Errors
 /// The network cannot be made, or a frame does not arrive.
 pub(crate) fn measure(kind: Kind, runs: u32, quick: bool) -> Result<()> {
-    let ground = Ground::new()?;
+    let ground = Ground::new(XdpChoice::Off)?;
     let (gated, bare) = (ground.attach(GATED)?, ground.attach_bare()?);
     let (mut ours, mut peer) = (Side::new(kind, GATED), Side::new(kind, BARE));
     let guests = [

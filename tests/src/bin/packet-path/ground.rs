@@ -6,11 +6,14 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
-use aya::maps::MapInfo;
+use anyhow::{Context, Result, ensure};
+use aya::maps::{Array, Map, MapData, MapInfo};
 use aya::programs::{ProgramInfo, loaded_programs};
-use migrator::network::{NodeNetConfig, NodeNetwork, ParkLimits, PodNetId, Port, Role, XdpChoice};
-use migrator_ebpf::{ABI, names};
+use migrator::network::{
+    NodeNetConfig, NodeNetwork, ParkLimits, PodNetId, Port, Reasons, Role, TunnelConfig, XdpChoice,
+    tap_name,
+};
+use migrator_ebpf::{ABI, is_settled, names};
 use migrator_tests::netns::{BpfDir, Netns, require_root, take_segments_whole};
 use tempfile::TempDir;
 use tokio::sync::mpsc;
@@ -23,7 +26,9 @@ use crate::schedule::{Place, settle};
 pub(crate) const GATED: u16 = 1;
 /// The slot of the port whose programs are taken away.
 pub(crate) const BARE: u16 = 2;
-/// The bridge's uplink, seen from outside.
+/// The bridge's uplink.
+pub(crate) const UPLINK: &str = "eth0";
+/// The same, seen from outside.
 pub(crate) const TO_BRIDGE: &str = "out0";
 /// The way to a device that is no port of a bridge.
 pub(crate) const TO_RAW: &str = "out1";
@@ -60,11 +65,22 @@ impl Ground {
     ///
     /// # Panics
     /// Not root.
-    pub(crate) fn new() -> Result<Ground> {
+    pub(crate) fn new(xdp: XdpChoice) -> Result<Ground> {
+        Ground::with(xdp, None)
+    }
+
+    /// As [`new`](Self::new), with a tunnel.
+    ///
+    /// # Errors
+    /// The kernel lacks something.
+    ///
+    /// # Panics
+    /// Not root.
+    pub(crate) fn with(xdp: XdpChoice, tunnel: Option<TunnelConfig>) -> Result<Ground> {
         require_root();
         let (outside, netns) = (Netns::new()?, Netns::new()?);
         netns.ip("link add br0 type bridge forward_delay 0 mcast_snooping 0")?;
-        for (inner, outer) in [("eth0", TO_BRIDGE), (RAW, TO_RAW)] {
+        for (inner, outer) in [(UPLINK, TO_BRIDGE), (RAW, TO_RAW)] {
             netns.ip(&format!("link add {inner} type veth peer name {outer}"))?;
             netns.ip(&format!(
                 "link set {outer} netns {}",
@@ -75,17 +91,17 @@ impl Ground {
         netns.ip("link set eth0 master br0 up")?;
         netns.ip(&format!("link set {RAW} up"))?;
         netns.ip("link set br0 up")?;
-        wait_for_port(&netns, "eth0")?;
+        wait_for_port(&netns, UPLINK)?;
         let jobs = start_thread(&netns);
-        let (dir, spool) = (BpfDir::new()?, tempfile::tempdir()?);
+        // In memory, as the service has it: on a disk, the file of parked frames would be what is measured.
+        let (dir, spool) = (BpfDir::new()?, tempfile::tempdir_in("/dev/shm")?);
         let config = NodeNetConfig {
             bridge: "br0".into(),
-            uplink: "eth0".into(),
-            // What is measured here is the gate's own way.
-            xdp: XdpChoice::Off,
+            uplink: UPLINK.into(),
+            xdp,
             bpffs: dir.path().to_owned(),
             spool_dir: spool.path().join("spool"),
-            tunnel: None,
+            tunnel,
             park: ParkLimits {
                 bytes: 1 << 30,
                 bytes_per_pod: 1 << 30,
@@ -129,7 +145,41 @@ impl Ground {
             self.call(async move { network.attach(&pod, slot, Role::Local, None).await });
         let port = attached??;
         take_segments_whole(port.tap_fd()?.as_fd())?;
+        wait_for_port(&self.netns, &tap_name(slot))?;
+        self.wait_until_settled(slot)?;
         Ok(port)
+    }
+
+    /// A gate that has just opened has the service look first whether anything waits.
+    fn wait_until_settled(&self, slot: u16) -> Result<()> {
+        let words: Array<MapData, u64> =
+            Array::try_from(Map::Array(MapData::from_pin(self.map(names::GATES))?))?;
+        let until = Instant::now() + DEADLINE;
+        while !is_settled(words.get(&u32::from(slot), 0)?, slot) {
+            ensure!(
+                Instant::now() < until,
+                "the gate of slot {slot} does not settle"
+            );
+            std::thread::yield_now();
+        }
+        Ok(())
+    }
+
+    /// Runs `work` on a thread inside the node.
+    ///
+    /// # Panics
+    /// The namespace cannot be entered, or `work` panics.
+    pub(crate) fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                self.netns.enter();
+                work()
+            });
+            match thread.join() {
+                Ok(result) => result,
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        })
     }
 
     /// The same, with nothing of ours on its TAP.
@@ -149,7 +199,17 @@ impl Ground {
         Ok(port)
     }
 
-    fn pins(&self) -> PathBuf {
+    /// What a port has done with frames.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub(crate) fn reasons(&self, port: &Port) -> Result<Reasons> {
+        let port = port.clone();
+        Ok(self.call(async move { port.ledger().await })??.reasons)
+    }
+
+    /// Where the programs' maps and links are pinned.
+    pub(crate) fn pins(&self) -> PathBuf {
         self.dir.path().join(format!("v{ABI}"))
     }
 
@@ -211,7 +271,7 @@ fn call<T: Send + 'static>(
 }
 
 /// A bridge forwards on a port only when it has heard of its carrier, which takes the kernel a second.
-fn wait_for_port(netns: &Netns, port: &str) -> Result<()> {
+pub(crate) fn wait_for_port(netns: &Netns, port: &str) -> Result<()> {
     // Opened before the first look, so that no change is missed.
     let news = netns.link_news()?;
     let until = Instant::now() + DEADLINE;

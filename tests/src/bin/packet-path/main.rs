@@ -1,4 +1,5 @@
-//! What happens to frames on a pod's port, measured: an idle gate, a hold with its rollback, a flip. `cargo xtask bench network`
+//! What happens to frames on a pod's port, measured: an idle gate, a hold with its rollback, a flip, the uplink's two ways,
+//! a tunnel. `cargo xtask bench network`
 //! runs it once for each case.
 //!
 //! ```text
@@ -12,13 +13,16 @@
 //! figures; and `{"note": TEXT}` for what a reader of the figures should know.
 
 mod flip;
+mod forward;
 mod frames;
 mod gate_idle;
 mod ground;
 mod guest;
+mod live;
 mod park_inject;
 mod schedule;
 mod sender;
+mod xdp_uplink;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -53,6 +57,10 @@ enum What {
     ParkInject,
     /// From the store that closes the gate to the first parked frame
     Flip,
+    /// From the uplink to the TAP, by XDP and by the bridge
+    XdpUplink,
+    /// A departed pod's frames into the tunnel, and frames that only pass through
+    Forward,
 }
 
 fn main() -> ExitCode {
@@ -61,6 +69,8 @@ fn main() -> ExitCode {
         What::GateIdle => gate_idle::measure(args.frames, args.runs, args.quick),
         What::ParkInject => park_inject::measure(args.frames, args.runs),
         What::Flip => flip::measure(args.runs, args.quick),
+        What::XdpUplink => xdp_uplink::measure(args.runs),
+        What::Forward => forward::measure(args.runs),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

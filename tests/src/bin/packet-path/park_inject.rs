@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use migrator::network::{Port, PortError, Stage, tap_name};
+use migrator::network::{Port, PortError, Stage, XdpChoice, tap_name};
 use migrator_tests::packet::PacketSocket;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::AsFd;
@@ -37,7 +37,7 @@ const ENOUGH: f64 = 0.97;
 /// # Errors
 /// The network cannot be made.
 pub(crate) fn measure(kind: Kind, runs: u32) -> Result<()> {
-    let ground = Ground::new()?;
+    let ground = Ground::new(XdpChoice::Off)?;
     let (port, bare) = (ground.attach(GATED)?, ground.attach_bare()?);
     // The first runs of both warm the machine up.
     ours(&ground, &port, kind)?;

@@ -37,6 +37,8 @@ pub(super) fn all(plan: &Plan) -> Vec<Row> {
             paths::run,
         ),
         row("flip", paths::flip(), paths::run),
+        row("xdp uplink", paths::xdp_uplink(), paths::run),
+        row("forward", paths::forward(), paths::run),
         row("latency", latency::cases(), latency::run),
     ];
     for row in &mut rows {
@@ -72,6 +74,8 @@ mod tests {
                 "gate-idle-64",
                 "park-inject-64",
                 "flip",
+                "xdp-uplink",
+                "forward",
                 "latency-switchover"
             ]
         );

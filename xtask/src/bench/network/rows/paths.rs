@@ -1,4 +1,4 @@
-//! Rows of `packet-path`: an idle gate, a hold with its rollback, a flip.
+//! Rows of `packet-path`: an idle gate, a hold with its rollback, a flip, the uplink's two ways, a tunnel.
 
 use anyhow::{Context, Result};
 
@@ -58,7 +58,29 @@ const FLIP: Path = Path {
     ],
 };
 
-const PATHS: [Path; 3] = [GATE_IDLE, PARK_INJECT, FLIP];
+const XDP_UPLINK: Path = Path {
+    name: "xdp-uplink",
+    frames: &[],
+    against: "the bridge and the gate",
+    no_peer: None,
+    metrics: &[
+        metric("rate", "packets/s", &[Aim::RatioAtLeast(1.0)]),
+        metric("CPU time", "ns/packet", &[Aim::RatioAtMost(1.0)]),
+    ],
+};
+
+const FORWARD: Path = Path {
+    name: "forward",
+    frames: &[],
+    against: "a bridge passing a frame on",
+    no_peer: None,
+    metrics: &[
+        metric("rate", "packets/s", &[]),
+        metric("CPU time", "ns/packet", &[]),
+    ],
+};
+
+const PATHS: [Path; 5] = [GATE_IDLE, PARK_INJECT, FLIP, XDP_UPLINK, FORWARD];
 
 const fn metric(name: &'static str, unit: &'static str, aims: &'static [Aim]) -> Metric {
     Metric { name, unit, aims }
@@ -101,6 +123,14 @@ pub(super) fn park_inject(quick: bool) -> Vec<String> {
 
 pub(super) fn flip() -> Vec<String> {
     FLIP.cases(false)
+}
+
+pub(super) fn xdp_uplink() -> Vec<String> {
+    XDP_UPLINK.cases(false)
+}
+
+pub(super) fn forward() -> Vec<String> {
+    FORWARD.cases(false)
 }
 
 pub(super) fn run(bench: &mut Bench<'_>, wanted: &[String]) -> Result<()> {
