@@ -98,6 +98,16 @@ const TESTS: &[Package] = &[
         program: Some("redis-cli"),
         why: "tests: a client whose connection must live through a move",
     },
+    Package {
+        name: "nftables",
+        program: Some("nft"),
+        why: "tests: rules that drop what connection tracking does not know",
+    },
+    Package {
+        name: "conntrack",
+        program: Some("conntrack"),
+        why: "tests: makes and lists entries of connection tracking, without this project's code",
+    },
 ];
 
 /// The verb.

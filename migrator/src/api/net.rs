@@ -41,6 +41,7 @@ fn peer(node: &Node, pod: &str) -> Option<NetPeer> {
         })
 }
 
+/// One of many: without what takes long to find out.
 async fn pod_net(node: &Node, port: &Port) -> Result<PodNet, ApiError> {
     let port = port.facts().await.map_err(|error| {
         // It left between the look at the list and the look at the port.
@@ -80,7 +81,9 @@ pub(super) async fn pod(
     Path(name): Path<String>,
 ) -> Result<Json<PodNet>, ApiError> {
     let port = find(&node, &name)?;
-    Ok(Json(pod_net(&node, &port).await?))
+    let mut net = pod_net(&node, &port).await?;
+    net.port.conntrack = port.conntrack_facts().await;
+    Ok(Json(net))
 }
 
 #[derive(Debug, Deserialize)]

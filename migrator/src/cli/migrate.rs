@@ -14,7 +14,7 @@ use crate::api::client::{Client, ClientError, encode};
 use crate::api::types::{MigrateOptions, MigrateRequest, MigrationStarted};
 use crate::memory::compress::Compress;
 use crate::migration::mode::{Mode, OnStall};
-use crate::migration::status::{MigrationReport, MigrationStatus, Outcome};
+use crate::migration::status::{ConntrackReport, MigrationReport, MigrationStatus, Outcome};
 use crate::network::OnOverflow;
 use crate::wire::preamble::MAX_DATA_CONNECTIONS;
 
@@ -248,6 +248,23 @@ pub(super) fn summary(report: &MigrationReport) -> String {
         packets.refused,
         packets.lost
     ));
+    let flows = report.conntrack;
+    if flows != ConntrackReport::default() {
+        out.push_str(&format!("flows    {} moved", flows.moved));
+        for (count, what) in [
+            (flows.failed, "refused by the destination's kernel"),
+            (flows.untracked, "not tracked there"),
+            (
+                flows.bound,
+                "bound to the source by address translation, which break",
+            ),
+        ] {
+            if count > 0 {
+                out.push_str(&format!(", {count} {what}"));
+            }
+        }
+        out.push('\n');
+    }
     if packets.lost > 0 {
         let other = packets.lost - (packets.lost_overflow + packets.lost_park).min(packets.lost);
         out.push_str(&format!(

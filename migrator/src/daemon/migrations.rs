@@ -220,7 +220,7 @@ impl Ticket {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::migration::status::{MemoryReport, Outcome, PacketReport};
+    use crate::migration::status::{ConntrackReport, MemoryReport, Outcome, PacketReport};
 
     fn report(id: MigrationId) -> MigrationReport {
         MigrationReport {
@@ -235,6 +235,7 @@ mod tests {
             frozen_at_unix_us: 1,
             memory: MemoryReport::default(),
             packets: PacketReport::default(),
+            conntrack: ConntrackReport::default(),
             phases: Vec::new(),
         }
     }

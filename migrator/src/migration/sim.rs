@@ -45,9 +45,11 @@ fn settings() -> [Setting; 4] {
             verify: true,
             late: true,
             postcopy: false,
+            flows: true,
         },
         Setting {
             postcopy: true,
+            flows: true,
             ..Setting::default()
         },
         Setting {
@@ -56,6 +58,7 @@ fn settings() -> [Setting; 4] {
             verify: true,
             late: true,
             postcopy: true,
+            flows: false,
         },
     ]
 }
@@ -182,7 +185,7 @@ proptest! {
         postcopy in any::<bool>(),
         accidents in proptest::collection::vec((0usize..200, proptest::sample::select(&EVERY)), 0..6),
     ) {
-        let setting = Setting { seed, images, verify, late, postcopy };
+        let setting = Setting { seed, images, verify, late, postcopy, flows: images };
         run(setting, &accidents);
     }
 }

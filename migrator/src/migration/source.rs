@@ -47,6 +47,8 @@ pub struct Source {
     mode: Mode,
     on_stall: OnStall,
     force: bool,
+    /// The destination takes entries of connection tracking.
+    flows: bool,
     freeze_limit_us: u64,
     relink_limit_us: u64,
     rounds: Convergence,
@@ -138,6 +140,7 @@ struct Sending {
     pages: bool,
     state: bool,
     residue: bool,
+    flows: bool,
     hashes: bool,
     ready: bool,
 }
@@ -170,6 +173,7 @@ impl Source {
             mode: plan.mode,
             on_stall: plan.on_stall,
             force: plan.policy.force,
+            flows: plan.flows,
             freeze_limit_us: plan.freeze_limit_us,
             relink_limit_us: plan.relink_limit_us,
             offer: Some(Box::new(plan.offer)),
@@ -185,6 +189,7 @@ impl Source {
             mode: Mode::default(),
             on_stall: OnStall::default(),
             force: false,
+            flows: false,
             freeze_limit_us: 0,
             relink_limit_us: 30_000_000,
             rounds: Convergence::new(policy),

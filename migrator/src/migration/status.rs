@@ -141,6 +141,19 @@ pub struct PacketReport {
     pub unaccounted: i64,
 }
 
+/// What became of the pod's entries of connection tracking.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConntrackReport {
+    /// Entries that are at the destination.
+    pub moved: u64,
+    /// Entries that its kernel refused.
+    pub failed: u64,
+    /// Entries that were not made because its kernel does not track connections.
+    pub untracked: u64,
+    /// Entries whose translation needs the source: they do not move.
+    pub bound: u64,
+}
+
 /// The final report of one migration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MigrationReport {
@@ -166,6 +179,9 @@ pub struct MigrationReport {
     pub memory: MemoryReport,
     /// Packet figures.
     pub packets: PacketReport,
+    /// Connection tracking.
+    #[serde(default)]
+    pub conntrack: ConntrackReport,
     /// Microseconds of each step of the downtime, in order.
     pub phases: Vec<(String, u64)>,
 }

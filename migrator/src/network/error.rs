@@ -171,4 +171,7 @@ pub enum PortError {
     /// Counters or pins.
     #[error(transparent)]
     Gate(#[from] GateError),
+    /// The kernel's connection tracking.
+    #[error(transparent)]
+    Conntrack(super::conntrack::ConntrackError),
 }

@@ -20,6 +20,7 @@
 
 mod allowance;
 mod announce;
+pub mod conntrack;
 mod copies;
 mod dataplane;
 mod dissect;
@@ -50,7 +51,9 @@ pub use ledger::{Ledger, Reasons};
 pub use log::{FIRST_FRAME_SEQ, FIRST_SEQ, LogItem, LogKind};
 pub use node::{ExistingDevices, NodeNetConfig, NodeNetwork, PodNetId, Role, park_name, tap_name};
 pub use port::Port;
-pub use show::{CounterFacts, GateFacts, LinkFacts, NodeFacts, PortFacts, QueueFacts, WaitFacts};
+pub use show::{
+    ConntrackFacts, CounterFacts, GateFacts, LinkFacts, NodeFacts, PortFacts, QueueFacts, WaitFacts,
+};
 pub use sys::VNET_HEADER;
 pub use tunnel::{NoTunnel, TUNNEL_DEVICE, TunnelConfig, TunnelInfo};
 pub use uplink::{UplinkPath, XdpChoice};

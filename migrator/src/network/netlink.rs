@@ -1,5 +1,6 @@
 //! Links, bridge ports and forwarding entries, by rtnetlink.
 
+mod address;
 mod vxlan;
 
 pub(crate) use vxlan::VxlanError;

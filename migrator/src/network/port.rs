@@ -16,6 +16,7 @@ use nix::sys::eventfd::EventFd;
 use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::AbortHandle;
 
+use super::conntrack::Made;
 use super::dataplane::{Command, Stage};
 use super::error::PortError;
 use super::gate::SlotGate;
@@ -65,6 +66,8 @@ pub(crate) struct Inner {
     /// Gives the pod's address up once the network knows the new place.
     leaver: Mutex<Option<AbortHandle>>,
     base: Mutex<Ledger>,
+    /// Entries of connection tracking that were made for it.
+    pub(super) made: Made,
 }
 
 impl Inner {
@@ -141,6 +144,7 @@ impl Port {
             echoed: parts.echoed,
             leaver: Mutex::new(None),
             base: Mutex::new(Ledger::default()),
+            made: Made::default(),
         };
         let inner = Arc::new(inner);
         ports.enter(&inner);

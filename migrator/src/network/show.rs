@@ -112,6 +112,18 @@ pub struct PortFacts {
     pub park: QueueFacts,
     /// What waits.
     pub waits: WaitFacts,
+    /// Its entries of connection tracking on this node; absent if the kernel does not tell, and where all pods are told of at once.
+    #[serde(default)]
+    pub conntrack: Option<ConntrackFacts>,
+}
+
+/// A pod's entries of connection tracking.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConntrackFacts {
+    /// All of them.
+    pub entries: u64,
+    /// Those whose translation needs this node.
+    pub bound: u64,
 }
 
 /// The node's own part.
@@ -197,6 +209,18 @@ impl Port {
             tap: queue(&inner.tap_name, tap, backlog.tap_waits),
             park: queue(&inner.park_name, park, backlog.park_waits),
             waits,
+            conntrack: None,
+        })
+    }
+
+    /// The pod's entries of connection tracking. The kernel looks through its whole table for them, so this is not a part of
+    /// [`facts`](Self::facts).
+    pub async fn conntrack_facts(&self) -> Option<ConntrackFacts> {
+        // It is for people: a kernel that does not tell is no error.
+        let flows = self.flows().await.ok()?;
+        Some(ConntrackFacts {
+            entries: (flows.free.len() + flows.bound.len()) as u64,
+            bound: flows.bound.len() as u64,
         })
     }
 }

@@ -5,6 +5,7 @@ use vm_runtime::units::{PAGE_SIZE, PageIndex};
 
 use crate::wire::codec::{DecodeError, Message, split_u8, split_u32, split_u64};
 use crate::wire::frame::Lane;
+use crate::wire::message::Flows;
 
 /// Pages that one `Pages` frame may hold: 1 MiB.
 pub const MAX_PAGES: u32 = 256;
@@ -16,6 +17,7 @@ const CHUNK: u8 = 0x44;
 pub(super) const PACKED: u8 = 0x45;
 const PACKET: u8 = 0x61;
 const PACKET_ACK: u8 = 0x62;
+const FLOWS: u8 = 0x63;
 
 /// Bytes before the raw pages of a `Pages` frame: first page and count.
 pub(super) const PAGES_HEAD: usize = 8 + 4;
@@ -239,6 +241,8 @@ pub enum Urgent {
         /// The highest sequence number injected.
         seq: u64,
     },
+    /// Flows that have begun since: before their first packets. Raw. From version 2 on.
+    Flows(Flows),
 }
 
 impl Message for Urgent {
@@ -248,6 +252,7 @@ impl Message for Urgent {
         match self {
             Self::Packet { .. } => PACKET,
             Self::PacketAck { .. } => PACKET_ACK,
+            Self::Flows(_) => FLOWS,
         }
     }
 
@@ -263,6 +268,7 @@ impl Message for Urgent {
                 });
             }
             Self::PacketAck { seq } => out.extend_from_slice(&seq.to_le_bytes()),
+            Self::Flows(_) => {}
         }
     }
 
@@ -270,6 +276,7 @@ impl Message for Urgent {
         match self {
             Self::Packet { frame, .. } => frame,
             Self::PacketAck { .. } => &[],
+            Self::Flows(Flows(raw)) => raw,
         }
     }
 
@@ -297,6 +304,7 @@ impl Message for Urgent {
                     .then_some(Self::PacketAck { seq })
                     .ok_or(DecodeError::Malformed("PacketAck"))
             }
+            FLOWS => Ok(Self::Flows(Flows(payload))),
             kind => Err(DecodeError::UnknownType {
                 lane: Lane::Urgent,
                 kind,

@@ -343,6 +343,15 @@ fn data_and_urgent_messages_have_these_bytes() {
         golden::<Urgent>(packet, &format!("0b000000 61 0900000000000000 {byte} 66"));
     }
     golden::<Urgent>(Urgent::PacketAck { seq: 9 }, "09000000 62 0900000000000000");
+    let flows = Flows(Bytes::from_static(b"xyz"));
+    golden::<Urgent>(Urgent::Flows(flows.clone()), "04000000 63 78797a");
+    control(flows, "04000000 20 78797a");
+    let taken = FlowsTaken {
+        moved: 300,
+        failed: 1,
+        untracked: 2,
+    };
+    control(taken, "05000000 21 ac02 01 02");
 }
 
 #[test]

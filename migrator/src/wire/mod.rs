@@ -26,10 +26,12 @@
 //!
 //! | lane | types | payload |
 //! |---|---|---|
-//! | control | `0x01`-`0x1e` ([`message`]) | postcard; `StateChunk`, `PageHashes` and `PageBits` raw |
+//! | control | `0x01`-`0x1e`, `0x20`, `0x21` ([`message`]) | postcard; `StateChunk`, `PageHashes`, `PageBits` and `Flows` raw |
 //! | data | `0x41` Pages, `0x42` Zeros, `0x43` Barrier, `0x44` Chunk, `0x45` Packed ([`bulk`]) | fixed header, raw bytes |
-//! | urgent | `0x61` Packet, `0x62` PacketAck ([`bulk`]) | fixed header, raw bytes |
+//! | urgent | `0x61` Packet, `0x62` PacketAck, `0x63` Flows ([`bulk`]) | fixed header, raw bytes |
 //! | fault | `0x71` Request, `0x72` Pages ([`mod@fault`]) | fixed header, raw bytes |
+//!
+//! Version 2 adds `Flows` (both lanes) and `FlowsTaken`; over a session of version 1 they are not sent.
 //!
 //! # A migration
 //!
@@ -45,6 +47,7 @@
 //!   .   ...                                          .
 //!   |<-------------------------------------- VmWaits |  some time after Prepared: the VM waits, its gate is shut
 //!   | gate to HOLD, stop: Packet* (urgent) --------->|  the log flows from here to the end, PacketAck comes back
+//!   | Flows* --------------------------------------->|  the pod's entries of connection tracking
 //!   | Handover ------------------------------------->|
 //!   | Pages* Zeros* Barrier(last) (data) ----------->|  in parallel with
 //!   | StateBegin StateChunk* StateEnd -------------->|  the device state
@@ -54,8 +57,10 @@
 //!   |<--------------------------------------- Ready  |  memory placed, hashes compared, device state loaded
 //!   | Grant ---------------------------------------->|  journal Owner; gate opens; the guest resumes
 //!   |<------------------------------------- Running  |
-//!   | Packet* until End (urgent) ------------------->|  the source's node forwards until the neighbours have learned
+//!   | Packet* until End (urgent) ------------------->|  the source's node forwards until the neighbours have learned;
+//!   |                                                |  Flows (urgent) go before the first packet of a flow that is new
 //!   | Released ------------------------------------->|  nothing is left at the source
+//!   |<------------------------------------FlowsTaken |
 //!   |<------------------------------------------ Bye |  the journal entry may be forgotten
 //! ```
 //!

@@ -6,6 +6,7 @@ mod any_moment;
 mod cancel;
 mod certificate;
 mod connection;
+mod conntrack;
 mod fast;
 mod large_pages;
 mod limits;

@@ -1,6 +1,7 @@
 //! Nodes and a client in namespaces of their own; [`traffic`] is what crosses them, the other modules have tests.
 
 mod fast;
+mod flows;
 mod killed;
 mod limits;
 mod settled;

@@ -131,6 +131,13 @@ pub(super) fn pod(net: &PodNet) -> String {
             waits.flow_frames
         ),
     );
+    if let Some(flows) = port.conntrack {
+        let text = format!(
+            "{} entries of connection tracking, {} of them bound to this node",
+            flows.entries, flows.bound
+        );
+        row(&mut out, "flows", &text);
+    }
     row(&mut out, "tap", &queue(&port.tap));
     row(&mut out, "park", &queue(&port.park));
     for (i, facts) in port.hooks.iter().enumerate() {

@@ -8,7 +8,7 @@ use crate::wire::message::{Control, FaultFigures, Handover, ImageWant, Offer, Re
 pub enum Input {
     /// Begin. Once, and first.
     Begin,
-    /// A message of the link that is up. Not `Ping`, `Pong`; `StateChunk`, `PageBits` and `PageHashes` go to the steps that wait for them instead;
+    /// A message of the link that is up. Not `Ping`, `Pong`; `StateChunk`, `PageBits`, `PageHashes` and `Flows` go to the steps that wait for them instead;
     /// a `Query` that opens a new session is [`Input::Asked`].
     Peer(Control),
     /// A `Query` for this migration came over a new session, which is the link from now on: drop the old one, and report nothing more of it.
@@ -119,7 +119,7 @@ pub enum Output {
     LoadState,
     /// No more of the state comes. Once it is loaded, [`Input::StateLoaded`].
     EndState,
-    /// *Awaited.* Open the gate, announce. Harmless when done before. A failure is logged: the guest must run all the same.
+    /// *Awaited.* Once the `Flows` that came are in the kernel, open the gate, announce. Harmless when done before. A failure is logged: the guest must run all the same.
     OpenNetwork,
     /// Resume the vCPUs; harmless when they run. Then [`Input::Resumed`], or [`Input::ResumeFailed`] once it is certain that they never will: the
     /// pod has failed then.

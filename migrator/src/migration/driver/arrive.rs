@@ -53,6 +53,7 @@ pub(super) struct Relinked {
     pub(super) urgent: Option<Connection<Urgent>>,
     pub(super) data: Vec<Connection<Data>>,
     pub(super) faults: Vec<Connection<Fault>>,
+    pub(super) version: u16,
     pub(super) first: Control,
 }
 
@@ -100,6 +101,7 @@ pub(super) async fn incoming(node: Arc<Node>, session: Session) {
         data,
         urgent,
         faults,
+        version,
         ..
     } = session;
     let (sender, mut events) = unbounded_channel();
@@ -132,6 +134,7 @@ pub(super) async fn incoming(node: Arc<Node>, session: Session) {
             run.take_link(link, events);
             run.urgent = urgent;
             run.faults = faults;
+            run.version = version;
             run.lanes = data.len();
             run.receive(data);
             run.input(Input::Begin).await;
@@ -144,6 +147,7 @@ pub(super) async fn incoming(node: Arc<Node>, session: Session) {
                 urgent,
                 data,
                 faults,
+                version,
                 first,
             };
             question(&node, peer, asked).await;

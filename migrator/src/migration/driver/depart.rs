@@ -23,6 +23,7 @@ use crate::migration::status;
 use crate::network::{Port, Stage};
 use crate::pods::{MigrationEnd, PodHandle, PodResources};
 use crate::wire::message::Ledger;
+use crate::wire::preamble::VERSION_FLOWS;
 use crate::wire::session;
 
 /// For TCP, TLS and the preambles of all connections.
@@ -83,6 +84,7 @@ pub(super) async fn outgoing(node: Arc<Node>, job: Outgoing) {
     plan.policy = policy(options);
     plan.mode = options.mode;
     plan.on_stall = options.on_stall;
+    plan.flows = session.version >= VERSION_FLOWS;
     let mut run = Run::new(
         node,
         pod,
@@ -173,6 +175,7 @@ pub(super) fn figures(node: &Node, ticket: &Ticket, pod: &PodHandle, to: &str) -
         postcopy: false,
         total: None,
         books: Arc::default(),
+        conntrack: status::ConntrackReport::default(),
     }
 }
 

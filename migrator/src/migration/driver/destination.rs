@@ -75,6 +75,10 @@ pub(super) struct Run {
     pub(super) found: Option<(PodHandle, Arc<PodResources>)>,
     /// The pod's output, on its way into its folder.
     pub(super) keeping: Option<JoinHandle<()>>,
+    /// Entries of connection tracking, on their way into the kernel.
+    pub(super) taking: Option<JoinHandle<()>>,
+    /// What the other end of the link speaks.
+    pub(super) version: u16,
     /// The pod's own task watches its VM.
     pub(super) adopted: bool,
 }
@@ -114,6 +118,8 @@ impl Run {
             times: Steps::default(),
             found: None,
             keeping: None,
+            taking: None,
+            version: 0,
             adopted: false,
         }
     }
@@ -219,6 +225,10 @@ impl Run {
                 drop(self.state.send(chunk.0));
                 None
             }
+            LinkEvent::Message(Control::Flows(frame)) => {
+                self.take_flows(frame);
+                None
+            }
             LinkEvent::Message(Control::PageBits(bits)) => match self.take_stale(&bits) {
                 Ok(()) => None,
                 Err(reason) => Some(Input::Failed { reason }),
@@ -251,8 +261,10 @@ impl Run {
             urgent,
             data,
             faults,
+            version,
             first,
         } = asked;
+        self.version = version;
         self.take_link(link, events);
         self.urgent = urgent;
         self.faults = faults;
@@ -319,6 +331,7 @@ impl Side for Run {
                 // From the grant on, a service that is killed must find them again. A disk that is busy goes on beside the freeze.
                 if let (Control::Ready(_), Some(keeping)) = (&message, self.keeping.take()) {
                     let _ = timeout(KEEPS_WITHIN, keeping).await;
+                    self.flows_taken().await;
                 }
                 self.runner.send(message).await;
             }
@@ -354,6 +367,7 @@ impl Side for Run {
             Output::EndState => self.state = unbounded_channel().0,
             Output::OpenNetwork => {
                 self.times.begin("open_network");
+                self.flows_taken().await;
                 self.open_network().await;
                 self.times.end("open_network");
             }
@@ -375,6 +389,7 @@ impl Side for Run {
             }
             Output::Discard => self.discard().await,
             Output::SendBye => {
+                self.tell_flows().await;
                 let ledger = match self.port() {
                     Some(port) => port
                         .ledger()

@@ -220,6 +220,7 @@ impl Run {
         self.runner.steps.shutdown().await;
         self.images = Images::default();
         self.end_pager();
+        self.flows_taken().await;
         self.parts = None;
         if let Some(reason) = prepare::discard(&self.prepared).await {
             tracing::error!(reason, "something of a discarded pod is left behind");

@@ -34,6 +34,7 @@ mod destination_pages;
 mod destination_pod;
 mod device_state;
 mod early_pages;
+mod flows;
 mod handoff;
 mod link;
 mod offer;

@@ -1,10 +1,20 @@
 //! Carries the packet log between the network mover and the urgent connection.
 
-use tokio::sync::{mpsc, watch};
+use std::time::Duration;
 
+use tokio::sync::{mpsc, watch};
+use tokio::time::{MissedTickBehavior, interval};
+
+use super::flows::{self, NewFlows};
+use crate::network::conntrack::Known;
 use crate::network::{LogItem, LogKind, Port};
 use crate::wire::bulk::{PacketKind, Urgent};
 use crate::wire::conn::{Connection, LinkError, Reader, Writer};
+
+/// Items that are written at once.
+const BATCH: usize = 64;
+/// How often new flows are looked for while nothing is logged.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// Source: sends what the port logs, and hands it the acknowledgements. Ends with the link, or when the
 /// port has dropped its sender and everything is written.
@@ -12,10 +22,11 @@ pub(super) async fn pump_out(
     connection: Connection<Urgent>,
     port: Port,
     items: mpsc::UnboundedReceiver<LogItem>,
+    news: Option<NewFlows>,
 ) -> Result<(), LinkError> {
     let (reader, writer) = connection.split();
     tokio::select! {
-        sent = send_items(writer, items) => sent,
+        sent = send_items(writer, items, news) => sent,
         lost = read_acks(reader, port) => Err(lost),
     }
 }
@@ -23,9 +34,33 @@ pub(super) async fn pump_out(
 async fn send_items(
     mut writer: Writer<Urgent>,
     mut items: mpsc::UnboundedReceiver<LogItem>,
+    news: Option<NewFlows>,
 ) -> Result<(), LinkError> {
-    while let Some(item) = items.recv().await {
-        writer.feed(&outgoing(item)).await?;
+    for flows in news.as_ref().map(NewFlows::again).unwrap_or_default() {
+        writer.feed(&Urgent::Flows(flows)).await?;
+    }
+    let mut batch = Vec::with_capacity(BATCH);
+    let mut looks = interval(LOOK_EVERY);
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        let received = tokio::select! {
+            received = items.recv_many(&mut batch, BATCH) => received,
+            // Packets that go through the tunnel leave no trace in the log.
+            _ = looks.tick(), if news.is_some() => {
+                if send_news(&mut writer, news.as_ref()).await? {
+                    writer.flush().await?;
+                }
+                continue;
+            }
+        };
+        if received == 0 {
+            break;
+        }
+        // Asked after these packets have come: a packet's flow is told before the packet is.
+        send_news(&mut writer, news.as_ref()).await?;
+        for item in batch.drain(..) {
+            writer.feed(&outgoing(item)).await?;
+        }
         if items.is_empty() {
             writer.flush().await?;
         }
@@ -35,12 +70,25 @@ async fn send_items(
     std::future::pending().await
 }
 
+/// Whether there was any.
+async fn send_news(
+    writer: &mut Writer<Urgent>,
+    news: Option<&NewFlows>,
+) -> Result<bool, LinkError> {
+    let frames = news.map(NewFlows::take).unwrap_or_default();
+    let any = !frames.is_empty();
+    for flows in frames {
+        writer.feed(&Urgent::Flows(flows)).await?;
+    }
+    Ok(any)
+}
+
 async fn read_acks(mut reader: Reader<Urgent>, port: Port) -> LinkError {
     loop {
         match reader.next().await {
             Ok(Urgent::PacketAck { seq }) => port.ack(seq),
             // Only the source logs packets; a peer that sends some is not one of ours.
-            Ok(Urgent::Packet { .. }) => return LinkError::Closed,
+            Ok(Urgent::Packet { .. } | Urgent::Flows(_)) => return LinkError::Closed,
             Err(error) => return error,
         }
     }
@@ -61,6 +109,13 @@ async fn receive_items(mut reader: Reader<Urgent>, port: Port) -> LinkError {
         match reader.next().await {
             Ok(Urgent::Packet { seq, kind, frame }) => {
                 if port.log_input(incoming(seq, kind, frame)).is_err() {
+                    return LinkError::Closed;
+                }
+            }
+            // Before the packets behind it.
+            Ok(Urgent::Flows(frame)) => {
+                if let Err(reason) = flows::take(&port, &frame, Known::Keep).await {
+                    tracing::warn!(reason, "the packet log's connection is given up");
                     return LinkError::Closed;
                 }
             }

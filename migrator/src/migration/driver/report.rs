@@ -3,9 +3,11 @@
 use std::sync::{Arc, OnceLock};
 
 use crate::memory::postcopy::quantile;
-use crate::migration::status::{FaultReport, MemoryReport, MigrationReport, Outcome, PacketReport};
+use crate::migration::status::{
+    ConntrackReport, FaultReport, MemoryReport, MigrationReport, Outcome, PacketReport,
+};
 use crate::network;
-use crate::wire::message::{FaultFigures, Ledger, Running};
+use crate::wire::message::{FaultFigures, FlowsTaken, Ledger, Running};
 
 /// The source's own books, with every reason; the wire has only their sums.
 pub(super) type Books = Arc<OnceLock<network::Ledger>>;
@@ -28,6 +30,7 @@ pub(super) struct Figures {
     /// From the request to the end of the source's VM.
     pub(super) total: Option<std::time::Duration>,
     pub(super) books: Books,
+    pub(super) conntrack: ConntrackReport,
 }
 
 impl Figures {
@@ -55,6 +58,18 @@ impl Figures {
         });
     }
 
+    /// Takes in what became of the flows at the destination.
+    pub(super) fn flows_taken(&mut self, taken: FlowsTaken) {
+        let FlowsTaken {
+            moved,
+            failed,
+            untracked,
+        } = taken;
+        self.conntrack.moved = moved;
+        self.conntrack.failed = failed;
+        self.conntrack.untracked = untracked;
+    }
+
     /// The final report; the two ledgers are the two nodes' own.
     pub(super) fn report(
         self,
@@ -78,6 +93,7 @@ impl Figures {
             frozen_at_unix_us: self.frozen_at_unix_us,
             memory: self.memory,
             packets: packets(source, destination, self.books.get()),
+            conntrack: self.conntrack,
             phases: self.phases,
         }
     }

@@ -9,6 +9,7 @@ use vm_runtime::units::PageRange;
 
 use super::clock::unix_us;
 use super::depart::{end_pod, figures};
+use super::flows::{self, NewFlows};
 use super::link::{Link, LinkEvent};
 use super::report::Figures;
 use super::runner::{JournalFailed, News, Runner, Side};
@@ -66,6 +67,10 @@ pub(super) struct Run {
     pub(super) compress: Compress,
     pub(super) on_overflow: OnOverflow,
     pub(super) held_at_unix_us: u64,
+    /// Flows that begin while the pod moves.
+    pub(super) news: NewFlows,
+    /// What the other end of the link speaks.
+    pub(super) version: u16,
 }
 
 impl Run {
@@ -110,6 +115,8 @@ impl Run {
             compress,
             on_overflow: OnOverflow::default(),
             held_at_unix_us: 0,
+            news: NewFlows::default(),
+            version: 0,
         }
     }
 
@@ -119,9 +126,11 @@ impl Run {
             data,
             urgent,
             faults,
+            version,
             ..
         } = session;
         self.faults = faults;
+        self.version = version;
         let inputs = self.runner.inputs.clone();
         self.loss = Loss::new(inputs.clone());
         let loss = self.loss.clone();
@@ -268,6 +277,10 @@ impl Side for Run {
             self.take_wanted(bits);
             return Vec::new();
         }
+        if let Input::Peer(Control::FlowsTaken(taken)) = &input {
+            self.figures.flows_taken(*taken);
+            return Vec::new();
+        }
         self.note(&input);
         self.machine.handle(self.runner.now(), input)
     }
@@ -323,6 +336,11 @@ impl Side for Run {
             Output::StopVm => {
                 let slowed = Arc::clone(&self.slowed);
                 self.runner.step(steps::stop_vm(self.parts(), slowed));
+            }
+            Output::SendFlows => {
+                let news = self.news.clone();
+                self.runner
+                    .step(flows::send(self.parts(), self.control(), news));
             }
             Output::ReadResidue => self.runner.step(steps::read_residue(self.parts())),
             Output::SendLastPages { round } => {

@@ -16,7 +16,7 @@ use crate::migration::source::Input;
 use crate::network::{LogItem, OnOverflow, Stage};
 use crate::pods::PodResources;
 use crate::wire::message::Ledger;
-use crate::wire::preamble::Shape;
+use crate::wire::preamble::{Shape, VERSION_FLOWS};
 use crate::wire::session::{self, Session};
 
 /// How long the report of a migration that failed waits for its packets to be back with the guest.
@@ -106,8 +106,9 @@ impl Run {
         let (log, items) = unbounded_channel();
         if let Some(urgent) = self.urgent.take() {
             let (port, loss) = (resources.port.clone(), self.loss.clone());
+            let news = (self.version >= VERSION_FLOWS).then(|| self.news.clone());
             self.runner.helpers.spawn(async move {
-                if let Err(error) = packets::pump_out(urgent, port, items).await {
+                if let Err(error) = packets::pump_out(urgent, port, items, news).await {
                     loss.tell(chain(&error));
                 }
             });

@@ -45,6 +45,7 @@ impl Run {
                     ..RoundReport::default()
                 });
             }
+            Input::FlowsSent { bound } => self.figures.conntrack.bound = *bound,
             Input::StaleSent { .. } => self.figures.postcopy = true,
             Input::Peer(Control::MemoryComplete(complete)) => {
                 self.figures.total = Some(self.figures.started.elapsed());
@@ -139,6 +140,7 @@ fn freeze_step(input: &Input) -> Option<&'static str> {
         Input::Stopped { .. } => Some("stopped"),
         Input::LastPagesSent { .. } => Some("pages_sent"),
         Input::StaleSent { .. } => Some("missing_told"),
+        Input::FlowsSent { .. } => Some("flows_sent"),
         Input::StateSent => Some("state_sent"),
         Input::ResidueRead => Some("residue_read"),
         Input::HashesSent => Some("hashes_sent"),

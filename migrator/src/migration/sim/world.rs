@@ -39,6 +39,8 @@ pub(super) struct Setting {
     pub(super) late: bool,
     /// Whether pages cross after the resume.
     pub(super) postcopy: bool,
+    /// Whether the destination takes entries of connection tracking.
+    pub(super) flows: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,6 +110,8 @@ pub(super) struct World {
     missing: bool,
     /// The destination's machine waits for them.
     awaited: bool,
+    /// The destination has the pod's entries of connection tracking.
+    flows: bool,
     /// What a rollback has to undo.
     held: bool,
     tracking: bool,
@@ -193,6 +197,7 @@ impl World {
             state: OwnerState::Owner,
         };
         let mut plan = Plan::new(offer(setting.verify), "b".to_owned(), Epoch(1));
+        plan.flows = setting.flows;
         if setting.postcopy {
             plan.mode = Mode::Postcopy;
         }
@@ -215,6 +220,7 @@ impl World {
             vm_died: false,
             missing: false,
             awaited: false,
+            flows: false,
             held: false,
             tracking: false,
             agent_detached: false,

@@ -27,6 +27,8 @@ pub struct Plan {
     pub freeze_limit_us: u64,
     /// How long parked packets wait for a lost link after the grant was taken, in microseconds.
     pub relink_limit_us: u64,
+    /// The destination takes entries of connection tracking.
+    pub flows: bool,
 }
 
 impl Plan {
@@ -41,6 +43,7 @@ impl Plan {
             policy: Policy::default(),
             freeze_limit_us: 10_000_000,
             relink_limit_us: 30_000_000,
+            flows: true,
         }
     }
 
@@ -106,6 +109,11 @@ pub enum Input {
     },
     /// [`Output::ReadResidue`] is done.
     ResidueRead,
+    /// [`Output::SendFlows`] is done, `Flows` are queued; also if some could not be read, which is no reason to end a migration.
+    FlowsSent {
+        /// Those whose translation needs this node: they stay.
+        bound: u64,
+    },
     /// [`Output::SendLastPages`] is done: every page and a barrier are on each data connection.
     LastPagesSent {
         /// Pages, zero pages included.
@@ -181,6 +189,9 @@ pub enum Output {
     StopVm,
     /// Read what is left in the TAP queue into the log. Then [`Input::ResidueRead`].
     ReadResidue,
+    /// Send the pod's entries of connection tracking as `Flows`: the guest stands still. From here on those of flows that begin go before their
+    /// first packets. Then [`Input::FlowsSent`].
+    SendFlows,
     /// Scan once more, send all pending pages and a barrier on each data connection. Then [`Input::LastPagesSent`].
     SendLastPages {
         /// The round.

@@ -145,6 +145,10 @@ impl Source {
                 sending.residue = true;
                 self.grant_if_complete(now, out);
             }
+            (Input::FlowsSent { .. }, State::Sending(sending)) => {
+                sending.flows = true;
+                self.grant_if_complete(now, out);
+            }
             (Input::LastPagesSent { pages }, State::Sending(sending)) => {
                 sending.pages = true;
                 let round = sending.round;
@@ -255,9 +259,13 @@ impl Source {
             pages: false,
             state: false,
             residue: false,
+            flows: !self.flows,
             hashes: !self.verify,
             ready: false,
         });
+        if self.flows {
+            out.push(Output::SendFlows);
+        }
         out.extend(match self.postcopy {
             true => vec![Output::ServeFaults, Output::SendStale { last: true }],
             false => vec![Output::SendLastPages { round }],
@@ -278,7 +286,15 @@ impl Source {
         let State::Sending(sending) = &self.state else {
             return;
         };
-        if !(sending.pages && sending.state && sending.residue && sending.hashes) {
+        let Sending {
+            pages,
+            state,
+            residue,
+            flows,
+            hashes,
+            ..
+        } = *sending;
+        if !(pages && state && residue && flows && hashes) {
             return;
         }
         let ready = sending.ready;

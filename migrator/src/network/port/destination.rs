@@ -87,6 +87,7 @@ impl Port {
     /// The port was not opened.
     pub async fn settle(&self) -> Result<(), PortError> {
         self.ask(Command::Settle).await??;
+        self.keep_flows();
         if self.park_dropped().await? > 0 {
             // Buckets that wait for a lost frame would keep their flows on the slow way.
             self.resync(false);
@@ -100,6 +101,7 @@ impl Port {
     /// A device or pin could not be removed; calling again tries again.
     pub async fn discard(&self) -> Result<(), PortError> {
         self.inner.quiet();
+        self.undo_flows().await;
         self.remove().await
     }
 }

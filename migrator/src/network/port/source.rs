@@ -178,6 +178,7 @@ impl Port {
             Err(PortError::Gone(_)) => None,
             Err(error) => return Err(error),
         };
+        self.fade_flows().await;
         self.remove().await?;
         Ok(ledger.unwrap_or_default())
     }

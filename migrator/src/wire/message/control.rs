@@ -116,6 +116,7 @@ control! {
         0x1c => Wanted,
         0x1d => MemoryComplete,
         0x1e => VmWaits,
+        0x21 => FlowsTaken,
     }
     boxed {
         0x01 => Offer,
@@ -124,6 +125,7 @@ control! {
         0x0a => StateChunk,
         0x0d => PageHashes,
         0x19 => PageBits,
+        0x20 => Flows,
     }
 }
 

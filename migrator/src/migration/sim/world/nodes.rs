@@ -69,6 +69,12 @@ impl World {
             Output::DrainTap => Input::Drained,
             Output::StopVm => Input::Stopped { at_unix_us: 1 },
             Output::ReadResidue => Input::ResidueRead,
+            Output::SendFlows => {
+                assert!(self.setting.flows, "{self:?}");
+                let flows = crate::wire::message::Flows(vec![1].into());
+                self.send(Side::Source, self.s.link, flows.into());
+                Input::FlowsSent { bound: 0 }
+            }
             Output::SendLastPages { round } => {
                 self.place(round);
                 Input::LastPagesSent { pages: 10 }
@@ -193,7 +199,12 @@ impl World {
                 self.d.vm = Vm::Dead;
                 return;
             }
-            Output::LoadState | Output::OpenNetwork | Output::Adopt { .. } => return,
+            Output::OpenNetwork => {
+                // No packet before the entries that let it pass.
+                assert_eq!(self.flows, self.setting.flows, "{self:?}");
+                return;
+            }
+            Output::LoadState | Output::Adopt { .. } => return,
             Output::Resume if self.d.vm == Vm::Dead => Input::ResumeFailed {
                 reason: "no VM".to_owned(),
             },
@@ -278,6 +289,7 @@ impl World {
                 }
                 self.feed(In::Destination(destination::Input::Asked));
             }
+            (Control::Flows(_), true) => self.flows = true,
             (message, true) if current || self.setting.late => {
                 self.feed(In::Destination(destination::Input::Peer(message)));
             }

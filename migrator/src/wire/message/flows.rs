@@ -1,0 +1,37 @@
+//! Entries of connection tracking that move with the pod. From version 2 on.
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::wire::codec::DecodeError;
+
+/// Some of the pod's flows, as connection tracking has them. Opaque here, raw on the wire: a list in postcard of
+/// [`crate::network::conntrack::Flow`], which whoever takes it checks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Flows(pub Bytes);
+
+impl Flows {
+    /// Flows that one frame holds: none is longer than 250 bytes, and the urgent lane's frames are of 128 KiB.
+    pub const MAX: usize = 256;
+
+    pub(super) fn head(&self, _out: &mut Vec<u8>) {}
+
+    pub(super) fn tail(&self) -> &[u8] {
+        &self.0
+    }
+
+    pub(super) fn parse(payload: Bytes) -> Result<Self, DecodeError> {
+        Ok(Self(payload))
+    }
+}
+
+/// What became of the flows at the destination.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlowsTaken {
+    /// Entries that are there.
+    pub moved: u64,
+    /// Entries that its kernel refused.
+    pub failed: u64,
+    /// Entries that were not made because it does not track connections.
+    pub untracked: u64,
+}
