@@ -317,6 +317,9 @@ pub struct ImportRequest {
     /// The name to give it, where the one in the layout is absent or not wanted.
     #[serde(default)]
     pub name: Option<String>,
+    /// Keep the layers, so that the image can be pushed and saved.
+    #[serde(default)]
+    pub keep_layers: bool,
 }
 
 /// An image of the node's store.
@@ -332,6 +335,9 @@ pub struct ImageSummary {
     pub chunks: usize,
     /// Pods of this node that use it.
     pub used_by: Vec<String>,
+    /// Until when `POST /v1/gc` leaves it alone, milliseconds of Unix time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leased_until_unix_ms: Option<u64>,
 }
 
 /// `GET /v1/images`.
@@ -378,6 +384,8 @@ pub enum ErrorCode {
     Exhausted,
     /// The service is shutting down. HTTP 503.
     Unavailable,
+    /// A registry cannot be reached, breaks off, or sends what it must not. HTTP 502.
+    Registry,
     /// It took too long. HTTP 504.
     Timeout,
     /// Anything else; the service's log has more. HTTP 500.
@@ -392,6 +400,7 @@ impl ErrorCode {
             Self::NotFound => 404,
             Self::Conflict | Self::Busy | Self::Refused => 409,
             Self::Internal => 500,
+            Self::Registry => 502,
             Self::Unavailable => 503,
             Self::Timeout => 504,
             Self::Exhausted => 507,
