@@ -11,9 +11,12 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use super::error::{ApiError, chain};
+use super::image_types::{
+    GcRequest, GcResult, ImageList, ImageSummary, ImportRequest, Lease, LeaseRequest, SaveRequest,
+    Saved,
+};
 use super::registry_errors::{of_save, of_store};
-use super::registry_types::{GcRequest, GcResult, Lease, LeaseRequest, SaveRequest, Saved};
-use super::types::{ErrorCode, ImageList, ImageSummary, ImportRequest};
+use super::types::ErrorCode;
 use crate::daemon::node::Node;
 use crate::image::{Digest, ImageRecord};
 

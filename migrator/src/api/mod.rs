@@ -3,8 +3,8 @@
 pub mod client;
 pub mod error;
 pub mod frames;
+pub mod image_types;
 pub mod net_types;
-pub mod registry_types;
 pub mod server;
 pub mod types;
 pub mod upgrade;

@@ -16,9 +16,9 @@ use tokio::time::{Interval, MissedTickBehavior, interval};
 use tokio_util::sync::DropGuard;
 
 use super::error::ApiError;
+use super::image_types::{PullRequest, PushRequest, TransferEvent};
 use super::images::{absolute, in_use, summary};
 use super::registry_errors::{of_pull, of_push};
-use super::registry_types::{PullRequest, PushRequest, TransferEvent};
 use super::types::ErrorCode;
 use crate::daemon::node::Node;
 use crate::image::Platform;

@@ -308,45 +308,6 @@ pub struct MigrationList {
     pub migrations: Vec<crate::migration::status::MigrationStatus>,
 }
 
-/// Body of `POST /v1/images`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ImportRequest {
-    /// An OCI image layout (folder) or archive (file) on the service's machine; absolute.
-    pub path: PathBuf,
-    /// The name to give it, where the one in the layout is absent or not wanted.
-    #[serde(default)]
-    pub name: Option<String>,
-    /// Keep the layers, so that the image can be pushed and saved.
-    #[serde(default)]
-    pub keep_layers: bool,
-}
-
-/// An image of the node's store.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ImageSummary {
-    /// Its name.
-    pub name: String,
-    /// The digest of its manifest.
-    pub digest: String,
-    /// Size of its file system in bytes.
-    pub size_bytes: u64,
-    /// Chunks that it is cut into for the way to other nodes.
-    pub chunks: usize,
-    /// Pods of this node that use it.
-    pub used_by: Vec<String>,
-    /// Until when `POST /v1/gc` leaves it alone, milliseconds of Unix time.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub leased_until_unix_ms: Option<u64>,
-}
-
-/// `GET /v1/images`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct ImageList {
-    /// By name.
-    pub images: Vec<ImageSummary>,
-}
-
 /// Body of every answer that is not a success.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ErrorBody {

@@ -15,7 +15,7 @@ use vm_runtime::units::Bytes;
 use super::failure::{Exit, Failure};
 use super::{Context, Output, output};
 use crate::api::client::encode;
-use crate::api::types::{ImageList, ImageSummary, ImportRequest};
+use crate::api::image_types::{ImageList, ImageSummary, ImportRequest};
 
 #[derive(Debug, Args)]
 pub(super) struct ImageArgs {

@@ -47,6 +47,7 @@ mod rootfs;
 mod save;
 mod source;
 mod store_files;
+mod store_load;
 mod sys;
 mod tar;
 mod xattr;

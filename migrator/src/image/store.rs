@@ -31,14 +31,12 @@ use super::holds::{Holds, ImageHold};
 use super::import::{self, ImportError, ImportLimits};
 use super::name;
 use super::record::ImageRecord;
-use super::store_files::{
-    EROFS, RECORD, TMP, io_error, load_image, read_json, sync_folder, write_json, write_synced,
-};
+use super::store_files::{EROFS, RECORD, TMP, io_error, sync_folder, write_json, write_synced};
 
 pub use super::store_files::StoreError;
 
-const NAMES: &str = "names.json";
-const LEASES: &str = "leases.json";
+pub(super) const NAMES: &str = "names.json";
+pub(super) const LEASES: &str = "leases.json";
 const LOCK: &str = "lock";
 
 /// The images of a node. Shared by reference or [`Arc`]; every call may block on the disk.
@@ -379,44 +377,5 @@ impl ImageStore {
 
     pub(super) fn write_leases(&self, leases: &Leases) -> Result<(), StoreError> {
         write_json(&self.root, LEASES, leases)
-    }
-
-    fn load(&self) -> Result<(), StoreError> {
-        let mut state = self.state();
-        for entry in fs::read_dir(&self.root).map_err(io_error("read", &self.root))? {
-            let entry = entry.map_err(io_error("read", &self.root))?;
-            let Ok(name) = entry.file_name().into_string() else {
-                continue;
-            };
-            let path = entry.path();
-            if name.starts_with(TMP) {
-                let removed = match entry.file_type() {
-                    Ok(kind) if kind.is_dir() => fs::remove_dir_all(&path),
-                    _ => fs::remove_file(&path),
-                };
-                removed.map_err(io_error("remove", &path))?;
-            } else if let Ok(id) = Digest::from_hex(&name) {
-                match load_image(&path) {
-                    Ok(record) if record.id() == id => {
-                        drop(state.images.insert(id, Arc::new(record)))
-                    }
-                    Ok(_) => {
-                        tracing::warn!(path = %path.display(), "image folder of another name, left out")
-                    }
-                    Err(error) => {
-                        tracing::warn!(path = %path.display(), %error, "damaged image, left out")
-                    }
-                }
-            }
-        }
-        let names: BTreeMap<String, Digest> = read_json(&self.root.join(NAMES))?;
-        let leases: Leases = read_json(&self.root.join(LEASES))?;
-        let images = &state.images;
-        state.names = names
-            .into_iter()
-            .filter(|(_, id)| images.contains_key(id))
-            .collect();
-        state.leases = leases;
-        Ok(())
     }
 }

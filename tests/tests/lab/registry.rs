@@ -1,7 +1,7 @@
 //! A pod whose image comes from a registry, by the command line.
 
 use anyhow::{Context, Result, ensure};
-use migrator::api::registry_types::TransferEvent;
+use migrator::api::image_types::TransferEvent;
 use migrator_tests::lab::{POD, POD_IPV4, POD_IPV6, TestLab, pod_yaml};
 use migrator_tests::registry::Registry;
 use xtask::lab::Node;

@@ -10,7 +10,7 @@ use vm_runtime::units::Bytes;
 use super::super::failure::{Exit, Failure};
 use super::super::{Context, Output, output};
 use crate::api::error::ApiError;
-use crate::api::registry_types::TransferEvent;
+use crate::api::image_types::TransferEvent;
 use crate::registry::{Phase, Progress};
 
 /// Starts a transfer and shows it; its last event, which is a success.

@@ -8,7 +8,7 @@ use vm_runtime::units::Bytes;
 use super::super::failure::Failure;
 use super::super::{Context, Output, output};
 use super::{absolute, short, span};
-use crate::api::registry_types::{GcRequest, GcResult, Lease, LeaseRequest, SaveRequest, Saved};
+use crate::api::image_types::{GcRequest, GcResult, Lease, LeaseRequest, SaveRequest, Saved};
 
 #[derive(Debug, Args)]
 pub(super) struct SaveArgs {

@@ -7,7 +7,7 @@ use clap::Args;
 use super::super::failure::Failure;
 use super::super::{Context, Output, output};
 use super::{absolute, course, span};
-use crate::api::registry_types::{PullRequest, TransferEvent};
+use crate::api::image_types::{PullRequest, TransferEvent};
 
 #[derive(Debug, Args)]
 pub(super) struct PullArgs {

@@ -7,7 +7,7 @@ use clap::Args;
 use super::super::failure::Failure;
 use super::super::{Context, Output, output};
 use super::{absolute, course};
-use crate::api::registry_types::{PushRequest, TransferEvent};
+use crate::api::image_types::{PushRequest, TransferEvent};
 
 #[derive(Debug, Args)]
 pub(super) struct PushArgs {

@@ -1,11 +1,50 @@
-//! What the API's JSON looks like where it is about registries.
+//! What the API's JSON looks like where it is about images.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::types::{ErrorInfo, ImageSummary};
+use super::types::ErrorInfo;
 use crate::registry::Progress;
+
+/// Body of `POST /v1/images`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImportRequest {
+    /// An OCI image layout (folder) or archive (file) on the service's machine; absolute.
+    pub path: PathBuf,
+    /// The name to give it, where the one in the layout is absent or not wanted.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// Keep the layers, so that the image can be pushed and saved.
+    #[serde(default)]
+    pub keep_layers: bool,
+}
+
+/// An image of the node's store.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageSummary {
+    /// Its name.
+    pub name: String,
+    /// The digest of its manifest.
+    pub digest: String,
+    /// Size of its file system in bytes.
+    pub size_bytes: u64,
+    /// Chunks that it is cut into for the way to other nodes.
+    pub chunks: usize,
+    /// Pods of this node that use it.
+    pub used_by: Vec<String>,
+    /// Until when `POST /v1/gc` leaves it alone, milliseconds of Unix time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leased_until_unix_ms: Option<u64>,
+}
+
+/// `GET /v1/images`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ImageList {
+    /// By name.
+    pub images: Vec<ImageSummary>,
+}
 
 /// Body of `POST /v1/pulls`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
