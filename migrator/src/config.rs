@@ -16,11 +16,13 @@
 //! tunnel: { kind: vxlan, vni: 7077, port: 4789, mtu: 1500 }    # optional: off
 //! limits: { pods: 64, log_bytes: 16777216, park_bytes: 1073741824, park_bytes_per_pod: 268435456 }   # optional
 //! migration: { connections: 2, compress: auto, max_downtime_ms: 300, on_overflow: abort }   # optional
+//! registries: { mirrors: { docker.io: ["https://mirror.example"] }, auth_file: auth.json, ca: registry-ca.pem }   # optional
 //! ```
 //!
 //! Relative paths are taken from the file's own folder. An unknown key is an error that names it.
 
 mod names;
+mod registries;
 mod tunnel;
 
 use std::collections::BTreeMap;
@@ -35,6 +37,7 @@ use crate::network::{OnOverflow, ParkLimits, XdpChoice};
 use crate::wire::preamble::MAX_DATA_CONNECTIONS;
 
 pub use names::{BadInterfaceName, BadNodeName, InterfaceName, NodeName};
+pub use registries::Registries;
 pub use tunnel::Tunnel;
 
 /// Longest socket path the kernel takes, its final zero included (`sun_path` in `linux/un.h`).
@@ -88,6 +91,9 @@ pub struct Config {
     /// What a migration uses where its request names nothing.
     #[serde(default)]
     pub migration: MigrationDefaults,
+    /// Where images come from.
+    #[serde(default)]
+    pub registries: Registries,
 }
 
 /// PEM files of this node.
@@ -253,6 +259,7 @@ impl Config {
         .chain(config.api_socket.as_mut())
         .chain(config.qemu.lib_dir.as_mut())
         .chain(config.qemu.data_dirs.iter_mut())
+        .chain(config.registries.files_mut())
         {
             *file = folder.join(&*file);
         }
@@ -342,7 +349,7 @@ impl Config {
         if self.migration.max_downtime_ms == 0 {
             return Err(("migration.max_downtime_ms", "must be at least 1".to_owned()));
         }
-        Ok(())
+        self.registries.check()
     }
 
     /// What is kept of packets at most.

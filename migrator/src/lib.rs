@@ -21,4 +21,5 @@ pub mod memory;
 pub mod migration;
 pub mod network;
 pub mod pods;
+pub mod registry;
 pub mod wire;

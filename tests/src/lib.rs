@@ -5,3 +5,4 @@ pub mod lab;
 pub mod large_pages;
 pub mod netns;
 pub mod packet;
+pub mod registry;

@@ -321,8 +321,8 @@ fn two_imports_at_once_are_safe() -> Result<()> {
     assert_eq!(store.list().len(), 3);
     assert_eq!(
         names(&folder.path().join("images"))?.len(),
-        3,
-        "one image, the lock, the names"
+        4,
+        "one image, the content, the lock, the names"
     );
     Ok(())
 }
@@ -344,13 +344,16 @@ fn a_full_disk_is_named_and_leaves_nothing() -> Result<()> {
         let error = store.import(&layout, None).expect_err("there is no room");
         assert!(matches!(error, ImportError::DiskFull { .. }), "{error:?}");
         assert!(error.to_string().contains("is full"), "{error}");
-        assert_eq!(names(&small.join("images"))?, ["lock"]);
+        assert_eq!(names(&small.join("images"))?, ["content", "lock"]);
     }
     let work = TempDir::new()?;
     let layout = umoci_image(work.path(), fill)?;
     let record = store.import(&layout, Some("app"))?;
     store.remove("app", &[])?;
-    assert_eq!(names(&small.join("images"))?, ["lock", "names.json"]);
+    assert_eq!(
+        names(&small.join("images"))?,
+        ["content", "lock", "names.json"]
+    );
 
     // The same for an image that another node hands over: refused before the first chunk.
     let mut large = record;
@@ -360,7 +363,10 @@ fn a_full_disk_is_named_and_leaves_nothing() -> Result<()> {
         migrator::image::ImageRecord::digest_of(large.erofs_size, large.chunk_size, &large.chunks);
     let error = Incoming::begin(&store, large).expect_err("there is no room");
     assert!(matches!(error, HandoverError::DiskFull { .. }), "{error:?}");
-    assert_eq!(names(&small.join("images"))?, ["lock", "names.json"]);
+    assert_eq!(
+        names(&small.join("images"))?,
+        ["content", "lock", "names.json"]
+    );
     Ok(())
 }
 

@@ -89,6 +89,21 @@ const TESTS: &[Package] = &[
         why: "tests: packs an image that this project did not make",
     },
     Package {
+        name: "buildah",
+        program: Some("buildah"),
+        why: "tests: builds an image of several layers",
+    },
+    Package {
+        name: "docker-registry",
+        program: Some("docker-registry"),
+        why: "tests: a registry to pull from and push to",
+    },
+    Package {
+        name: "apache2-utils",
+        program: Some("htpasswd"),
+        why: "tests: the password file of a registry",
+    },
+    Package {
         name: "mmdebstrap",
         program: Some("mmdebstrap"),
         why: "tests: a Debian system to pack",

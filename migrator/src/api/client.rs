@@ -165,6 +165,24 @@ impl Client {
         })
     }
 
+    /// `POST` of JSON; the answer comes piece by piece.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn post_stream(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<Pieces, ClientError> {
+        let body = to_json(body)?;
+        let request = request(Method::POST, path, Some("application/json"), body)?;
+        let response = self.send(request).await?;
+        Ok(Pieces {
+            body: response.into_body(),
+            rest: BytesMut::new(),
+        })
+    }
+
     /// Starts a command in a container and gives the upgraded stream.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 pub mod client;
 pub mod error;
 pub mod frames;
+pub mod image_types;
 pub mod net_types;
 pub mod server;
 pub mod types;
@@ -14,3 +15,5 @@ mod logs;
 mod migrations;
 mod net;
 mod pods;
+mod registry;
+mod registry_errors;

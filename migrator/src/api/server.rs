@@ -15,7 +15,7 @@ use tokio::net::UnixListener;
 
 use super::error::ApiError;
 use super::types::{ErrorCode, Health, NodeInfo, QemuInfo};
-use super::{exec, images, logs, migrations, net, pods, upgrade};
+use super::{exec, images, logs, migrations, net, pods, registry, upgrade};
 use crate::daemon::node::Node;
 use crate::doctor;
 
@@ -99,6 +99,11 @@ fn router(node: Arc<Node>) -> Router {
         .route("/v1/net/{name}/trace", get(net::trace))
         .route("/v1/images", get(images::list).post(images::import))
         .route("/v1/images/{*name}", delete(images::remove))
+        .route("/v1/pulls", post(registry::pull))
+        .route("/v1/pushes", post(registry::push))
+        .route("/v1/saves", post(images::save))
+        .route("/v1/leases", post(images::lease))
+        .route("/v1/gc", post(images::gc))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(DefaultBodyLimit::max(MAX_BODY))

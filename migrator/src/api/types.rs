@@ -308,39 +308,6 @@ pub struct MigrationList {
     pub migrations: Vec<crate::migration::status::MigrationStatus>,
 }
 
-/// Body of `POST /v1/images`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ImportRequest {
-    /// An OCI image layout (folder) or archive (file) on the service's machine; absolute.
-    pub path: PathBuf,
-    /// The name to give it, where the one in the layout is absent or not wanted.
-    #[serde(default)]
-    pub name: Option<String>,
-}
-
-/// An image of the node's store.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ImageSummary {
-    /// Its name.
-    pub name: String,
-    /// The digest of its manifest.
-    pub digest: String,
-    /// Size of its file system in bytes.
-    pub size_bytes: u64,
-    /// Chunks that it is cut into for the way to other nodes.
-    pub chunks: usize,
-    /// Pods of this node that use it.
-    pub used_by: Vec<String>,
-}
-
-/// `GET /v1/images`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct ImageList {
-    /// By name.
-    pub images: Vec<ImageSummary>,
-}
-
 /// Body of every answer that is not a success.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ErrorBody {
@@ -378,6 +345,8 @@ pub enum ErrorCode {
     Exhausted,
     /// The service is shutting down. HTTP 503.
     Unavailable,
+    /// A registry cannot be reached, breaks off, or sends what it must not. HTTP 502.
+    Registry,
     /// It took too long. HTTP 504.
     Timeout,
     /// Anything else; the service's log has more. HTTP 500.
@@ -392,6 +361,7 @@ impl ErrorCode {
             Self::NotFound => 404,
             Self::Conflict | Self::Busy | Self::Refused => 409,
             Self::Internal => 500,
+            Self::Registry => 502,
             Self::Unavailable => 503,
             Self::Timeout => 504,
             Self::Exhausted => 507,

@@ -84,6 +84,7 @@ impl From<ApiError> for Failure {
             ErrorCode::Conflict | ErrorCode::Busy | ErrorCode::Refused => Exit::Refused,
             ErrorCode::Invalid
             | ErrorCode::Exhausted
+            | ErrorCode::Registry
             | ErrorCode::Timeout
             | ErrorCode::Internal => Exit::Failed,
             ErrorCode::Unavailable => Exit::Unreachable,

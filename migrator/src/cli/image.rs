@@ -1,6 +1,12 @@
-//! `migrator image import|ls|rm`.
+//! `migrator image`.
 
-use std::path::PathBuf;
+mod course;
+mod keep;
+mod pull;
+mod push;
+mod span;
+
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
@@ -9,7 +15,7 @@ use vm_runtime::units::Bytes;
 use super::failure::{Exit, Failure};
 use super::{Context, Output, output};
 use crate::api::client::encode;
-use crate::api::types::{ImageList, ImageSummary, ImportRequest};
+use crate::api::image_types::{ImageList, ImageSummary, ImportRequest};
 
 #[derive(Debug, Args)]
 pub(super) struct ImageArgs {
@@ -19,14 +25,30 @@ pub(super) struct ImageArgs {
 
 #[derive(Debug, Subcommand)]
 enum ImageVerb {
+    /// Pull an image from a registry
+    Pull(pull::PullArgs),
     /// Import an OCI image layout (folder) or archive (file)
     Import {
         /// The layout or archive, on the service's machine
         path: PathBuf,
-        /// Its name; the one in the layout if absent
-        #[arg(long)]
-        name: Option<String>,
+        #[command(flatten)]
+        options: ImportOptions,
     },
+    /// Import an archive: `import` by another name
+    Load {
+        /// The archive, on the service's machine
+        file: PathBuf,
+        #[command(flatten)]
+        options: ImportOptions,
+    },
+    /// Push an image whose layers are kept to a registry
+    Push(push::PushArgs),
+    /// Save an image whose layers are kept as an OCI archive
+    Save(keep::SaveArgs),
+    /// Keep an image from `gc` for a while
+    Lease(keep::LeaseArgs),
+    /// Remove the images that no pod and no lease needs
+    Gc(keep::GcArgs),
     /// List the node's images
     Ls,
     /// Remove an image that no pod uses
@@ -36,24 +58,38 @@ enum ImageVerb {
     },
 }
 
+#[derive(Debug, Args)]
+struct ImportOptions {
+    /// Its name; the one in the layout if absent
+    #[arg(long)]
+    name: Option<String>,
+    /// Keep the layers, so that the image can be pushed and saved
+    #[arg(long)]
+    keep_layers: bool,
+}
+
 impl ImageArgs {
     pub(super) async fn run(self, context: &Context) -> Result<ExitCode, Failure> {
         match self.verb {
-            ImageVerb::Import { path, name } => {
-                let path = std::path::absolute(&path).map_err(|error| {
-                    Failure::new(Exit::Failed, format!("{}: {error}", path.display()))
-                })?;
-                let request = ImportRequest { path, name };
+            ImageVerb::Pull(args) => args.run(context).await?,
+            ImageVerb::Push(args) => args.run(context).await?,
+            ImageVerb::Save(args) => args.run(context).await?,
+            ImageVerb::Lease(args) => args.run(context).await?,
+            ImageVerb::Gc(args) => args.run(context).await?,
+            ImageVerb::Import { path, options }
+            | ImageVerb::Load {
+                file: path,
+                options,
+            } => {
+                let request = ImportRequest {
+                    path: absolute(&path)?,
+                    name: options.name,
+                    keep_layers: options.keep_layers,
+                };
                 let image: ImageSummary = context.client.post("/v1/images", &request).await?;
                 match context.output {
                     Output::Json => output::json(&image)?,
-                    Output::Text => output::line(&format!(
-                        "{} {} ({}, {} chunks)",
-                        image.name,
-                        image.digest,
-                        Bytes(image.size_bytes),
-                        image.chunks
-                    ))?,
+                    Output::Text => print(&image)?,
                 }
             }
             ImageVerb::Ls => {
@@ -69,11 +105,14 @@ impl ImageArgs {
                                     image.name.clone(),
                                     short(&image.digest),
                                     Bytes(image.size_bytes).to_string(),
+                                    image
+                                        .leased_until_unix_ms
+                                        .map_or_else(String::new, span::until),
                                     image.used_by.join(","),
                                 ]
                             })
                             .collect();
-                        output::table(&["IMAGE", "DIGEST", "SIZE", "USED BY"], &rows)?;
+                        output::table(&["IMAGE", "DIGEST", "SIZE", "LEASE", "USED BY"], &rows)?;
                     }
                 }
             }
@@ -88,6 +127,22 @@ impl ImageArgs {
         }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// The service has another working directory than we.
+fn absolute(path: &Path) -> Result<PathBuf, Failure> {
+    std::path::absolute(path)
+        .map_err(|error| Failure::new(Exit::Failed, format!("{}: {error}", path.display())))
+}
+
+fn print(image: &ImageSummary) -> std::io::Result<()> {
+    output::line(&format!(
+        "{} {} ({}, {} chunks)",
+        image.name,
+        image.digest,
+        Bytes(image.size_bytes),
+        image.chunks
+    ))
 }
 
 /// The digest's start: enough to tell images apart by eye.

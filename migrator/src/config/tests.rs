@@ -16,6 +16,12 @@ qemu: { binary: qemu-system-x86_64, lib_dir: lib, data_dirs: [share], accel: tcg
 tunnel: { kind: vxlan, vni: 77 }
 limits: { pods: 3, park_bytes_per_pod: 65536 }
 migration: { connections: 4, compress: zstd, on_overflow: drop }
+registries:
+  mirrors: { docker.io: ["https://mirror.example:8443/hub"], "reg.example:5000": ["http://10.0.0.1:5000"] }
+  auth_file: auth.json
+  ca: /etc/registry-ca.pem
+  plain_http: ["localhost:5000"]
+  keep_layers: true
 "#;
 
 fn parse(text: &str) -> Result<Config, ConfigError> {
@@ -58,6 +64,16 @@ fn a_full_file_is_read_and_relative_paths_start_at_its_folder() {
     assert_eq!(config.park_limits().bytes, Limits::default().park_bytes);
     assert_eq!(config.migration.on_overflow, OnOverflow::Drop);
     assert_eq!(config.migration.connections, 4);
+    let registries = &config.registries;
+    assert_eq!(
+        registries.auth_file.as_deref(),
+        Some(Path::new("/etc/migrator/auth.json"))
+    );
+    assert_eq!(
+        registries.ca.as_deref(),
+        Some(Path::new("/etc/registry-ca.pem"))
+    );
+    assert!(registries.keep_layers && registries.mirrors.len() == 2);
     assert_eq!(config.migration.compress, Compress::Zstd);
     assert_eq!(config.xdp, XdpChoice::Off);
 }

@@ -15,6 +15,7 @@ use crate::migration::driver::Arrivals;
 use crate::migration::journal::Journal;
 use crate::network::NodeNetwork;
 use crate::pods::PodRegistry;
+use crate::registry::Registries;
 use crate::wire::tls::TlsConfig;
 
 /// A node's service.
@@ -24,6 +25,8 @@ pub struct Node {
     pub config: Config,
     /// Images. Its calls block.
     pub images: Arc<ImageStore>,
+    /// Where images come from.
+    pub registries: Registries,
     /// The bridge, the gates.
     pub network: NodeNetwork,
     /// The VMM.

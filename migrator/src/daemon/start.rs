@@ -28,6 +28,7 @@ use crate::migration::driver::Arrivals;
 use crate::migration::journal::{Journal, Recovery};
 use crate::network::{NodeNetConfig, NodeNetwork, TunnelConfig};
 use crate::pods::PodRegistry;
+use crate::registry::Registries;
 use crate::wire::tls::TlsConfig;
 
 /// Keeps other services out of the state folder until it is dropped, or the process ends however it ends.
@@ -104,6 +105,7 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
     let images = blocking(move || ImageStore::open(&images_dir))
         .await?
         .map_err(|e| DaemonError::open("the image store", e))?;
+    let images = Arc::new(images);
     let qemu = QemuBinary::open(&QemuConfig {
         binary: config.qemu.binary.clone(),
         lib_dir: config.qemu.lib_dir.clone(),
@@ -145,7 +147,8 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
     let migrations = MigrationRegistry::open(&state.join("migrations"))
         .map_err(|e| DaemonError::open("the reports of migrations", e))?;
     let node = Node {
-        images: Arc::new(images),
+        registries: Registries::new(config.registries.clone(), Arc::clone(&images)),
+        images,
         network,
         qemu,
         machine,

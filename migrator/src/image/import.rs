@@ -5,6 +5,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use super::digest::Digest;
+use super::holds::ImageHold;
 use super::json::ProcessConfig;
 use super::layer::{self, Budget, LayerError};
 use super::mkfs::{self, MkfsError};
@@ -103,7 +104,7 @@ pub(super) fn import(
     limits: &ImportLimits,
     path: &Path,
     wanted: Option<&str>,
-) -> Result<ImageRecord, ImportError> {
+) -> Result<(ImageRecord, ImageHold), ImportError> {
     let scratch = store.scratch()?;
     build(store, limits, path, wanted, scratch).map_err(|error| disk_full(store, error))
 }
@@ -114,7 +115,7 @@ fn build(
     path: &Path,
     wanted: Option<&str>,
     scratch: tempfile::TempDir,
-) -> Result<ImageRecord, ImportError> {
+) -> Result<(ImageRecord, ImageHold), ImportError> {
     let source = Source::open(path, scratch.path(), limits.max_unpacked)?;
     let chosen = oci::choose(&source, wanted)?;
     let name = image_name(&chosen, wanted, path)?;

@@ -178,7 +178,7 @@ impl Incoming {
             what: "write",
             source,
         })?;
-        Ok(self.store.commit(scratch, self.record, false)?)
+        Ok(self.store.commit(scratch, self.record, false)?.0)
     }
 
     /// Whether the bytes have the length of every place they go to: a record may claim that the short last

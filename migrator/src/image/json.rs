@@ -6,68 +6,70 @@ use serde::Deserialize;
 
 #[derive(Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Descriptor {
+pub(crate) struct Descriptor {
     #[serde(default)]
-    pub(super) media_type: String,
-    pub(super) digest: String,
-    pub(super) size: u64,
+    pub(crate) media_type: String,
+    pub(crate) digest: String,
+    pub(crate) size: u64,
     #[serde(default)]
-    pub(super) annotations: BTreeMap<String, String>,
-    pub(super) platform: Option<Platform>,
+    pub(crate) annotations: BTreeMap<String, String>,
+    pub(crate) platform: Option<Platform>,
 }
 
 #[derive(Clone, Deserialize)]
-pub(super) struct Platform {
+pub(crate) struct Platform {
     #[serde(default)]
-    pub(super) architecture: String,
+    pub(crate) architecture: String,
     #[serde(default)]
-    pub(super) os: String,
+    pub(crate) os: String,
+    #[serde(default)]
+    pub(crate) variant: Option<String>,
 }
 
 #[derive(Deserialize)]
-pub(super) struct Index {
+pub(crate) struct Index {
     #[serde(default)]
-    pub(super) manifests: Vec<Descriptor>,
+    pub(crate) manifests: Vec<Descriptor>,
 }
 
 #[derive(Deserialize)]
-pub(super) struct Manifest {
-    pub(super) config: Descriptor,
-    pub(super) layers: Vec<Descriptor>,
+pub(crate) struct Manifest {
+    pub(crate) config: Descriptor,
+    pub(crate) layers: Vec<Descriptor>,
 }
 
 #[derive(Deserialize)]
-pub(super) struct Config {
+pub(crate) struct Config {
     #[serde(default)]
-    pub(super) architecture: String,
+    pub(crate) architecture: String,
     #[serde(default)]
-    pub(super) os: String,
-    pub(super) config: Option<ProcessConfig>,
-    pub(super) rootfs: RootfsConfig,
+    pub(crate) os: String,
+    pub(crate) config: Option<ProcessConfig>,
+    pub(crate) rootfs: RootfsConfig,
 }
 
 #[derive(Deserialize)]
-pub(super) struct RootfsConfig {
+pub(crate) struct RootfsConfig {
     #[serde(default)]
-    pub(super) diff_ids: Option<Vec<String>>,
+    pub(crate) diff_ids: Option<Vec<String>>,
 }
 
 /// The part of the configuration that tells how to start the process. Tools write `null` for empty lists.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
-pub(super) struct ProcessConfig {
-    pub(super) entrypoint: Option<Vec<String>>,
-    pub(super) cmd: Option<Vec<String>>,
-    pub(super) env: Option<Vec<String>>,
-    pub(super) working_dir: Option<String>,
-    pub(super) user: Option<String>,
+pub(crate) struct ProcessConfig {
+    pub(crate) entrypoint: Option<Vec<String>>,
+    pub(crate) cmd: Option<Vec<String>>,
+    pub(crate) env: Option<Vec<String>>,
+    pub(crate) working_dir: Option<String>,
+    pub(crate) user: Option<String>,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
-pub(super) struct DockerImage {
-    pub(super) config: String,
+pub(crate) struct DockerImage {
+    pub(crate) config: String,
     #[serde(default)]
-    pub(super) repo_tags: Option<Vec<String>>,
-    pub(super) layers: Vec<String>,
+    pub(crate) repo_tags: Option<Vec<String>>,
+    pub(crate) layers: Vec<String>,
 }

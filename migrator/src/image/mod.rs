@@ -15,12 +15,17 @@
 //!
 //! Everything here blocks; call it from `spawn_blocking`.
 //!
-//! What is absent: no registry client, no network, no async.
+//! What is absent: no network, no async. `registry` fetches blobs into [`content`], and has them imported from here.
 
 pub mod config;
+pub(crate) mod content;
 pub mod digest;
 pub mod incoming;
+pub(crate) mod json;
+pub(crate) mod layout;
+pub(crate) mod manifest;
 pub mod name;
+pub(crate) mod oci;
 pub mod record;
 pub mod store;
 
@@ -28,17 +33,21 @@ mod attributes;
 mod compression;
 mod docker;
 mod entries;
+mod gc;
+mod holds;
 mod import;
-mod json;
+mod kept;
 mod layer;
 mod mkfs;
-mod oci;
+pub(crate) mod partial;
 mod passwd;
 mod path;
 mod pax;
 mod rootfs;
+mod save;
 mod source;
 mod store_files;
+mod store_load;
 mod sys;
 mod tar;
 mod xattr;
@@ -47,9 +56,15 @@ mod xattr;
 mod tests;
 
 pub use config::{ResolvedProcess, resolve};
+pub use content::ContentError;
 pub use digest::Digest;
+pub use gc::Garbage;
+pub use holds::ImageHold;
 pub use import::{ImportError, ImportLimits};
 pub use incoming::{HandoverError, Incoming};
+pub use kept::KeptError;
+pub use manifest::{BadPlatform, ManifestError, Platform};
 pub use mkfs::find_mkfs;
 pub use record::{CHUNK_SIZE, ImageConfig, ImageRecord};
+pub use save::{KeepError, SaveError};
 pub use store::{ImageStore, StoreError};

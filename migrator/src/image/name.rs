@@ -1,5 +1,7 @@
 //! Names of images: what a user writes, in one form.
 
+use super::digest::Digest;
+
 /// Longest name accepted, in bytes: a DNS name (255), a repository (255) and a tag (128) fit.
 const MAX_NAME: usize = 640;
 
@@ -13,8 +15,18 @@ pub struct BadName(String);
 /// Brings a name into the form that the store keeps: `docker.io/` and `library/` dropped, and the tag
 /// `latest` added where there is none. Names come from peers and archives too: anything but the characters of
 /// a reference (distribution-spec: letters, digits, `.`, `_`, `-`, `/`, a port and a tag) is refused.
+///
+/// A name that pins a digest (`app@sha256:..`) is kept with the digest as its tag (`app:sha256-..`): that is the name
+/// of what was pulled by that digest.
 pub fn normalize(name: &str) -> Result<String, BadName> {
     let bad = || BadName(name.chars().take(120).collect());
+    let (name, pinned) = match name.split_once('@') {
+        None => (name, None),
+        Some((name, digest)) => {
+            let digest: Digest = digest.parse().map_err(|_| bad())?;
+            (name, Some(format!("sha256-{}", digest.hex())))
+        }
+    };
     let short = name.strip_prefix("docker.io/").unwrap_or(name);
     let short = short.strip_prefix("library/").unwrap_or(short);
     if short.is_empty() || short.len() > MAX_NAME {
@@ -25,6 +37,7 @@ pub fn normalize(name: &str) -> Result<String, BadName> {
         None => (None, short),
     };
     let (last, tag) = last.split_once(':').unwrap_or((last, "latest"));
+    let tag = pinned.as_deref().unwrap_or(tag);
     let component = |text: &str| {
         text.starts_with(|c: char| c.is_ascii_alphanumeric())
             && text
@@ -107,6 +120,19 @@ mod tests {
             assert_eq!(normalize(written).unwrap(), kept);
             assert_eq!(normalize(kept).unwrap(), kept);
         }
+    }
+
+    #[test]
+    fn a_pinned_digest_is_the_tag() {
+        let hex = "0".repeat(64);
+        let kept = format!("quay.io/a:sha256-{hex}");
+        for written in ["quay.io/a", "quay.io/a:1"] {
+            let written = format!("{written}@sha256:{hex}");
+            assert_eq!(normalize(&written).unwrap(), kept);
+        }
+        assert_eq!(normalize(&kept).unwrap(), kept);
+        assert!(normalize("a@sha256:0").is_err());
+        assert!(normalize(&format!("a@sha256:{hex}@sha256:{hex}")).is_err());
     }
 
     #[test]

@@ -15,16 +15,16 @@ use super::name;
 use super::source::{Source, SourceError};
 
 /// Longest JSON file, in bytes: containerd's limit for manifests is 8 MiB, registries' is 4 MiB.
-pub(super) const MAX_JSON: u64 = 4 << 20;
+pub(crate) const MAX_JSON: u64 = 4 << 20;
 
 /// How deep indexes may nest.
-const MAX_NESTING: u32 = 4;
+pub(crate) const MAX_NESTING: u32 = 4;
 
 /// How many manifests of an image are looked at.
 const MAX_MANIFESTS: usize = 1000;
 
 /// Most layers: Linux's overlayfs and docker stop at 127 and 125; other builders make more.
-const MAX_LAYERS: usize = 1000;
+pub(crate) const MAX_LAYERS: usize = 1000;
 
 /// Why no manifest could be chosen or read.
 #[derive(Debug, thiserror::Error)]
@@ -339,9 +339,9 @@ impl Walk {
                     self.index(source, nested, name.as_deref(), depth + 1)?;
                 }
                 _ => match &descriptor.platform {
-                    Some(Platform { architecture, os })
-                        if (os.as_str(), architecture.as_str()) != ("linux", "amd64") =>
-                    {
+                    Some(Platform {
+                        architecture, os, ..
+                    }) if (os.as_str(), architecture.as_str()) != ("linux", "amd64") => {
                         self.others.insert(format!("{os}/{architecture}"));
                     }
                     _ => self.candidates.push(Candidate { descriptor, name }),

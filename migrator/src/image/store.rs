@@ -3,8 +3,10 @@
 //! ```text
 //! images/lock                  held by the service: one store at a time
 //! images/names.json            name -> id
+//! images/leases.json           id -> until when it is kept, milliseconds of Unix time
 //! images/<id>/image.erofs      the block device
 //! images/<id>/record.json      its ImageRecord
+//! images/content/              blobs of registries, see `content`
 //! images/.tmp-*                work under way; removed at the next start
 //! ```
 //!
@@ -14,7 +16,6 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fs::{self, File};
-use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,31 +24,37 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use tempfile::TempDir;
 
+use super::content::Content;
 use super::digest::Digest;
+use super::gc::Leases;
+use super::holds::{Holds, ImageHold};
 use super::import::{self, ImportError, ImportLimits};
 use super::name;
 use super::record::ImageRecord;
-use super::store_files::{EROFS, RECORD, io_error, load_image, sync_folder, write_synced};
+use super::store_files::{EROFS, RECORD, TMP, io_error, sync_folder, write_json, write_synced};
 
 pub use super::store_files::StoreError;
 
-const NAMES: &str = "names.json";
+pub(super) const NAMES: &str = "names.json";
+pub(super) const LEASES: &str = "leases.json";
 const LOCK: &str = "lock";
-const TMP: &str = ".tmp-";
 
 /// The images of a node. Shared by reference or [`Arc`]; every call may block on the disk.
 #[derive(Debug)]
 pub struct ImageStore {
     root: PathBuf,
     limits: ImportLimits,
+    content: Arc<Content>,
     state: Mutex<State>,
+    holds: Arc<Holds>,
     _lock: Flock<File>,
 }
 
 #[derive(Debug, Default)]
-struct State {
-    images: BTreeMap<Digest, Arc<ImageRecord>>,
-    names: BTreeMap<String, Digest>,
+pub(super) struct State {
+    pub(super) images: BTreeMap<Digest, Arc<ImageRecord>>,
+    pub(super) names: BTreeMap<String, Digest>,
+    pub(super) leases: Leases,
 }
 
 impl ImageStore {
@@ -81,7 +88,9 @@ impl ImageStore {
         let store = Self {
             root: root.to_owned(),
             limits,
+            content: Arc::new(Content::open(root)?),
             state: Mutex::default(),
+            holds: Arc::default(),
             _lock: lock,
         };
         store.load()?;
@@ -93,7 +102,13 @@ impl ImageStore {
     /// The image goes by `name`, else by the name that it carries, else by the file's. An image that is here already
     /// gets the name. When it fails, nothing is left behind.
     pub fn import(&self, path: &Path, name: Option<&str>) -> Result<ImageRecord, ImportError> {
-        import::import(self, &self.limits, path, name)
+        import::import(self, &self.limits, path, name).map(|(record, _)| record)
+    }
+
+    /// Keeps images (by [`ImageRecord::erofs_digest`]) from [`ImageStore::collect`] and [`ImageStore::remove`] until the
+    /// guard is dropped, also such as are not here yet.
+    pub fn hold(&self, digests: impl IntoIterator<Item = Digest>) -> ImageHold {
+        self.holds.hold(digests.into_iter().collect())
     }
 
     /// All images with a name, by name; then those without one.
@@ -137,7 +152,7 @@ impl ImageStore {
             state.names = names;
             return Ok(());
         }
-        if in_use.contains(&record.erofs_digest) {
+        if in_use.contains(&record.erofs_digest) || self.holds.has(&record.erofs_digest) {
             return Err(StoreError::InUse(reference.to_owned()));
         }
         self.write_names(&names)?;
@@ -182,6 +197,20 @@ impl ImageStore {
         Ok(chunk)
     }
 
+    /// Blobs of registries.
+    pub(crate) fn content(&self) -> &Arc<Content> {
+        &self.content
+    }
+
+    /// What one image may take.
+    pub(crate) fn limits(&self) -> &ImportLimits {
+        &self.limits
+    }
+
+    pub(super) fn holds(&self) -> &Holds {
+        &self.holds
+    }
+
     /// The store's folder.
     pub(super) fn root(&self) -> &Path {
         &self.root
@@ -213,7 +242,7 @@ impl ImageStore {
     }
 
     /// An image made from this manifest, if there is one.
-    pub(super) fn by_manifest(&self, manifest: &Digest) -> Option<Arc<ImageRecord>> {
+    pub(crate) fn by_manifest(&self, manifest: &Digest) -> Option<Arc<ImageRecord>> {
         let state = self.state();
         state
             .images
@@ -223,7 +252,7 @@ impl ImageStore {
     }
 
     /// An empty folder on the same file system, removed when dropped and at the next start.
-    pub(super) fn scratch(&self) -> Result<TempDir, StoreError> {
+    pub(crate) fn scratch(&self) -> Result<TempDir, StoreError> {
         tempfile::Builder::new()
             .prefix(TMP)
             .tempdir_in(&self.root)
@@ -237,7 +266,7 @@ impl ImageStore {
         scratch: TempDir,
         record: ImageRecord,
         take_name: bool,
-    ) -> Result<ImageRecord, StoreError> {
+    ) -> Result<(ImageRecord, ImageHold), StoreError> {
         let path = scratch.path().join(RECORD);
         let bytes = serde_json::to_vec(&record).map_err(|e| io_error("write", &path)(e.into()))?;
         write_synced(&path, &bytes)?;
@@ -253,20 +282,28 @@ impl ImageStore {
             place.insert(Arc::new(record.clone()));
         }
         self.name(&mut state, &record.name, id, take_name)?;
-        Ok(record)
+        let hold = self.hold([record.erofs_digest]);
+        Ok((record, hold))
     }
 
     /// Gives an image that is here the name `name`.
-    pub(super) fn add_name(
+    pub(crate) fn add_name(
         &self,
         record: &ImageRecord,
         name: &str,
-    ) -> Result<ImageRecord, StoreError> {
-        self.name(&mut self.state(), name, record.id(), true)?;
-        Ok(ImageRecord {
+    ) -> Result<(ImageRecord, ImageHold), StoreError> {
+        let hold = self.hold([record.erofs_digest]);
+        let mut state = self.state();
+        if !state.images.contains_key(&record.id()) {
+            // It was removed meanwhile.
+            return Err(StoreError::NotFound(name.to_owned()));
+        }
+        self.name(&mut state, name, record.id(), true)?;
+        let record = ImageRecord {
             name: name.to_owned(),
             ..record.clone()
-        })
+        };
+        Ok((record, hold))
     }
 
     fn name(
@@ -286,7 +323,7 @@ impl ImageStore {
         Ok(())
     }
 
-    fn find(
+    pub(super) fn find(
         &self,
         state: &State,
         reference: &str,
@@ -321,70 +358,24 @@ impl ImageStore {
             .ok_or_else(|| StoreError::NotFound(digest.to_string()))
     }
 
-    fn folder(&self, id: Digest) -> PathBuf {
+    pub(super) fn folder(&self, id: Digest) -> PathBuf {
         self.root.join(id.hex())
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
         // Each change of the state is one assignment after the disk has it: a panic leaves it whole.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn sync_root(&self) -> Result<(), StoreError> {
+    pub(super) fn sync_root(&self) -> Result<(), StoreError> {
         sync_folder(&self.root)
     }
 
-    fn write_names(&self, names: &BTreeMap<String, Digest>) -> Result<(), StoreError> {
-        let path = self.root.join(NAMES);
-        let next = self.root.join(format!("{TMP}{NAMES}"));
-        let bytes =
-            serde_json::to_vec_pretty(names).map_err(|e| io_error("write", &path)(e.into()))?;
-        write_synced(&next, &bytes)?;
-        fs::rename(&next, &path).map_err(io_error("write", &path))?;
-        self.sync_root()
+    pub(super) fn write_names(&self, names: &BTreeMap<String, Digest>) -> Result<(), StoreError> {
+        write_json(&self.root, NAMES, names)
     }
 
-    fn load(&self) -> Result<(), StoreError> {
-        let mut state = self.state();
-        for entry in fs::read_dir(&self.root).map_err(io_error("read", &self.root))? {
-            let entry = entry.map_err(io_error("read", &self.root))?;
-            let Ok(name) = entry.file_name().into_string() else {
-                continue;
-            };
-            let path = entry.path();
-            if name.starts_with(TMP) {
-                let removed = match entry.file_type() {
-                    Ok(kind) if kind.is_dir() => fs::remove_dir_all(&path),
-                    _ => fs::remove_file(&path),
-                };
-                removed.map_err(io_error("remove", &path))?;
-            } else if let Ok(id) = Digest::from_hex(&name) {
-                match load_image(&path) {
-                    Ok(record) if record.id() == id => {
-                        drop(state.images.insert(id, Arc::new(record)))
-                    }
-                    Ok(_) => {
-                        tracing::warn!(path = %path.display(), "image folder of another name, left out")
-                    }
-                    Err(error) => {
-                        tracing::warn!(path = %path.display(), %error, "damaged image, left out")
-                    }
-                }
-            }
-        }
-        let path = self.root.join(NAMES);
-        let names: BTreeMap<String, Digest> = match fs::read(&path) {
-            Ok(bytes) => {
-                serde_json::from_slice(&bytes).map_err(|e| io_error("read", &path)(e.into()))?
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => BTreeMap::new(),
-            Err(error) => return Err(io_error("read", &path)(error)),
-        };
-        let images = &state.images;
-        state.names = names
-            .into_iter()
-            .filter(|(_, id)| images.contains_key(id))
-            .collect();
-        Ok(())
+    pub(super) fn write_leases(&self, leases: &Leases) -> Result<(), StoreError> {
+        write_json(&self.root, LEASES, leases)
     }
 }

@@ -4,12 +4,18 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
 use super::digest::Digest;
 use super::name::BadName;
 use super::record::ImageRecord;
 
 /// File name of the block device.
 pub(super) const EROFS: &str = "image.erofs";
+
+/// What names of files and folders begin with that are gone after a restart.
+pub(super) const TMP: &str = ".tmp-";
 
 /// File name of the record.
 pub(super) const RECORD: &str = "record.json";
@@ -37,7 +43,7 @@ pub enum StoreError {
     },
     /// No such image.
     #[error(
-        "there is no image `{0}` here: see `migrator image ls`, or add it with `migrator image import`"
+        "there is no image `{0}` here: see `migrator image ls`, or add it with `migrator image pull` or `image import`"
     )]
     NotFound(String),
     /// A digest that several images have.
@@ -84,6 +90,28 @@ pub(super) fn sync_folder(path: &Path) -> Result<(), StoreError> {
     File::open(path)
         .and_then(|folder| folder.sync_all())
         .map_err(io_error("write", path))
+}
+
+/// Replaces the file `name` of the store in `root`: after a crash it is the old or the new one.
+pub(super) fn write_json(
+    root: &Path,
+    name: &str,
+    value: &impl Serialize,
+) -> Result<(), StoreError> {
+    let (path, next) = (root.join(name), root.join(format!("{TMP}{name}")));
+    let bytes = serde_json::to_vec_pretty(value).map_err(|e| io_error("write", &path)(e.into()))?;
+    write_synced(&next, &bytes)?;
+    fs::rename(&next, &path).map_err(io_error("write", &path))?;
+    sync_folder(root)
+}
+
+/// Reads a file of the store; one that is not there is empty.
+pub(super) fn read_json<T: DeserializeOwned + Default>(path: &Path) -> Result<T, StoreError> {
+    match fs::read(path) {
+        Ok(bytes) => serde_json::from_slice(&bytes).map_err(|e| io_error("read", path)(e.into())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(T::default()),
+        Err(error) => Err(io_error("read", path)(error)),
+    }
 }
 
 /// Reads the record of an image and checks that its file is there in full length.

@@ -197,10 +197,10 @@ impl PodError {
 
     fn hint(&self) -> Option<String> {
         Some(match self {
-            Self::NoImage { .. } => {
-                "`migrator image ls` lists the images here, `migrator image import PATH` adds one"
-                    .to_owned()
-            }
+            Self::NoImage { image, .. } => format!(
+                "`migrator image pull {image}` fetches it from its registry, `migrator image import PATH` takes one from a file, \
+                 `migrator image ls` lists those here"
+            ),
             Self::NotFound(_) => {
                 "`migrator ps` lists the pods of this node; it may have moved to another".to_owned()
             }

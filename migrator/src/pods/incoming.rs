@@ -27,6 +27,7 @@ use super::run::make_folder;
 use super::state::{PodFile, PodRecord};
 use super::{PodRegistry, Reservation};
 use crate::daemon::node::Node;
+use crate::image::{Digest, ImageHold};
 use crate::network::{Port, Role};
 
 /// A pod on its way to this node. Dropping it leaves VM, port and folder for the next start of the
@@ -39,6 +40,8 @@ pub struct IncomingPod {
     record: PodRecord,
     memory: Option<Arc<GuestMemory>>,
     parts: Parts,
+    /// Its images, which come while it does.
+    _hold: ImageHold,
 }
 
 impl IncomingPod {
@@ -70,6 +73,11 @@ impl IncomingPod {
             booting: false,
             record: record.clone(),
         };
+        let disks = file.vm.disks.iter();
+        let digests: Vec<Digest> = disks
+            .filter_map(|disk| disk.image_digest.parse().ok())
+            .collect();
+        let hold = node.images.hold(digests);
         let facts = make_folder(node, file).await?;
         Ok(Self {
             node: Arc::clone(node),
@@ -78,6 +86,7 @@ impl IncomingPod {
             record,
             memory: None,
             parts: Parts::default(),
+            _hold: hold,
         })
     }
 

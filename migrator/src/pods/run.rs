@@ -48,6 +48,10 @@ pub async fn run(
     let uuid = plan::uuid(crate::wire::id::MigrationId::random().0);
     let plan = plan::plan(&spec, &images, &base, uuid)?;
     check_memory(&spec)?;
+    // Until the pod is registered, nothing else says that its images are needed.
+    let _hold = node
+        .images
+        .hold(images.iter().map(|image| image.erofs_digest));
     let disks = disk_paths(node, &spec.name, &plan.vm).await?;
     let file = PodFile {
         vm: plan.vm,

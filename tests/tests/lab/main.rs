@@ -13,6 +13,7 @@ mod limits;
 mod net;
 mod policies;
 mod postcopy;
+mod registry;
 mod soak;
 mod tunnel;
 mod upgrade;

@@ -43,6 +43,7 @@ impl Node {
         self.store
             .commit(scratch, record(name, bytes), true)
             .unwrap()
+            .0
     }
 
     fn reopen(self) -> Self {
@@ -57,7 +58,7 @@ impl Node {
         let names = fs::read_dir(self.folder.path().join("images")).unwrap();
         let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
         names
-            .filter(|name| name != "lock" && name != "names.json")
+            .filter(|name| !["lock", "names.json", "content"].contains(&name.as_str()))
             .collect()
     }
 

@@ -1,0 +1,68 @@
+//! A pod whose image comes from a registry, by the command line.
+
+use anyhow::{Context, Result, ensure};
+use migrator::api::image_types::TransferEvent;
+use migrator_tests::lab::{POD, POD_IPV4, POD_IPV6, TestLab, pod_yaml};
+use migrator_tests::registry::Registry;
+use xtask::lab::Node;
+use xtask::{cmd, demo_image, netns};
+
+/// What `image gc` prints of images, one a line.
+fn cleared(test: &TestLab, words: &[&str]) -> Result<String> {
+    test.succeeds(Node::A, &[&["image", "gc"], words].concat())
+}
+
+#[test]
+fn a_pod_runs_from_a_registry_and_its_image_goes_when_nobody_needs_it() -> Result<()> {
+    let test = TestLab::up()?;
+    let place = test.lab().netns("a");
+    let demo = demo_image::ensure(test.project())?;
+    let registry = netns::within(&place, || {
+        cmd::run(&mut cmd::command("ip", ["link", "set", "lo", "up"]))?;
+        let registry = Registry::open()?;
+        let source = format!("oci:{}:{}", demo.display(), demo_image::REFERENCE);
+        registry.store(&source, "team/demo:1", &[])?;
+        Ok(registry)
+    })?;
+    let image = format!("{}/team/demo:1", registry.address());
+    let yaml = pod_yaml(POD, POD_IPV4, POD_IPV6).replace(demo_image::REFERENCE, &image);
+    let file = test.lab().dir().join("registry-pod.yaml");
+    std::fs::write(&file, yaml)?;
+    let run = ["run", file.to_str().context("a path that is not UTF-8")?];
+
+    // Without its image the pod is refused, and it is said how to get it.
+    let said = test.says(Node::A, &run)?;
+    ensure!(said.code == Some(3), "{said:?}");
+    ensure!(
+        said.err.contains(&format!("image pull {image}")),
+        "{said:?}"
+    );
+
+    let said = test.says(Node::A, &["image", "pull", &image])?;
+    ensure!(said.code == Some(1), "{said:?}");
+    ensure!(said.err.contains("--plain-http"), "{said:?}");
+    let missing = format!("{}/team/other:1", registry.address());
+    let said = test.says(Node::A, &["image", "pull", "--plain-http", &missing])?;
+    ensure!(said.code == Some(3), "{said:?}");
+
+    let pull = ["--output", "json", "image", "pull", "--plain-http", &image];
+    let out = test.succeeds(Node::A, &pull)?;
+    let last = out.lines().last().context("no event")?;
+    let TransferEvent::Pulled { image: pulled, .. } = serde_json::from_str(last)? else {
+        anyhow::bail!("the last event is {last}");
+    };
+    ensure!(pulled.name == image, "{pulled:?}");
+    ensure!(pulled.leased_until_unix_ms.is_some(), "{pulled:?}");
+
+    ensure!(!cleared(&test, &[])?.contains(&image), "it is leased");
+    test.succeeds(Node::A, &run)?;
+    test.exec_works(Node::A)?;
+    test.succeeds(Node::A, &["image", "lease", &image, "--for", "0"])?;
+    ensure!(!cleared(&test, &[])?.contains(&image), "the pod uses it");
+    test.succeeds(Node::A, &["stop", POD])?;
+    ensure!(cleared(&test, &["--dry-run"])?.contains(&image));
+    ensure!(cleared(&test, &[])?.contains(&image));
+    let list = test.succeeds(Node::A, &["image", "ls"])?;
+    ensure!(!list.contains(&image), "{list}");
+    Ok(())
+}
