@@ -125,7 +125,7 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
         "guests will run under this VMM"
     );
     let network = NodeNetwork::open(NodeNetConfig {
-        bridge: config.bridge.as_str().to_owned(),
+        ground: config.ground(),
         uplink: config.uplink.as_str().to_owned(),
         xdp: config.xdp,
         bpffs: state.join("bpf"),

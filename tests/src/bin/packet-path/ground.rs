@@ -79,7 +79,7 @@ impl Ground {
         let jobs = start_thread(&netns);
         let (dir, spool) = (BpfDir::new()?, tempfile::tempdir()?);
         let config = NodeNetConfig {
-            bridge: "br0".into(),
+            ground: migrator::network::Ground::Bridge("br0".into()),
             uplink: "eth0".into(),
             // What is measured here is the gate's own way.
             xdp: XdpChoice::Off,
