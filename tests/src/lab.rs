@@ -112,7 +112,15 @@ impl TestLab {
     /// # Errors
     /// As [`TestLab::up`], or the pod does not answer.
     pub fn with_pod() -> Result<Self> {
-        let mut test = Self::up()?;
+        Self::with_pod_as(Topology::Bridge)
+    }
+
+    /// As [`TestLab::with_pod`], in a topology.
+    ///
+    /// # Errors
+    /// As [`TestLab::with_pod`].
+    pub fn with_pod_as(topology: Topology) -> Result<Self> {
+        let mut test = Self::up_as(topology)?;
         test.run_pod()?;
         Ok(test)
     }

@@ -69,7 +69,9 @@ impl Ground {
         let has = netlink.require(uplink).await?.mtu;
         let mtu = longest(uplink, has, config.and_then(|config| config.mtu))?;
         for device in [uplink, TUNNEL_DEVICE] {
-            sysctls::set(&sysctls::routing(device, pods.has_ipv6()))?;
+            for set in sysctls::set(&sysctls::routing(device, pods.has_ipv6()))? {
+                tracing::info!(setting = set.wanted(), "set, for {}", set.purpose());
+            }
         }
         netlink
             .dress_gateway(TUNNEL_DEVICE, tunnel, GATEWAY_MAC, mtu)

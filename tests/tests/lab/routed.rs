@@ -3,12 +3,15 @@
 use std::net::{SocketAddr, UdpSocket};
 
 use anyhow::{Result, ensure};
-use migrator_tests::lab::{ECHO, POD, POD_IPV4, POD_IPV6, SOON, TestLab, pod_yaml};
+use migrator_tests::lab::{ECHO, POD, POD_IPV4, POD_IPV6, RATE, SOON, TestLab, pod_yaml};
 use nix::sys::socket::setsockopt;
 use nix::{setsockopt_impl, sockopt_impl};
 use xtask::lab::{Node, Topology};
+use xtask::probe::{self, Probe};
 use xtask::process::poll_until;
-use xtask::{cmd, netns, probe};
+use xtask::{cmd, netns};
+
+use super::connection::Connection;
 
 sockopt_impl!(
     /// ip(7).
@@ -117,6 +120,8 @@ fn a_packet_that_is_too_long_for_the_tunnel_is_answered_and_not_lost_silently() 
             "nobody says that {} bytes are too many",
             too_long.len()
         );
+        // The node's answer is told once for the packet, and once more as the socket's error.
+        socket.take_error()?;
         socket.set_read_timeout(Some(SOON))?;
         ensure!(socket.send(&longest)? == longest.len());
         let mut answer = vec![0; 2000];
@@ -177,5 +182,58 @@ fn nodes_of_different_topologies_refuse_each_others_pods() -> Result<()> {
         );
     }
     test.runs_on(Node::A)?;
+    test.end()
+}
+
+/// Who sends to the pod while it moves, and by which addresses.
+fn probes(test: &TestLab) -> Result<Vec<(String, Probe)>> {
+    let mut probes = Vec::new();
+    for place in ["client", "a", "b", "c"] {
+        for echo in [ECHO, ECHO6] {
+            let (namespace, to) = (test.lab().netns(place), echo.parse()?);
+            let probe = Probe::start(&namespace, to, RATE / 4)?;
+            probes.push((format!("{place} to {echo}"), probe));
+        }
+    }
+    Ok(probes)
+}
+
+#[test]
+fn a_routed_pod_moves_and_whoever_sends_from_anywhere_loses_nothing() -> Result<()> {
+    let mut test = TestLab::up_as(Topology::Routed)?;
+    test.run_pod()?;
+    let mut connection = Connection::open(&test)?;
+    let probes = probes(&test)?;
+    for from in [Node::A, Node::B] {
+        test.moves(from)?;
+        test.nothing_is_left_on(from)?;
+        connection.lives_on()?;
+    }
+    connection.close()?;
+    for (who, probe) in probes {
+        let record = probe.stop()?;
+        let summary = record.summary();
+        ensure!(
+            (summary.lost, summary.duplicated, summary.reordered) == (0, 0, 0)
+                && summary.received > 0,
+            "{who}: {summary:?}; first without an answer: {:?}",
+            record.unanswered()
+        );
+    }
+    test.end()
+}
+
+#[test]
+fn a_routed_pod_moves_while_the_world_sends_by_its_source_or_by_its_destination() -> Result<()> {
+    let mut test = TestLab::up_as(Topology::Routed)?;
+    test.run_pod()?;
+    for (from, via) in [(Node::A, Node::A), (Node::B, Node::A)] {
+        // The probe sends by one node from its first packet on.
+        test.probe_is_perfect()?;
+        test.lab().lead_client_to(via)?;
+        test.start_probe()?;
+        test.moves(from)?;
+        test.nothing_is_left_on(from)?;
+    }
     test.end()
 }

@@ -128,18 +128,19 @@ impl Setting {
     }
 }
 
-/// Sets what is otherwise, and says so.
-pub(super) fn set(settings: &[Setting]) -> Result<(), GroundError> {
+/// Sets what is otherwise; what that was.
+pub(super) fn set(settings: &[Setting]) -> Result<Vec<&Setting>, GroundError> {
+    let mut changed = Vec::new();
     for setting in settings {
         let refused = |source| GroundError::Setting {
             setting: setting.wanted(),
             why: setting.why,
             source,
         };
-        if let Some(was) = setting.differs().map_err(refused)? {
+        if setting.differs().map_err(refused)?.is_some() {
             std::fs::write(setting.file(), setting.want).map_err(refused)?;
-            tracing::info!(setting = setting.wanted(), was, "set, for {}", setting.why);
+            changed.push(setting);
         }
     }
-    Ok(())
+    Ok(changed)
 }
