@@ -23,6 +23,7 @@ use super::DaemonError;
 use super::migrations::MigrationRegistry;
 use super::node::{GuestFiles, Node};
 use crate::config::{Config, Tunnel};
+use crate::directory::Directory;
 use crate::image::ImageStore;
 use crate::migration::driver::Arrivals;
 use crate::migration::journal::{Journal, Recovery};
@@ -135,6 +136,7 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
             Tunnel::Vxlan { vni, port, mtu } => Some(TunnelConfig { vni, port, mtu }),
         },
         park: config.park_limits(),
+        cluster: None,
     })
     .await
     .map_err(|e| DaemonError::open("the network", e))?;
@@ -144,6 +146,10 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
         .map_err(|e| DaemonError::open("the journal", e))?;
     let migrations = MigrationRegistry::open(&state.join("migrations"))
         .map_err(|e| DaemonError::open("the reports of migrations", e))?;
+    let shutdown = CancellationToken::new();
+    let directory = network
+        .endpoints()
+        .map(|endpoints| Directory::new(Arc::clone(endpoints), tls.clone(), shutdown.clone()));
     let node = Node {
         images: Arc::new(images),
         network,
@@ -154,11 +160,12 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
         guest,
         tls,
         journal: Arc::new(journal),
+        directory,
         pods: PodRegistry::default(),
         migrations,
         arrivals: Arrivals::default(),
         found: CancellationToken::new(),
-        shutdown: CancellationToken::new(),
+        shutdown,
         tasks: TaskTracker::new(),
         config,
     };

@@ -18,7 +18,7 @@ use crate::network::sys::MappedWords;
 const LINK: &str = "link_landing";
 
 /// Nowhere.
-const NONE: Tunnel = Tunnel {
+pub(super) const NONE: Tunnel = Tunnel {
     device: 0,
     vni: 0,
     family: 0,

@@ -145,12 +145,15 @@ impl Port {
         let inner = &self.inner;
         // It goes on as a former service has left it.
         if inner.gate.get().mode == Mode::Tunnel {
+            self.own_senders_follow();
             return Ok(());
         }
         let mtu = inner.node.netlink.require(&inner.tap_name).await?.mtu;
         let tunnel = &inner.node.tunnel;
         let aimed = tunnel.aim(&inner.gate, inner.pod.mac, mtu, remote).await?;
-        Ok(self.ask(|reply| Command::Tunnel(aimed, reply)).await??)
+        self.ask(|reply| Command::Tunnel(aimed, reply)).await??;
+        self.own_senders_follow();
+        Ok(())
     }
 
     /// Takes the pod off this node's network. After [`forward`](Self::forward), what is still parked
