@@ -6,8 +6,8 @@
 //!
 //! Both addresses of a pod have one index, so one store of eight bytes moves both.
 
-use crate::MAC_LEN;
 use crate::packet::{Bytes, ETH_P_IP, ETH_P_IPV6, HEADER, bucket};
+use crate::{GATEWAY_MAC, MAC_LEN};
 
 /// Pods of a whole cluster that a node knows at most.
 pub const MAX_ENDPOINTS: u32 = 8192;
@@ -21,9 +21,6 @@ pub const HERE: u16 = 0;
 /// Outer UDP source ports that one node sends to another from. A flow stays on one, and an end marker goes out on each: so it follows every
 /// frame through whatever chooses by the outer header (receive queues, equal-cost paths).
 pub const LANES: u16 = 16;
-
-/// The gateway of every pod, on every node: its MAC address, as in Calico.
-pub const GATEWAY_MAC: [u8; MAC_LEN] = [0xee; MAC_LEN];
 
 /// What an address stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -18,7 +18,7 @@ mod uplink;
 pub use checksum::{UdpSegment, fold, udp_segment};
 pub use counter::{COUNTERS_LEN, Counter, CounterRow, LOGGED_WORD};
 pub use endpoint::{
-    EndMarker, Endpoint, GATEWAY_MAC, HERE, LANES, MAX_ENDPOINTS, MAX_NODES, Place, Steered,
+    EndMarker, Endpoint, HERE, LANES, MAX_ENDPOINTS, MAX_NODES, Place, Steered,
     destination_address, lane_hash, lane_of, mapped, next_ttl,
 };
 pub use gate::{Gate, Mode, Verdict, verdict};
@@ -41,6 +41,10 @@ pub const BUCKETS: u32 = 256;
 
 /// Row of the counters that books frames of a device without a slot.
 pub const NO_SLOT_ROW: u32 = MAX_SLOTS;
+
+/// MAC address of each pod's gateway where pods are routed: of the host's side of every TAP and of the tunnel's device, on every node, so
+/// that nothing changes in a guest that moves. Locally administered and unicast (IEEE 802); Calico's, too.
+pub const GATEWAY_MAC: [u8; MAC_LEN] = [0xee; MAC_LEN];
 
 /// Names of the programs and maps in the object; the maps are pinned under the same names.
 pub mod names {

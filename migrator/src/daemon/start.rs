@@ -22,12 +22,12 @@ use vm_runtime::spec::MACHINE;
 use super::DaemonError;
 use super::migrations::MigrationRegistry;
 use super::node::{GuestFiles, Node};
-use crate::config::{Config, Tunnel};
+use crate::config::{Config, Topology, Tunnel};
 use crate::directory::Directory;
 use crate::image::ImageStore;
 use crate::migration::driver::Arrivals;
 use crate::migration::journal::{Journal, Recovery};
-use crate::network::{NodeNetConfig, NodeNetwork, TunnelConfig};
+use crate::network::{Cluster, NodeNetConfig, NodeNetwork, TunnelConfig};
 use crate::pods::PodRegistry;
 use crate::wire::tls::TlsConfig;
 
@@ -126,7 +126,7 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
         "guests will run under this VMM"
     );
     let network = NodeNetwork::open(NodeNetConfig {
-        bridge: config.bridge.as_str().to_owned(),
+        ground: config.ground(),
         uplink: config.uplink.as_str().to_owned(),
         xdp: config.xdp,
         bpffs: state.join("bpf"),
@@ -136,7 +136,7 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
             Tunnel::Vxlan { vni, port, mtu } => Some(TunnelConfig { vni, port, mtu }),
         },
         park: config.park_limits(),
-        cluster: None,
+        cluster: cluster(&config),
     })
     .await
     .map_err(|e| DaemonError::open("the network", e))?;
@@ -170,6 +170,21 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
         config,
     };
     Ok((Arc::new(node), recovery))
+}
+
+/// The other nodes, where pods are routed.
+fn cluster(config: &Config) -> Option<Cluster> {
+    match config.topology {
+        Topology::Bridge => None,
+        Topology::Routed { .. } => Some(Cluster {
+            name: config.name.to_string(),
+            peers: config
+                .peers
+                .iter()
+                .map(|(name, addr)| (name.to_string(), addr.ip()))
+                .collect(),
+        }),
+    }
 }
 
 async fn blocking<T: Send + 'static>(

@@ -225,7 +225,7 @@ impl Gates {
         choice: XdpChoice,
         name: &str,
         uplink: Link,
-        bridge: Link,
+        bridge: Option<Link>,
     ) -> UplinkPath {
         self.fast
             .start(&mut lock(&self.programs), choice, name, uplink, bridge)

@@ -1,5 +1,6 @@
-//! Links, bridge ports and forwarding entries, by rtnetlink.
+//! Links, bridge ports and forwarding entries, routes and neighbours, by rtnetlink.
 
+mod routes;
 mod vxlan;
 
 pub(crate) use vxlan::VxlanError;

@@ -226,7 +226,7 @@ impl Port {
         self.inner.tell(Command::Resync(crashed));
     }
 
-    /// The node's bridge sends the pod's frames here.
+    /// The node sends the pod's frames here.
     async fn own(&self) -> Result<(), PortError> {
         let Inner {
             node,
@@ -240,10 +240,7 @@ impl Port {
         tokio::time::sleep_until(*counted_from).await;
         node.tunnel
             .land(&node.gates, pod.mac, self.slot(), *tap_index)?;
-        Ok(node
-            .netlink
-            .own_address(tap_name, *tap_index, pod.mac)
-            .await?)
+        Ok(node.own(tap_name, *tap_index, pod).await?)
     }
 
     async fn remove(&self) -> Result<(), PortError> {

@@ -237,6 +237,7 @@ fn refusal_codes_have_these_numbers() {
         RefuseCode::Busy,
         RefuseCode::Version,
         RefuseCode::Internal,
+        RefuseCode::Topology,
     ];
     for (number, code) in codes.into_iter().enumerate() {
         let reason = String::new();
@@ -290,13 +291,19 @@ pub(crate) fn offer() -> Offer {
         images: vec![ImageOffer {
             record: "[1]".to_owned(),
         }],
+        routed: None,
     }
 }
 
 /// The pod and the VM travel as JSON text, whose fields are their crates' affair; everything around them is pinned here.
 #[test]
 fn the_offer_has_these_bytes() {
-    let offer = offer();
+    let mut offer = offer();
+    let pods = vec!["10.77.0.0/24".parse().unwrap()];
+    offer.routed = Some(RoutedOffer {
+        pods: pods.try_into().unwrap(),
+        mtu: 1450,
+    });
     let text = |out: &mut Vec<u8>, text: &str| {
         let n = text.len();
         assert!((128..1 << 14).contains(&n) || n < 128);
@@ -317,6 +324,9 @@ fn the_offer_has_these_bytes() {
     text(&mut payload, "{}");
     payload.push(1);
     text(&mut payload, "[1]");
+    payload.extend([1, 1]);
+    text(&mut payload, "10.77.0.0/24");
+    payload.extend([0xaa, 0x0b]);
     let mut frame = ((payload.len() + 1) as u32).to_le_bytes().to_vec();
     frame.push(0x01);
     frame.extend(payload);

@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use aya::EbpfLoader;
 use aya::programs::{TestRun, TestRunAttrs, TestRunOptions, Xdp};
 use migrator::network::{
-    NodeNetConfig, NodeNetwork, ParkLimits, PodNetId, Port, Role, UplinkPath, XdpChoice,
+    Ground, NodeNetConfig, NodeNetwork, ParkLimits, PodNetId, Port, Role, UplinkPath, XdpChoice,
 };
 use migrator_ebpf::{ABI, names};
 use migrator_tests::netns::{BpfDir, Netns, require_root};
@@ -62,7 +62,7 @@ fn main() -> Result<()> {
 async fn measure(frames: u32, runs: u32) -> Result<serde_json::Value> {
     let (dir, spool) = (BpfDir::new()?, tempfile::tempdir()?);
     let network = NodeNetwork::open(NodeNetConfig {
-        bridge: "br0".into(),
+        ground: Ground::Bridge("br0".into()),
         uplink: "eth0".into(),
         xdp: XdpChoice::Auto,
         bpffs: dir.path().to_owned(),
@@ -72,6 +72,7 @@ async fn measure(frames: u32, runs: u32) -> Result<serde_json::Value> {
             bytes: 1 << 30,
             bytes_per_pod: 1 << 30,
         },
+        cluster: None,
     })
     .await?;
     ensure!(*network.uplink() == UplinkPath::Xdp, "no native XDP");

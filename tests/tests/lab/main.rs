@@ -11,6 +11,7 @@ mod limits;
 mod net;
 mod policies;
 mod postcopy;
+mod routed;
 mod soak;
 mod tunnel;
 mod upgrade;

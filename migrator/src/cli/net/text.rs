@@ -170,7 +170,12 @@ pub(super) fn node(net: &NodeNet) -> String {
     let NodeNet { node, facts, pods } = net;
     let mut out = String::new();
     row(&mut out, "node", node);
-    row(&mut out, "bridge", &link(&facts.bridge));
+    if let Some(bridge) = &facts.bridge {
+        row(&mut out, "bridge", &link(bridge));
+    }
+    if let Some(pods) = &facts.routed {
+        row(&mut out, "routed", &format!("pods in {pods}"));
+    }
     row(&mut out, "uplink", &link(&facts.uplink));
     row(
         &mut out,

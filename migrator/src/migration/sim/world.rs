@@ -160,6 +160,7 @@ fn offer(verify: bool) -> Offer {
         options: OfferOptions { verify },
         record: String::new(),
         images: Vec::new(),
+        routed: None,
     }
 }
 

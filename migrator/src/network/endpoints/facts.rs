@@ -52,7 +52,7 @@ pub struct SteeredFacts {
 
 /// What a node of a routed cluster knows.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RoutedFacts {
+pub struct ClusterFacts {
     /// The other nodes.
     pub peers: Vec<PeerFacts>,
     /// The pods, by MAC address.
@@ -66,7 +66,7 @@ impl Endpoints {
     ///
     /// # Errors
     /// The counters cannot be read.
-    pub(crate) fn facts(&self) -> Result<RoutedFacts, GateError> {
+    pub(crate) fn facts(&self) -> Result<ClusterFacts, GateError> {
         let steered = self.gates.steered()?;
         let state = lock(&self.state);
         let name_of = |node: u16| match node {
@@ -92,7 +92,7 @@ impl Endpoints {
                 .map(|(name, _)| name.clone())
                 .collect(),
         };
-        Ok(RoutedFacts {
+        Ok(ClusterFacts {
             peers: state
                 .peers
                 .iter()

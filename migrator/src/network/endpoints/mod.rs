@@ -30,7 +30,7 @@ use vm_runtime::units::{Epoch, MacAddress};
 use super::error::GateError;
 use super::gate::Gates;
 use super::tunnel;
-pub use facts::{EndpointFacts, PeerFacts, RoutedFacts, SteeredFacts};
+pub use facts::{ClusterFacts, EndpointFacts, PeerFacts, SteeredFacts};
 use markers::Markers;
 use marks::Marks;
 use table::Table;

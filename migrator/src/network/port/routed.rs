@@ -54,8 +54,8 @@ impl Port {
         self.ask(|reply| Command::AwaitMarks(marks, reply)).await?
     }
 
-    /// Once everything of this node's own senders goes through the tunnel, they may as well go into it by the network's route: it is the same device. The gate
-    /// then has nothing to forward but what comes from elsewhere.
+    /// Once everything that still comes here goes on through the tunnel, the rest of the programs can do that without the gate, on the same device and lane: `steer`
+    /// for this node's own senders, by the network's route, and `landing` for those of nodes that do not know yet.
     pub(super) fn own_senders_follow(&self) {
         let inner = &self.inner;
         if inner.node.endpoints.is_none() {
@@ -72,11 +72,22 @@ impl Port {
                 }
                 sleep(LOOK).await;
             }
+            if let Err(error) = gate.forget_landing() {
+                tracing::warn!(pod = pod.name, %error, "late frames go by way of the port that the pod has left");
+            }
             if let Err(error) = node.disown(&tap, index, &pod).await {
                 tracing::warn!(pod = pod.name, %error, "this node's own senders reach the pod by way of the port that it has left");
             }
         });
         *lock(&inner.leaver) = Some(task.abort_handle());
+    }
+
+    /// Before the gate is shut: what still comes for a pod that has left goes to where it is.
+    pub(super) fn pass_on(&self) -> Result<(), PortError> {
+        if self.inner.node.endpoints.is_some() {
+            self.inner.gate.forget_landing()?;
+        }
+        Ok(())
     }
 
     /// The pod is no more, unless it has gone elsewhere, or has come back.

@@ -79,7 +79,7 @@ impl Ground {
         let jobs = start_thread(&netns);
         let (dir, spool) = (BpfDir::new()?, tempfile::tempdir()?);
         let config = NodeNetConfig {
-            bridge: "br0".into(),
+            ground: migrator::network::Ground::Bridge("br0".into()),
             uplink: "eth0".into(),
             // What is measured here is the gate's own way.
             xdp: XdpChoice::Off,
@@ -90,6 +90,7 @@ impl Ground {
                 bytes: 1 << 30,
                 bytes_per_pod: 1 << 30,
             },
+            cluster: None,
         };
         let network = call(&jobs, NodeNetwork::open(config))??;
         Ok(Ground {
