@@ -7,6 +7,7 @@
 
 mod checksum;
 mod counter;
+mod endpoint;
 mod gate;
 mod meaning;
 mod packet;
@@ -16,6 +17,10 @@ mod uplink;
 
 pub use checksum::{UdpSegment, fold, udp_segment};
 pub use counter::{COUNTERS_LEN, Counter, CounterRow, LOGGED_WORD};
+pub use endpoint::{
+    EndMarker, Endpoint, HERE, LANES, MAX_ENDPOINTS, MAX_NODES, Place, Steered,
+    destination_address, lane_hash, lane_of, mapped, next_ttl,
+};
 pub use gate::{Gate, Mode, Verdict, verdict};
 pub use packet::{
     Bytes, FrameBytes, MAC_LEN, bucket, destination_mac, is_fast_kind, is_group, is_own_echo,
@@ -49,6 +54,16 @@ pub mod names {
     pub const GUARD: &str = "guard";
     /// tcx ingress program of the tunnel's device.
     pub const LANDING: &str = "landing";
+    /// tcx egress program of the tunnel's device, in a routed cluster.
+    pub const STEER: &str = "steer";
+    /// Hash of [`crate::Endpoint`], by address, see [`crate::mapped`].
+    pub const ENDPOINTS: &str = "ENDPOINTS";
+    /// Array of `u64`, by the index of an endpoint: [`crate::Place`]. Memory-mappable.
+    pub const PLACES: &str = "PLACES";
+    /// Array of [`crate::Tunnel`], by node number.
+    pub const NODES: &str = "NODES";
+    /// Per-CPU array of `u64`, by [`crate::Steered`].
+    pub const STEERED: &str = "STEERED";
     /// Array of [`crate::Tunnel`], by slot.
     pub const TUNNELS: &str = "TUNNELS";
     /// Hash of [`crate::Landing`], by [`crate::landing_key`].
@@ -116,6 +131,7 @@ pub struct Device {
 const _: () = assert!(size_of::<Device>() == 24);
 const _: () = assert!(size_of::<Tunnel>() == 28);
 const _: () = assert!(size_of::<Landing>() == 12);
+const _: () = assert!(size_of::<Endpoint>() == 12);
 const _: () = assert!(size_of::<CounterRow>() == COUNTERS_LEN * 8);
 
 /// Index of a bucket in the maps of `parked` and `done` counters.
@@ -131,6 +147,8 @@ mod user {
     unsafe impl aya::Pod for super::Tunnel {}
     // SAFETY: `repr(C)`, 4 + 4 + 2 + 2 bytes without padding, every bit pattern valid.
     unsafe impl aya::Pod for super::Landing {}
+    // SAFETY: `repr(C)`, 4 + 6 + 2 bytes without padding, every bit pattern valid.
+    unsafe impl aya::Pod for super::Endpoint {}
     // SAFETY: `repr(C)`, 2 + 2 bytes without padding, every bit pattern valid.
     unsafe impl aya::Pod for super::Local {}
     // SAFETY: an array of `u64` behind `repr(transparent)`: no padding, every bit pattern valid.

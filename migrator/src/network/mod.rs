@@ -23,6 +23,7 @@ mod announce;
 mod copies;
 mod dataplane;
 mod dissect;
+mod endpoints;
 mod error;
 mod gate;
 mod grace;
@@ -46,13 +47,19 @@ pub use allowance::{OnOverflow, Overflow, ParkLimits};
 pub use announce::{SCHEDULE, announcement};
 pub use dataplane::{Backlog, Stage};
 pub use dissect::{Fragment, FrameHead, dissect};
+pub use endpoints::{
+    Claim, ClusterFacts, EndpointFacts, Endpoints, PeerFacts, Refused, SteeredFacts, TakeError,
+    Wanted,
+};
 pub use error::{AttachError, GateError, GroundError, NetlinkError, OpenError, PortError};
 pub use gate::{HookFacts, MapFacts, PROGRAMS, ProgramFacts};
 pub use ground::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, Ground, Setting, routing_settings};
 pub use ledger::{Ledger, Reasons};
 pub use log::{FIRST_FRAME_SEQ, FIRST_SEQ, LogItem, LogKind};
 pub use networks::{BadNetwork, BadNetworks, MAX_NETWORKS, PodNetwork, PodNetworks};
-pub use node::{ExistingDevices, NodeNetConfig, NodeNetwork, PodNetId, Role, park_name, tap_name};
+pub use node::{
+    Cluster, ExistingDevices, NodeNetConfig, NodeNetwork, PodNetId, Role, park_name, tap_name,
+};
 pub use port::Port;
 pub use show::{CounterFacts, GateFacts, LinkFacts, NodeFacts, PortFacts, QueueFacts, WaitFacts};
 pub use sys::VNET_HEADER;

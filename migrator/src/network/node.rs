@@ -1,6 +1,7 @@
 //! The network of one node: what its pods stand on, its uplink, the programs, and the slots.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use vm_runtime::units::MacAddress;
 
 use super::allowance::{Allowance, ParkLimits};
 use super::dataplane::{self, Setup, Stage};
+use super::endpoints::Endpoints;
 use super::error::{AttachError, GateError, NetlinkError, OpenError};
 use super::gate::{Gates, SlotGate};
 use super::ground::{Ground, MTU_MIN, bridge_of};
@@ -42,6 +44,17 @@ pub struct NodeNetConfig {
     pub tunnel: Option<TunnelConfig>,
     /// What is kept of those packets at most.
     pub park: ParkLimits,
+    /// The other nodes, where pods are routed.
+    pub cluster: Option<Cluster>,
+}
+
+/// The nodes of a routed cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cluster {
+    /// This node's name.
+    pub name: String,
+    /// The others, by name: where their tunnels are.
+    pub peers: BTreeMap<String, IpAddr>,
 }
 
 /// The pod's side of its one interface.
@@ -83,6 +96,8 @@ pub(crate) struct NodeInner {
     pub(crate) tunnel: NodeTunnel,
     pub(crate) ports: Arc<Ports>,
     pub(crate) allowance: Arc<Allowance>,
+    /// Which pod is where, in a routed cluster.
+    pub(crate) endpoints: Option<Arc<Endpoints>>,
     uplink: UplinkPath,
     /// The longest packet of pods, where they are routed. On a bridge it is the bridge's.
     routed_mtu: Option<u32>,
@@ -165,8 +180,10 @@ impl NodeNetwork {
         }
         // Before a device goes away, and once more if the one that was kept does not work.
         leave_lost_tunnels(&gates, NodeTunnel::kept(&netlink, config.tunnel).await?)?;
-        let tunnel = NodeTunnel::open(&netlink, &gates, config.tunnel).await?;
+        let routed = config.cluster.is_some();
+        let tunnel = NodeTunnel::open(&netlink, &gates, config.tunnel, routed).await?;
         leave_lost_tunnels(&gates, tunnel.device())?;
+        let endpoints = endpoints(&gates, &tunnel, &config)?;
         let ways = (config.uplink.as_str(), tunnel.device(), config.tunnel);
         let routed_mtu = config.ground.prepare(&netlink, ways).await?;
         let inner = NodeInner {
@@ -175,6 +192,7 @@ impl NodeNetwork {
             netlink,
             gates,
             tunnel,
+            endpoints,
             ports: Arc::default(),
             uplink: path,
             routed_mtu,
@@ -187,6 +205,11 @@ impl NodeNetwork {
     /// The tunnel, and why it was not used.
     pub async fn tunnel_info(&self) -> TunnelInfo {
         self.inner.tunnel.info(&self.inner.netlink).await
+    }
+
+    /// Which pod is at which node, in a routed cluster.
+    pub fn endpoints(&self) -> Option<&Arc<Endpoints>> {
+        self.inner.endpoints.as_ref()
     }
 
     pub(crate) fn inner(&self) -> &NodeInner {
@@ -413,6 +436,7 @@ impl NodeNetwork {
             echoed: Arc::clone(&echoed),
             full,
             share: self.inner.allowance.share(),
+            routed: self.inner.endpoints.is_some(),
         };
         let thread = dataplane::start(setup).map_err(device_error("start the thread of"))?;
         Ok(Port::new(super::port::Parts {
@@ -433,6 +457,23 @@ impl NodeNetwork {
             full: full_watch,
         }))
     }
+}
+
+/// The endpoint table, where pods are routed.
+fn endpoints(
+    gates: &Arc<Gates>,
+    tunnel: &NodeTunnel,
+    config: &NodeNetConfig,
+) -> Result<Option<Arc<Endpoints>>, GateError> {
+    let (Some(cluster), Some(device), Some(tunnel)) =
+        (&config.cluster, tunnel.device(), config.tunnel)
+    else {
+        gates.leave_cluster()?;
+        return Ok(None);
+    };
+    let way = (device, tunnel.vni);
+    let endpoints = Endpoints::open(gates, &cluster.name, way, &cluster.peers)?;
+    Ok(Some(Arc::new(endpoints)))
 }
 
 /// Where the life of an adopted port goes on. A fresh one has the gate that fits its role.

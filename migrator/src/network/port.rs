@@ -5,6 +5,7 @@ mod destination;
 mod overflow;
 mod register;
 mod replace;
+mod routed;
 mod source;
 
 use std::os::fd::OwnedFd;
@@ -15,6 +16,7 @@ use std::thread::JoinHandle;
 use nix::sys::eventfd::EventFd;
 use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::AbortHandle;
+use vm_runtime::units::{Epoch, MacAddress};
 
 use super::dataplane::{Command, Stage};
 use super::error::PortError;
@@ -65,6 +67,8 @@ pub(crate) struct Inner {
     /// Gives the pod's address up once the network knows the new place.
     leaver: Mutex<Option<AbortHandle>>,
     base: Mutex<Ledger>,
+    /// In a routed cluster: the epoch in which this node has the pod, as other nodes are told.
+    claimed: Mutex<Option<Epoch>>,
 }
 
 impl Inner {
@@ -141,6 +145,7 @@ impl Port {
             echoed: parts.echoed,
             leaver: Mutex::new(None),
             base: Mutex::new(Ledger::default()),
+            claimed: Mutex::new(None),
         };
         let inner = Arc::new(inner);
         ports.enter(&inner);
@@ -195,6 +200,11 @@ impl Port {
         self.inner.gate.slot()
     }
 
+    /// The pod's MAC address.
+    pub fn mac(&self) -> MacAddress {
+        self.inner.pod.mac
+    }
+
     /// Where the port stands.
     pub fn stage(&self) -> Stage {
         *self.inner.stages.borrow()
@@ -235,6 +245,7 @@ impl Port {
 
     async fn remove(&self) -> Result<(), PortError> {
         let inner = &self.inner;
+        self.withdraw()?;
         inner
             .node
             .gates

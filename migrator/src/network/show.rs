@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use vm_runtime::units::MacAddress;
 
 use super::dataplane::{Backlog, Command};
+use super::endpoints::ClusterFacts;
 use super::error::{NetlinkError, PortError};
 use super::gate::{HookFacts, MapFacts, ProgramFacts};
 use super::ground::{Ground, bridge_of};
@@ -137,6 +138,9 @@ pub struct NodeFacts {
     pub maps: Vec<MapFacts>,
     /// Pods that the maps have room for.
     pub slots: u32,
+    /// The other nodes and the pods of all, where pods are routed.
+    #[serde(default)]
+    pub cluster: Option<ClusterFacts>,
 }
 
 fn link(name: &str, link: Link) -> LinkFacts {
@@ -231,6 +235,14 @@ impl NodeNetwork {
             programs: inner.gates.program_facts(),
             maps: inner.gates.map_facts(),
             slots: MAX_SLOTS,
+            cluster: match inner.endpoints.as_ref().map(|endpoints| endpoints.facts()) {
+                Some(Ok(facts)) => Some(facts),
+                Some(Err(error)) => {
+                    tracing::warn!(%error, "the endpoint table cannot be shown");
+                    None
+                }
+                None => None,
+            },
         })
     }
 }

@@ -117,6 +117,33 @@ fn control_messages_have_these_bytes() {
         reason: "x".to_owned(),
     };
     control(abort, "03000000 13 01 78");
+    let pod = PodPlace {
+        mac: [1, 2, 3, 4, 5, 6],
+        v4: Some([10, 77, 0, 9]),
+        v6: None,
+        epoch: Epoch(300),
+    };
+    let places = Places {
+        seq: 1,
+        vni: 7077,
+        whole: true,
+        here: vec![pod],
+        gone: vec![[9; 6]],
+    };
+    control(
+        places,
+        "1a000000 31 01 a537 01 01 010203040506 01 0a4d0009 00 ac02 01 090909090909",
+    );
+    control(PlacesAck { seq: 300 }, "03000000 32 ac02");
+    let wanted = EndWanted {
+        pod,
+        at: "b".to_owned(),
+        nonce: 5,
+    };
+    control(
+        wanted,
+        "12000000 33 010203040506 01 0a4d0009 00 ac02 01 62 05",
+    );
     control(Query { migration: ID }, &format!("11000000 14 {ID_HEX}"));
     for (verdict, byte) in [(Verdict::Running, "00"), (Verdict::Discarded, "01")] {
         let reply = QueryReply {

@@ -1,6 +1,7 @@
 //! What crosses the control connection.
 
 mod control;
+mod places;
 mod postcopy;
 
 use bytes::Bytes;
@@ -10,6 +11,7 @@ use vm_runtime::spec::VmSpec;
 use vm_runtime::units::{self, Epoch, PageIndex};
 
 pub use control::Control;
+pub use places::{EndWanted, Places, PlacesAck, PodPlace};
 pub use postcopy::{FaultFigures, MemoryComplete, PageBits, StaleAck, StaleEnd, Wanted};
 
 use crate::network::PodNetworks;

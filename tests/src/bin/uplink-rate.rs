@@ -72,6 +72,7 @@ async fn measure(frames: u32, runs: u32) -> Result<serde_json::Value> {
             bytes: 1 << 30,
             bytes_per_pod: 1 << 30,
         },
+        cluster: None,
     })
     .await?;
     ensure!(*network.uplink() == UplinkPath::Xdp, "no native XDP");

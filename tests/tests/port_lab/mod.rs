@@ -79,6 +79,7 @@ pub(crate) fn config(dir: &BpfDir, spool: &TempDir, setup: Setup) -> NodeNetConf
         spool_dir: spool.path().join("spool"),
         tunnel: setup.tunnel,
         park: setup.park,
+        cluster: None,
     }
 }
 

@@ -148,12 +148,15 @@ impl Port {
         let inner = &self.inner;
         // It goes on as a former service has left it.
         if inner.gate.get().mode == Mode::Tunnel {
+            self.own_senders_follow();
             return Ok(());
         }
         let mtu = inner.node.netlink.require(&inner.tap_name).await?.mtu;
         let tunnel = &inner.node.tunnel;
         let aimed = tunnel.aim(&inner.gate, inner.pod.mac, mtu, remote).await?;
-        Ok(self.ask(|reply| Command::Tunnel(aimed, reply)).await??)
+        self.ask(|reply| Command::Tunnel(aimed, reply)).await??;
+        self.own_senders_follow();
+        Ok(())
     }
 
     /// Takes the pod off this node's network. After [`forward`](Self::forward), what is still parked
@@ -168,6 +171,7 @@ impl Port {
         // First the entry: frames for the pod alone then take the way that the bridge has learned, or its network's route. When
         // the last one is through, only group frames come, whose copy counts at the other node.
         let (node, pod) = (&inner.node, &inner.pod);
+        self.pass_on()?;
         node.disown(&inner.tap_name, inner.tap_index, pod).await?;
         wait_for_frames().await;
         match self.ask(Command::Shut).await {

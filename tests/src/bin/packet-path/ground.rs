@@ -90,6 +90,7 @@ impl Ground {
                 bytes: 1 << 30,
                 bytes_per_pod: 1 << 30,
             },
+            cluster: None,
         };
         let network = call(&jobs, NodeNetwork::open(config))??;
         Ok(Ground {
