@@ -42,7 +42,7 @@ pub const BUCKETS: u32 = 256;
 /// Row of the counters that books frames of a device without a slot.
 pub const NO_SLOT_ROW: u32 = MAX_SLOTS;
 
-/// MAC address of each pod's gateway where pods are routed: of the host's side of every TAP and of the tunnel's device, on every node, so
+/// MAC address of each pod's gateway where pods are routed: of the host's side of every TAP on every node, and of what nodes send each other, so
 /// that nothing changes in a guest that moves. Locally administered and unicast (IEEE 802); Calico's, too.
 pub const GATEWAY_MAC: [u8; MAC_LEN] = [0xee; MAC_LEN];
 

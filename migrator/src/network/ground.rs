@@ -73,9 +73,9 @@ impl Ground {
                 tracing::info!(setting = set.wanted(), "set, for {}", set.purpose());
             }
         }
-        netlink
-            .dress_gateway(TUNNEL_DEVICE, tunnel, GATEWAY_MAC, mtu)
-            .await?;
+        // Its MAC stays its own: VXLAN takes a frame from the device's own address for one that went in a circle, and what nodes send each other
+        // comes from the gateway's (`vxlan_set_mac` in drivers/net/vxlan).
+        netlink.set_mtu(TUNNEL_DEVICE, tunnel, mtu).await?;
         netlink.keep_networks(TUNNEL_DEVICE, tunnel, pods).await?;
         for network in pods.iter() {
             let gateway = match network.is_ipv4() {

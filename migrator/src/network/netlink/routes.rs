@@ -38,18 +38,14 @@ impl Netlink {
         self.set(name, message).await
     }
 
-    /// Gives a device the gateway's MAC, and an MTU.
-    pub(crate) async fn dress_gateway(
+    /// The longest packet that the kernel sends out of a device whole.
+    pub(crate) async fn set_mtu(
         &self,
         name: &str,
         index: u32,
-        gateway: MacAddress,
         mtu: u32,
     ) -> Result<(), NetlinkError> {
-        let message = LinkUnspec::new_with_index(index)
-            .address(gateway.0.to_vec())
-            .mtu(mtu)
-            .build();
+        let message = LinkUnspec::new_with_index(index).mtu(mtu).build();
         self.set(name, message).await
     }
 
