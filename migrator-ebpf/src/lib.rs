@@ -7,6 +7,7 @@
 
 mod checksum;
 mod counter;
+mod endpoint;
 mod gate;
 mod meaning;
 mod packet;
@@ -17,6 +18,10 @@ mod uplink;
 
 pub use checksum::{UdpSegment, fold, udp_segment};
 pub use counter::{COUNTERS_LEN, Counter, CounterRow, LOGGED_WORD};
+pub use endpoint::{
+    EndMarker, Endpoint, HERE, LANES, MAX_ENDPOINTS, MAX_NODES, Place, Steered,
+    destination_address, lane_hash, lane_of, mapped, next_ttl,
+};
 pub use gate::{Gate, Mode, Verdict, verdict};
 pub use packet::{
     Bytes, FrameBytes, MAC_LEN, bucket, destination_mac, is_fast_kind, is_group, is_own_echo,
@@ -39,6 +44,10 @@ pub const BUCKETS: u32 = 256;
 /// Row of the counters that books frames of a device without a slot.
 pub const NO_SLOT_ROW: u32 = MAX_SLOTS;
 
+/// MAC address of each pod's gateway where pods are routed: of the host's side of every TAP on every node, and of what nodes send each other, so
+/// that nothing changes in a guest that moves. Locally administered and unicast (IEEE 802); Calico's, too.
+pub const GATEWAY_MAC: [u8; MAC_LEN] = [0xee; MAC_LEN];
+
 /// Names of the programs and maps in the object; the maps are pinned under the same names.
 pub mod names {
     /// tcx egress program of a pod's TAP.
@@ -47,6 +56,16 @@ pub mod names {
     pub const GUARD: &str = "guard";
     /// tcx ingress program of the tunnel's device.
     pub const LANDING: &str = "landing";
+    /// tcx egress program of the tunnel's device, in a routed cluster.
+    pub const STEER: &str = "steer";
+    /// Hash of [`crate::Endpoint`], by address, see [`crate::mapped`].
+    pub const ENDPOINTS: &str = "ENDPOINTS";
+    /// Array of `u64`, by the index of an endpoint: [`crate::Place`]. Memory-mappable.
+    pub const PLACES: &str = "PLACES";
+    /// Array of [`crate::Tunnel`], by node number.
+    pub const NODES: &str = "NODES";
+    /// Per-CPU array of `u64`, by [`crate::Steered`].
+    pub const STEERED: &str = "STEERED";
     /// Array of [`crate::Tunnel`], by slot.
     pub const TUNNELS: &str = "TUNNELS";
     /// Hash of [`crate::Landing`], by [`crate::landing_key`].
@@ -116,6 +135,7 @@ pub struct Device {
 const _: () = assert!(size_of::<Device>() == 24);
 const _: () = assert!(size_of::<Tunnel>() == 28);
 const _: () = assert!(size_of::<Landing>() == 12);
+const _: () = assert!(size_of::<Endpoint>() == 12);
 const _: () = assert!(size_of::<CounterRow>() == COUNTERS_LEN * 8);
 
 /// Interface indices below this one have a [`Brief`]; devices beyond it are looked up, which takes a little longer.
@@ -164,6 +184,8 @@ mod user {
     unsafe impl aya::Pod for super::Tunnel {}
     // SAFETY: `repr(C)`, 4 + 4 + 2 + 2 bytes without padding, every bit pattern valid.
     unsafe impl aya::Pod for super::Landing {}
+    // SAFETY: `repr(C)`, 4 + 6 + 2 bytes without padding, every bit pattern valid.
+    unsafe impl aya::Pod for super::Endpoint {}
     // SAFETY: `repr(C)`, 2 + 2 bytes without padding, every bit pattern valid.
     unsafe impl aya::Pod for super::Local {}
     // SAFETY: an array of `u64` behind `repr(transparent)`: no padding, every bit pattern valid.

@@ -10,6 +10,7 @@
 
 mod observe;
 mod overlay;
+mod steer;
 mod xdp;
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};

@@ -12,23 +12,24 @@ use aya_ebpf::maps::{Array, HashMap};
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use migrator_ebpf::{
-    Bytes, Counter, Landing, MAX_SLOTS, NO_SLOT_ROW, Probe, Tunnel, destination_mac, landing_key,
+    Bytes, Counter, EndMarker, Landing, MAX_SLOTS, NO_SLOT_ROW, Probe, Steered, Tunnel,
+    destination_mac, landing_key,
 };
 
-use super::{BPF_F_MMAPABLE, Skb, TCX_DROP, count};
+use super::{BPF_F_MMAPABLE, DEVICES, Skb, TCX_DROP, count, steer};
 
 #[map]
 static TUNNELS: Array<Tunnel> = Array::pinned(MAX_SLOTS, 0);
 #[map]
-static LANDINGS: HashMap<u64, Landing> = HashMap::pinned(2 * MAX_SLOTS, 0);
+pub(super) static LANDINGS: HashMap<u64, Landing> = HashMap::pinned(2 * MAX_SLOTS, 0);
 #[map]
 static PROBED: Array<u64> = Array::pinned(MAX_SLOTS, BPF_F_MMAPABLE);
 
 /// Hops that an outer packet may take: what Linux gives its own (`IPDEFTTL` in linux/ip.h).
-const TTL: u8 = 64;
+pub(super) const TTL: u8 = 64;
 
 #[inline(always)]
-fn zero_key() -> bpf_tunnel_key {
+pub(super) fn zero_key() -> bpf_tunnel_key {
     // SAFETY: integers only: all zeroes are a valid value.
     unsafe { zeroed() }
 }
@@ -53,10 +54,20 @@ pub(super) fn into_tunnel(ctx: &TcContext, slot: u32) -> Option<i32> {
     if tunnel.device == 0 {
         return None;
     }
+    if !enter(ctx, tunnel, TTL) {
+        return None;
+    }
+    // SAFETY: a helper without memory arguments.
+    Some(unsafe { bpf_redirect(tunnel.device, 0) as i32 })
+}
+
+/// Says of a frame where the tunnel's device is to send it. False: the kernel refuses.
+#[inline(always)]
+pub(super) fn enter(ctx: &TcContext, tunnel: &Tunnel, ttl: u8) -> bool {
     let v6 = tunnel.family == 6;
     let mut key = zero_key();
     key.tunnel_id = tunnel.vni;
-    key.tunnel_ttl = TTL;
+    key.tunnel_ttl = ttl;
     let word = |i: usize| {
         [
             tunnel.remote[i],
@@ -76,11 +87,7 @@ pub(super) fn into_tunnel(ctx: &TcContext, slot: u32) -> Option<i32> {
         // The helper takes it in the host's order.
         key.__bindgen_anon_1.remote_ipv4 = u32::from_be_bytes(word(0));
     }
-    if !set_key(ctx, &mut key, v6) {
-        return None;
-    }
-    // SAFETY: a helper without memory arguments.
-    Some(unsafe { bpf_redirect(tunnel.device, 0) as i32 })
+    set_key(ctx, &mut key, v6)
 }
 
 /// The key of a frame that came out of the tunnel, and whether its outer packet is IPv6.
@@ -132,12 +139,25 @@ fn land(ctx: &TcContext) -> Option<i32> {
     }
     let mac = destination_mac(&skb)?;
     // SAFETY: the map value is only read.
-    let landing = unsafe { LANDINGS.get(&landing_key(mac)) }?;
+    let Some(landing) = (unsafe { LANDINGS.get(&landing_key(mac)) }) else {
+        return steer::follow(ctx, &key);
+    };
     if landing.vni != key.tunnel_id {
         return None;
     }
     if let Some((Probe::ASK, _)) = probe {
         return Some(answer(ctx, key, v6));
+    }
+    if EndMarker::of(&skb).is_some() {
+        if !steer::is_in_use() {
+            return None;
+        }
+        // SAFETY: the map value is only read.
+        let device = unsafe { DEVICES.get(&landing.tap) }?;
+        steer::count(Steered::MarkerCame);
+        // Behind what came on its lane: all of that is in the park.
+        // SAFETY: a helper without memory arguments.
+        return Some(unsafe { bpf_redirect(device.park, 0) as i32 });
     }
     count(u32::from(landing.slot), Counter::Landed);
     // SAFETY: a helper without memory arguments.

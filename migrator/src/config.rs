@@ -3,8 +3,9 @@
 //! ```yaml
 //! name: a                        # this node's name, as in its certificate
 //! state_dir: /var/lib/migrator   # pods, images, journal, sockets
-//! bridge: br0                    # the bridge that pods are ports of
-//! uplink: eth0                   # the bridge's port that leads to the other nodes
+//! topology: bridge               # optional; or { kind: routed, pods: [10.77.0.0/24, "fd77::/64"] }
+//! bridge: br0                    # the bridge that pods are ports of; none if the topology is routed
+//! uplink: eth0                   # the bridge's port, or else the device, that leads to the other nodes
 //! xdp: auto                      # optional: small packets straight from the uplink to pods; `on`: also from a veth; `off`
 //! listen: 10.78.0.1:7077         # where other nodes connect
 //! advertise: 10.78.0.1:7077      # optional: what to tell them, if not `listen`
@@ -19,10 +20,14 @@
 //! registries: { mirrors: { docker.io: ["https://mirror.example"] }, auth_file: auth.json, ca: registry-ca.pem }   # optional
 //! ```
 //!
+//! `topology: { kind: routed, pods: [...] }` gives each pod a route of its own (/32 and /128) in place of a port of the bridge.
+//! `pods` names the networks of all pods of the cluster, and is the same on every node; `tunnel` must be set, and `bridge` must not.
+//!
 //! Relative paths are taken from the file's own folder. An unknown key is an error that names it.
 
 mod names;
 mod registries;
+mod topology;
 mod tunnel;
 
 use std::collections::BTreeMap;
@@ -33,11 +38,12 @@ use serde::Deserialize;
 use vm_runtime::spec::AccelChoice;
 
 use crate::memory::compress::Compress;
-use crate::network::{OnOverflow, ParkLimits, XdpChoice};
+use crate::network::{Ground, OnOverflow, ParkLimits, XdpChoice};
 use crate::wire::preamble::MAX_DATA_CONNECTIONS;
 
 pub use names::{BadInterfaceName, BadNodeName, InterfaceName, NodeName};
 pub use registries::Registries;
+pub use topology::Topology;
 pub use tunnel::Tunnel;
 
 /// Longest socket path the kernel takes, its final zero included (`sun_path` in `linux/un.h`).
@@ -57,9 +63,13 @@ pub struct Config {
     pub name: NodeName,
     /// Folder of everything the node keeps. One service at a time may use it.
     pub state_dir: PathBuf,
-    /// The bridge that pods' TAPs become ports of.
-    pub bridge: InterfaceName,
-    /// The bridge's port towards the other nodes.
+    /// How pods are on the network.
+    #[serde(default)]
+    pub topology: Topology,
+    /// The bridge that pods' TAPs become ports of; there is one exactly if the topology has one.
+    #[serde(default)]
+    pub bridge: Option<InterfaceName>,
+    /// The bridge's port towards the other nodes, or else the device that leads to them.
     pub uplink: InterfaceName,
     /// Whether small packets may go from the uplink straight to a pod: `auto` where the uplink takes native XDP and is no veth, `on` or `off`.
     #[serde(default)]
@@ -292,12 +302,7 @@ impl Config {
         if self.advertise.unwrap_or(self.listen).port() == 0 {
             return Err(("listen", "needs a port other than 0".to_owned()));
         }
-        if self.bridge == self.uplink {
-            return Err((
-                "uplink",
-                "must be a port of the bridge, not the bridge itself".to_owned(),
-            ));
-        }
+        topology::check(self)?;
         if self.longest_pod_name() < SHORTEST_NAME_LIMIT {
             // Short pod names would work, and a longer one would fail at night.
             return Err((
@@ -350,6 +355,18 @@ impl Config {
             return Err(("migration.max_downtime_ms", "must be at least 1".to_owned()));
         }
         self.registries.check()
+    }
+
+    /// What pods' TAPs are put on.
+    pub fn ground(&self) -> Ground {
+        match (&self.topology, &self.bridge) {
+            (Topology::Routed { pods }, _) => Ground::Routed(pods.clone()),
+            // Without a bridge the configuration is refused.
+            (Topology::Bridge, bridge) => {
+                let bridge = bridge.as_ref().map_or("", InterfaceName::as_str);
+                Ground::Bridge(bridge.to_owned())
+            }
+        }
     }
 
     /// What is kept of packets at most.

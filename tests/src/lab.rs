@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use migrator::api::types::{PodList, PodState};
 use xtask::demo_image;
-use xtask::lab::{Lab, Node, Owner};
+use xtask::lab::{Lab, Node, Owner, Topology};
 use xtask::probe::{self, Probe, Record};
 use xtask::process::poll_until;
 use xtask::project::Project;
@@ -53,9 +53,17 @@ impl TestLab {
     /// # Errors
     /// The lab does not come up, or somebody uses it.
     pub fn up() -> Result<Self> {
+        Self::up_as(Topology::Bridge)
+    }
+
+    /// All nodes of a topology up, nothing on them.
+    ///
+    /// # Errors
+    /// As [`TestLab::up`].
+    pub fn up_as(topology: Topology) -> Result<Self> {
         let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
         let project = Project::discover()?;
-        let lab = Lab::new(&project)?;
+        let lab = Lab::new(&project)?.with_topology(topology);
         if lab.state()?.owner == Some(Owner::User)
             && Node::ALL.iter().any(|node| lab.is_running(*node))
         {
@@ -122,7 +130,15 @@ impl TestLab {
     /// # Errors
     /// As [`TestLab::up`], or the pod does not answer.
     pub fn with_pod() -> Result<Self> {
-        let mut test = Self::up()?;
+        Self::with_pod_as(Topology::Bridge)
+    }
+
+    /// As [`TestLab::with_pod`], in a topology.
+    ///
+    /// # Errors
+    /// As [`TestLab::with_pod`].
+    pub fn with_pod_as(topology: Topology) -> Result<Self> {
+        let mut test = Self::up_as(topology)?;
         test.run_pod()?;
         Ok(test)
     }
@@ -347,7 +363,8 @@ impl Drop for TestLab {
             }
         }
         if !self.passed {
-            for node in Node::ALL {
+            for node in self.lab.topology().nodes() {
+                let node = *node;
                 tail(&self.lab.log(node));
                 let kept = self
                     .project

@@ -1,4 +1,4 @@
-//! `cargo xtask lab`: two nodes, a client and a switch, each in a network namespace of its own.
+//! `cargo xtask lab`: nodes, a client and a switch, each in a network namespace of its own.
 //!
 //! ```text
 //!   mig-client                mig-switch                 mig-a
@@ -9,6 +9,18 @@
 //! ```
 //!
 //! One flat layer 2: pods live in 10.77.0.0/24 and fd77::/64, the nodes speak with each other in 10.78.0.0/24.
+//! With the routed topology, pods have the same addresses, and no layer 2 is theirs. The client sends to them by a node that runs none:
+//!
+//! ```text
+//!   mig-client                mig-switch                 mig-a
+//!   eth0 ------------------- p-client  p-a ------------- eth0 - routes - TAPs of pods
+//!   10.78.0.100, fd78::100         sw0                   10.78.0.1, fd78::1
+//!   10.77.0.0/24 via 10.78.0.3         p-b ------------- eth0 - routes - TAPs of pods    (mig-b)
+//!   fd77::/64 via fd78::3                                10.78.0.2, fd78::2
+//!                                      p-c ------------- eth0 - routes                   (mig-c)
+//!                                                        10.78.0.3, fd78::3
+//! ```
+//!
 //! Everything that the lab makes is named in its folder (`target/lab`), so `down` finds it after any crash.
 
 mod certs;
@@ -16,6 +28,7 @@ mod cleanup;
 mod network;
 mod node;
 mod state;
+mod topology;
 mod verbs;
 
 use std::path::{Path, PathBuf};
@@ -30,6 +43,7 @@ use crate::{cmd, process, qemu10, run, setup};
 
 pub use node::http_get;
 pub use state::{Owner, State};
+pub use topology::Topology;
 pub use verbs::{Args, main};
 
 /// A node of the lab.
@@ -39,25 +53,31 @@ pub enum Node {
     A,
     /// The second one.
     B,
+    /// The third one, which runs no pods: only the routed topology has it.
+    C,
 }
 
 impl Node {
-    /// Both.
+    /// The two that pods move between.
     pub const ALL: [Node; 2] = [Node::A, Node::B];
+
+    /// All that any topology has.
+    pub const EVERY: [Node; 3] = [Node::A, Node::B, Node::C];
 
     /// Its name, as in its configuration and its certificate.
     pub fn name(self) -> &'static str {
         match self {
             Node::A => "a",
             Node::B => "b",
+            Node::C => "c",
         }
     }
 
-    /// The other one.
+    /// Where a pod moves from here: the other one of the two that pods move between.
     pub fn other(self) -> Node {
         match self {
             Node::A => Node::B,
-            Node::B => Node::A,
+            Node::B | Node::C => Node::A,
         }
     }
 
@@ -66,6 +86,16 @@ impl Node {
         match self {
             Node::A => "10.78.0.1",
             Node::B => "10.78.0.2",
+            Node::C => "10.78.0.3",
+        }
+    }
+
+    /// The same of IPv6; only the routed topology has it.
+    pub fn address6(self) -> &'static str {
+        match self {
+            Node::A => "fd78::1",
+            Node::B => "fd78::2",
+            Node::C => "fd78::3",
         }
     }
 
@@ -83,6 +113,7 @@ pub struct Lab {
     prefix: String,
     /// Goes before `MIGRATOR_QEMU`.
     qemu: Option<String>,
+    topology: Topology,
 }
 
 impl Lab {
@@ -108,7 +139,19 @@ impl Lab {
             dir,
             prefix,
             qemu: None,
+            topology: Topology::Bridge,
         })
+    }
+
+    /// The same lab, to be brought up in another topology.
+    #[must_use]
+    pub fn with_topology(self, topology: Topology) -> Lab {
+        Lab { topology, ..self }
+    }
+
+    /// How its pods are on the network, once it is up.
+    pub fn topology(&self) -> Topology {
+        self.topology
     }
 
     /// The same lab on a QEMU that `version` names as `MIGRATOR_QEMU` does: `10`, or a program.
@@ -148,7 +191,7 @@ impl Lab {
         self.node_dir(node).join("node.out")
     }
 
-    /// Name of the namespace of `a`, `b`, `client` or `switch`.
+    /// Name of the namespace of a node, `client` or `switch`.
     pub fn netns(&self, place: &str) -> String {
         format!("{}{place}", self.prefix)
     }
@@ -203,22 +246,23 @@ impl Lab {
         self.down()?;
         std::fs::create_dir_all(self.dir.join("bin"))
             .with_context(|| format!("cannot create {}", self.dir.display()))?;
-        let mut state = State::new(owner);
+        let mut state = State::new(owner, self.topology);
         state.save(&self.dir)?;
         std::fs::copy(self.project.migrator(), self.migrator())
             .with_context(|| format!("cannot copy {}", self.project.migrator().display()))?;
         network::up(self, &mut state)?;
         certs::write(self)?;
-        for node in Node::ALL {
-            node::write_config(self, &self.project, node)?;
+        let nodes = self.topology.nodes();
+        for node in nodes {
+            node::write_config(self, &self.project, *node)?;
         }
         std::fs::write(self.demo_pod(), run::pod_yaml())
             .with_context(|| format!("cannot write {}", self.demo_pod().display()))?;
-        for node in Node::ALL {
-            self.spawn_node(node)?;
+        for node in nodes {
+            self.spawn_node(*node)?;
         }
-        for node in Node::ALL {
-            self.wait_healthy(node)?;
+        for node in nodes {
+            self.wait_healthy(*node)?;
         }
         Ok(())
     }
@@ -260,6 +304,19 @@ impl Lab {
         let state = self.state()?;
         let service = state.service(node).context("the node was never started")?;
         node::wait_healthy(self, node, service)
+    }
+
+    /// From here on the client sends to pods by this node. For the routed topology.
+    ///
+    /// # Errors
+    /// There is no such lab, or its routes cannot be changed.
+    pub fn lead_client_to(&self, node: Node) -> Result<()> {
+        if self.state()?.topology != Topology::Routed {
+            bail!(
+                "the client is on the pods' own network: only `cargo xtask lab up --topology routed` makes a lab whose client sends by a node"
+            );
+        }
+        network::lead_client_to(self, node)
     }
 
     /// Removes every trace of the lab; harmless when there is none.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::lab::{self, Lab, Node, Owner};
+use crate::lab::{self, Lab, Node, Owner, Topology};
 use crate::probe::{self, Probe};
 use crate::project::Project;
 use crate::report::{Migration, MigrationReport, Outcome, Report};
@@ -44,6 +44,12 @@ pub struct Args {
     /// How many times the pod moves, to and fro
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
     pub moves: u32,
+    /// How pods are on the network
+    #[arg(long, value_enum, default_value_t = Topology::Bridge)]
+    pub topology: Topology,
+    /// In the routed topology: the node that the client sends to the pod by
+    #[arg(long, value_enum, value_name = "NODE", default_value_t = Node::C)]
+    pub via: Node,
     /// Do not compare every page before the grant
     #[arg(long)]
     pub no_verify: bool,
@@ -55,6 +61,21 @@ pub struct Args {
     pub migrator: Vec<String>,
 }
 
+/// What the demo is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// How many times the pod moves.
+    pub moves: u32,
+    /// Whether every page is compared before the grant.
+    pub verify: bool,
+    /// Whether lab and pod are left up.
+    pub keep: bool,
+    /// How pods are on the network.
+    pub topology: Topology,
+    /// The node that the client sends by, where pods are routed.
+    pub via: Node,
+}
+
 /// The verb.
 ///
 /// # Errors
@@ -64,7 +85,14 @@ pub fn main(project: &Project, args: &Args) -> Result<ExitCode> {
         return run_migrator(project, &args.migrator);
     }
     let verify = !args.no_verify;
-    let report = demo(project, args.moves, verify, args.keep)?;
+    let plan = Plan {
+        moves: args.moves,
+        verify,
+        keep: args.keep,
+        topology: args.topology,
+        via: args.via,
+    };
+    let report = demo(project, &plan)?;
     println!("\n{}", report.table());
     if let Some(path) = &args.report {
         let json = serde_json::to_string_pretty(&report)? + "\n";
@@ -95,12 +123,13 @@ fn run_migrator(project: &Project, args: &[String]) -> Result<ExitCode> {
     Err(error).context("cannot start migrator")
 }
 
-/// Brings the lab up, moves the pod `moves` times under traffic, takes the lab down.
+/// Brings the lab up, moves the pod under traffic, takes the lab down.
 ///
 /// # Errors
 /// Something but the migrations themselves failed. The services' logs are then kept beside the lab's folder.
-pub fn demo(project: &Project, moves: u32, verify: bool, keep: bool) -> Result<Report> {
-    let lab = Lab::new(project)?;
+pub fn demo(project: &Project, plan: &Plan) -> Result<Report> {
+    let lab = &Lab::new(project)?.with_topology(plan.topology);
+    let Plan { moves, verify, .. } = *plan;
     if lab.state()?.owner == Some(Owner::User) && Node::ALL.iter().any(|node| lab.is_running(*node))
     {
         bail!(
@@ -114,15 +143,19 @@ pub fn demo(project: &Project, moves: u32, verify: bool, keep: bool) -> Result<R
     println!("demo: bringing the lab up");
     let outcome = lab
         .up(Owner::Demo)
-        .and_then(|()| act(&lab, &image, moves, verify));
+        .and_then(|()| match lab.topology() {
+            Topology::Bridge => Ok(()),
+            Topology::Routed => lab.lead_client_to(plan.via),
+        })
+        .and_then(|()| act(lab, &image, moves, verify));
     let failed = match &outcome {
         Ok(report) => !report.defects(moves as usize, verify).is_empty(),
         Err(_) => true,
     };
     if failed {
-        keep_logs(project, &lab);
+        keep_logs(project, lab);
     }
-    if keep {
+    if plan.keep {
         println!("demo: the lab stays up; `cargo xtask lab down` removes it");
     } else if let Err(error) = lab.down() {
         // What was measured is worth more than the tidiness; but it is a defect.
@@ -281,7 +314,8 @@ fn address(text: &str) -> Result<SocketAddr> {
 pub(crate) fn keep_logs(project: &Project, lab: &Lab) {
     let dir = project.target.join("demo-logs");
     let _ = std::fs::remove_dir_all(&dir);
-    for node in Node::ALL {
+    for node in lab.topology().nodes() {
+        let node = *node;
         if copy_logs(&lab.node_dir(node), &dir.join(node.name())).is_err() {
             println!("demo: not all logs of node {} could be kept", node.name());
         }

@@ -18,6 +18,7 @@ use super::types::{ErrorCode, Health, NodeInfo, QemuInfo};
 use super::{exec, images, logs, migrations, net, pods, registry, upgrade};
 use crate::daemon::node::Node;
 use crate::doctor;
+use crate::network::Ground;
 
 /// Longest body that is read: a pod's YAML.
 const MAX_BODY: usize = 1 << 20;
@@ -140,7 +141,11 @@ async fn about(State(node): State<Arc<Node>>) -> Json<NodeInfo> {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),
         state_dir: config.state_dir.clone(),
-        bridge: config.bridge.to_string(),
+        bridge: config.bridge.as_ref().map(ToString::to_string),
+        routed: match config.ground() {
+            Ground::Bridge(_) => None,
+            Ground::Routed(pods) => Some(pods),
+        },
         uplink: config.uplink.to_string(),
         uplink_path: node.network.uplink().clone(),
         advertise: config.advertised(),

@@ -6,9 +6,7 @@ use std::path::PathBuf;
 
 use crate::memory::compress::Compress;
 use crate::migration::mode::{Mode, OnStall};
-use crate::network::OnOverflow;
-use crate::network::TunnelInfo;
-use crate::network::UplinkPath;
+use crate::network::{OnOverflow, PodNetworks, TunnelInfo, UplinkPath};
 use serde::{Deserialize, Serialize};
 use vm_runtime::pod::PodSpec;
 use vm_runtime::spec::{Accel, VmSpec};
@@ -38,9 +36,13 @@ pub struct NodeInfo {
     pub pid: u32,
     /// Its state folder.
     pub state_dir: PathBuf,
-    /// The bridge.
-    pub bridge: String,
-    /// The bridge's uplink.
+    /// The bridge; none where pods are routed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bridge: Option<String>,
+    /// The networks of all pods of the cluster, where pods are routed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub routed: Option<PodNetworks>,
+    /// The device towards the other nodes.
     pub uplink: String,
     /// The way from there to a pod.
     pub uplink_path: UplinkPath,

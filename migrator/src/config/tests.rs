@@ -155,3 +155,70 @@ fn a_tunnel_is_off_or_has_a_number_and_a_port_that_exist() {
         assert!(text.contains(says), "{tunnel}: {text}");
     }
 }
+
+/// The full file with a routed topology in place of its bridge.
+fn routed(pods: &str) -> String {
+    let topology = format!("topology: {{ kind: routed, pods: [{pods}] }}");
+    FULL.replace("bridge: br0", &topology)
+}
+
+#[test]
+fn pods_are_routed_if_the_topology_says_so_and_on_a_bridge_otherwise() {
+    let config = parse(FULL).unwrap();
+    assert_eq!(config.topology, Topology::Bridge);
+    assert_eq!(config.ground(), Ground::Bridge("br0".to_owned()));
+    let said = parse(&FULL.replace("bridge: br0", "bridge: br0\ntopology: bridge"));
+    assert_eq!(said.unwrap().topology, Topology::Bridge);
+    let config = parse(&routed("10.77.0.0/24, \"fd77::/64\"")).unwrap();
+    let Ground::Routed(pods) = config.ground() else {
+        panic!("{config:?}");
+    };
+    assert_eq!(pods.to_string(), "10.77.0.0/24, fd77::/64");
+    assert_eq!(config.topology, Topology::Routed { pods });
+}
+
+#[test]
+fn each_topology_has_the_keys_that_it_needs_and_no_others() {
+    for (text, says) in [
+        (FULL.replace("bridge: br0", ""), "`bridge` is missing"),
+        (
+            routed("10.77.0.0/24").replace("uplink:", "bridge: br0\nuplink:"),
+            "`bridge` is `br0`, and in the routed topology",
+        ),
+        (
+            routed("10.77.0.0/24").replace("{ kind: vxlan, vni: 77 }", "off"),
+            "`tunnel` is off",
+        ),
+        (
+            FULL.replace("bridge: br0", "topology: flat"),
+            "`bridge`, or a section",
+        ),
+        (
+            FULL.replace("bridge: br0", "topology: { kind: bridge, pods: [] }"),
+            "routed",
+        ),
+        (
+            FULL.replace("bridge: br0", "topology: { kind: routed }"),
+            "pods",
+        ),
+    ] {
+        let text = message(&text);
+        assert!(text.contains(says), "{says}: {text}");
+    }
+}
+
+#[test]
+fn networks_of_pods_are_checked_against_each_other_and_against_the_nodes() {
+    for (pods, says) in [
+        ("", "`pods` needs at least one network"),
+        ("10.77.0.1/24", "write 10.77.0.0/24"),
+        ("10.77.0.0/24, 10.77.0.64/26", "overlap"),
+        ("fe80::/64", "no host's"),
+        ("ten", "is not a network"),
+        ("10.0.0.0/8", "own address 10.78.0.1"),
+        ("10.78.0.2/32", "node b is at 10.78.0.2"),
+    ] {
+        let text = message(&routed(pods));
+        assert!(text.contains(says), "{says}: {text}");
+    }
+}

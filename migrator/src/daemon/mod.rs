@@ -3,6 +3,7 @@
 
 pub mod migrations;
 pub mod node;
+mod places;
 
 mod start;
 
@@ -19,6 +20,7 @@ use crate::api;
 use crate::config::{Config, NodeName};
 use crate::migration::driver;
 use crate::pods::recover;
+use crate::wire::preamble::Shape;
 use crate::wire::session::{Limits, Listener};
 use node::Node;
 
@@ -106,6 +108,7 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
             .spawn(driver::recover(Arc::clone(&node), migration));
     }
     node.found.cancel();
+    places::start(&node);
     let serving = node.tasks.spawn(api::server::serve(Arc::clone(&node), api));
     tracing::info!(
         node = node.name(),
@@ -157,7 +160,18 @@ async fn accept(node: Arc<Node>, mut listener: Listener) {
             session = listener.accept() => session,
             () = node.shutdown.cancelled() => return,
         };
-        node.tasks
-            .spawn(driver::incoming(Arc::clone(&node), session));
+        match (session.shape, &node.directory) {
+            (Shape::Places, Some(directory)) => {
+                node.tasks.spawn(directory.clone().serve(session));
+            }
+            (Shape::Places, None) => tracing::warn!(
+                peer = session.peer,
+                "it tells where its pods are, and pods are not routed here: set the same `topology` on every node"
+            ),
+            (Shape::Migration { .. } | Shape::Resume { .. } | Shape::Query, _) => {
+                node.tasks
+                    .spawn(driver::incoming(Arc::clone(&node), session));
+            }
+        }
     }
 }

@@ -10,6 +10,7 @@ use vm_runtime::spec::Accel;
 
 use crate::config::Config;
 use crate::daemon::migrations::MigrationRegistry;
+use crate::directory::Directory;
 use crate::image::ImageStore;
 use crate::migration::driver::Arrivals;
 use crate::migration::journal::Journal;
@@ -43,6 +44,8 @@ pub struct Node {
     pub tls: TlsConfig,
     /// Whose pods are, and how far migrations got. Its calls block for the time of an fsync.
     pub journal: Arc<Journal>,
+    /// What the nodes of a routed cluster tell each other; nothing on a bridge.
+    pub directory: Option<Directory>,
     /// The pods.
     pub pods: PodRegistry,
     /// The migrations, past ones too.

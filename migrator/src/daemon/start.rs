@@ -22,11 +22,12 @@ use vm_runtime::spec::MACHINE;
 use super::DaemonError;
 use super::migrations::MigrationRegistry;
 use super::node::{GuestFiles, Node};
-use crate::config::{Config, Tunnel};
+use crate::config::{Config, Topology, Tunnel};
+use crate::directory::Directory;
 use crate::image::ImageStore;
 use crate::migration::driver::Arrivals;
 use crate::migration::journal::{Journal, Recovery};
-use crate::network::{NodeNetConfig, NodeNetwork, TunnelConfig};
+use crate::network::{Cluster, NodeNetConfig, NodeNetwork, TunnelConfig};
 use crate::pods::PodRegistry;
 use crate::registry::Registries;
 use crate::wire::tls::TlsConfig;
@@ -127,7 +128,7 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
         "guests will run under this VMM"
     );
     let network = NodeNetwork::open(NodeNetConfig {
-        bridge: config.bridge.as_str().to_owned(),
+        ground: config.ground(),
         uplink: config.uplink.as_str().to_owned(),
         xdp: config.xdp,
         bpffs: state.join("bpf"),
@@ -137,6 +138,7 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
             Tunnel::Vxlan { vni, port, mtu } => Some(TunnelConfig { vni, port, mtu }),
         },
         park: config.park_limits(),
+        cluster: cluster(&config),
     })
     .await
     .map_err(|e| DaemonError::open("the network", e))?;
@@ -146,6 +148,10 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
         .map_err(|e| DaemonError::open("the journal", e))?;
     let migrations = MigrationRegistry::open(&state.join("migrations"))
         .map_err(|e| DaemonError::open("the reports of migrations", e))?;
+    let shutdown = CancellationToken::new();
+    let directory = network
+        .endpoints()
+        .map(|endpoints| Directory::new(Arc::clone(endpoints), tls.clone(), shutdown.clone()));
     let node = Node {
         registries: Registries::new(config.registries.clone(), Arc::clone(&images)),
         images,
@@ -157,15 +163,31 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
         guest,
         tls,
         journal: Arc::new(journal),
+        directory,
         pods: PodRegistry::default(),
         migrations,
         arrivals: Arrivals::default(),
         found: CancellationToken::new(),
-        shutdown: CancellationToken::new(),
+        shutdown,
         tasks: TaskTracker::new(),
         config,
     };
     Ok((Arc::new(node), recovery))
+}
+
+/// The other nodes, where pods are routed.
+fn cluster(config: &Config) -> Option<Cluster> {
+    match config.topology {
+        Topology::Bridge => None,
+        Topology::Routed { .. } => Some(Cluster {
+            name: config.name.to_string(),
+            peers: config
+                .peers
+                .iter()
+                .map(|(name, addr)| (name.to_string(), addr.ip()))
+                .collect(),
+        }),
+    }
 }
 
 async fn blocking<T: Send + 'static>(

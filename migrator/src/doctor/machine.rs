@@ -9,6 +9,7 @@ use vm_runtime::units::Bytes;
 
 use super::{Check, Subject, missing, present};
 use crate::api::error::chain;
+use crate::network::Setting;
 
 /// The first QEMU that migrator is tested with.
 const OLDEST_QEMU: (u32, u32) = (7, 2);
@@ -179,10 +180,12 @@ pub(super) fn configured(subject: &Subject) -> Vec<Check> {
         }
     }
     if let Some((bridge, uplink)) = &subject.links {
-        for (name, link, purpose) in [
-            ("bridge_link", bridge, "the pods' switch"),
-            ("uplink_link", uplink, "the way to the other nodes"),
-        ] {
+        let bridge = bridge.as_ref();
+        for (name, link, purpose) in bridge
+            .map(|bridge| ("bridge_link", bridge, "the pods' switch"))
+            .into_iter()
+            .chain([("uplink_link", uplink, "the way to the other nodes")])
+        {
             checks.push(match nix::net::if_::if_nametoindex(link.as_str()) {
                 Ok(index) => present(name, true, purpose, format!("{link}, index {index}")),
                 Err(error) => missing(
@@ -195,10 +198,34 @@ pub(super) fn configured(subject: &Subject) -> Vec<Check> {
             });
         }
     }
+    checks.extend(subject.routed.iter().map(routing));
     if let Some(dir) = &subject.state_dir {
         checks.push(disk(dir));
     }
     checks
+}
+
+/// A setting that the service makes itself when it starts.
+fn routing(setting: &Setting) -> Check {
+    let (name, wanted) = ("routing", setting.wanted());
+    let purpose = setting.purpose();
+    match setting.differs() {
+        Ok(None) => present(name, false, purpose, wanted),
+        Ok(Some(now)) => missing(
+            name,
+            false,
+            purpose,
+            format!("it is {now}, and `{wanted}` is needed"),
+            "nothing, if the service does not run: it sets this when it starts; else start it again, and look for what changes it",
+        ),
+        Err(error) => missing(
+            name,
+            false,
+            purpose,
+            format!("`{wanted}` is needed, and it cannot be read: {error}"),
+            "a kernel with IPv4 and IPv6 (CONFIG_IPV6), and the uplink of the configuration",
+        ),
+    }
 }
 
 fn disk(dir: &Path) -> Check {

@@ -16,7 +16,7 @@ use vm_runtime::spec::AccelChoice;
 use vm_runtime::units::Bytes;
 
 use crate::config::{Config, QemuConfig, TlsPaths};
-use crate::network::{UplinkPath, XdpChoice};
+use crate::network::{Ground, Setting, UplinkPath, XdpChoice, routing_settings};
 
 /// What is examined, beside the kernel and the machine.
 #[derive(Clone, Debug, Default)]
@@ -24,7 +24,8 @@ pub struct Subject {
     qemu: QemuConfig,
     guest: Option<(PathBuf, PathBuf)>,
     tls: Option<TlsPaths>,
-    links: Option<(String, String)>,
+    links: Option<(Option<String>, String)>,
+    routed: Vec<Setting>,
     state_dir: Option<PathBuf>,
 }
 
@@ -36,9 +37,13 @@ impl Subject {
             guest: Some((config.guest.kernel.clone(), config.guest.initramfs.clone())),
             tls: Some(config.tls.clone()),
             links: Some((
-                config.bridge.as_str().to_owned(),
+                config.ground().bridge().map(str::to_owned),
                 config.uplink.as_str().to_owned(),
             )),
+            routed: match config.ground() {
+                Ground::Bridge(_) => Vec::new(),
+                Ground::Routed(pods) => routing_settings(config.uplink.as_str(), pods.has_ipv6()),
+            },
             state_dir: Some(config.state_dir.clone()),
         }
     }
@@ -134,7 +139,16 @@ pub fn uplink(name: &str, choice: XdpChoice, path: &UplinkPath) -> Check {
     );
     match (path, choice) {
         (UplinkPath::Xdp, _) => present(check, false, purpose, format!("native XDP on {name}")),
-        (UplinkPath::Bridge { why }, XdpChoice::Off) => present(check, false, purpose, why.clone()),
+        (UplinkPath::Bridge { why } | UplinkPath::Routes { why }, XdpChoice::Off) => {
+            present(check, false, purpose, why.clone())
+        }
+        (UplinkPath::Routes { why }, XdpChoice::Auto | XdpChoice::On) => missing(
+            check,
+            false,
+            purpose,
+            why.clone(),
+            "all goes by the kernel's routes, which is right and slower; `xdp: off` in the configuration silences this",
+        ),
         (UplinkPath::Bridge { why }, XdpChoice::Auto | XdpChoice::On) => missing(
             check,
             false,

@@ -17,6 +17,8 @@
 //! HandedOver is journaled before the grant is sent, and early: while the destination still loads. Until the grant has been sent this machine knows
 //! that it was not, and rolls back by itself. A restarted service cannot know, and asks.
 
+use vm_runtime::units::Epoch;
+
 use crate::migration::journal::{Entry, OwnerRecord, OwnerState, SourceRecord, SourceState};
 use crate::migration::mode::{Mode, OnStall};
 use crate::migration::rounds::{Convergence, Policy, Stall};
@@ -179,6 +181,11 @@ impl Source {
             offer: Some(Box::new(plan.offer)),
             ..Self::blank(record, plan.policy)
         }
+    }
+
+    /// The epoch that the grant carries.
+    pub fn offered(&self) -> Epoch {
+        self.record.offered
     }
 
     fn blank(record: SourceRecord, policy: Policy) -> Self {

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-/// The kernel refused a change to a link, a bridge port or a forwarding entry.
+/// The kernel refused a change to a link, a bridge port, a forwarding entry, a route or a neighbour.
 #[derive(Debug, thiserror::Error)]
 pub enum NetlinkError {
     /// There is no such link.
@@ -84,6 +84,45 @@ pub enum GateError {
     },
 }
 
+/// Why a node cannot be a router for its pods.
+#[derive(Debug, thiserror::Error)]
+pub enum GroundError {
+    /// Pods' packets have no way to the other nodes.
+    #[error(
+        "pods are routed, and the tunnel that leads to the other nodes could not be set up: the log says why"
+    )]
+    NoTunnel,
+    /// What pods send would not get through the tunnel.
+    #[error(
+        "packets of pods are up to {mtu} bytes long, and need an uplink of {needs} with what the tunnel adds, and `{uplink}` takes {has}: set `tunnel.mtu` to at most {has} less 50 (70 if nodes reach each other by IPv6) on every node, or raise the MTU of `{uplink}`"
+    )]
+    TooNarrow {
+        /// The pods'.
+        mtu: u32,
+        /// With the tunnel's own bytes.
+        needs: u32,
+        /// The uplink.
+        uplink: String,
+        /// The uplink's.
+        has: u32,
+    },
+    /// A setting of the kernel.
+    #[error(
+        "could not set `{setting}`, which is needed for {why}: set it before the service starts, if it may not"
+    )]
+    Setting {
+        /// As `sysctl` takes it.
+        setting: String,
+        /// What for.
+        why: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// A link, a route or a neighbour.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+}
+
 /// Why [`NodeNetwork::open`](super::NodeNetwork::open) failed.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
@@ -96,6 +135,9 @@ pub enum OpenError {
     /// The programs.
     #[error(transparent)]
     Gate(#[from] GateError),
+    /// What pods' TAPs are put on.
+    #[error(transparent)]
+    Ground(#[from] GroundError),
 }
 
 /// Why [`NodeNetwork::attach`](super::NodeNetwork::attach) failed. Devices it made are gone again.
@@ -126,6 +168,9 @@ pub enum AttachError {
     /// The gate could not be put in place.
     #[error(transparent)]
     Gate(#[from] GateError),
+    /// The TAP could not be put on the node's network.
+    #[error(transparent)]
+    Ground(#[from] GroundError),
 }
 
 /// Why an operation of a [`Port`](super::Port) failed.

@@ -4,6 +4,7 @@
 //! no service runs, and the next service finds them. Loading replaces the programs under live links in
 //! place, so a new version of the service brings its programs with it.
 
+mod endpoints;
 mod facts;
 mod settle;
 mod tunnel;
@@ -52,6 +53,7 @@ pub(crate) struct Gates {
     done: MappedWords,
     injected: MappedWords,
     tunnel: tunnel::Maps,
+    endpoints: endpoints::Maps,
     pub(crate) watchers: Arc<Watchers>,
     flips: facts::Flips,
     pub(crate) fast: FastWay,
@@ -86,7 +88,7 @@ impl Gates {
             .map_max_entries(names::LATCHES, latch_index(queues.clamp(1, QUEUES_MAX), 0))
             .load(PROGRAMS)
             .map_err(|error| GateError::Load(error.into()))?;
-        for name in [names::GATE, names::GUARD, names::LANDING] {
+        for name in [names::GATE, names::GUARD, names::LANDING, names::STEER] {
             let program = classifier(&mut programs, name)?;
             program
                 .load()
@@ -116,6 +118,7 @@ impl Gates {
         let until = words(names::TRACE, MAX_SLOTS)?;
         let missed = words(names::TRACE_MISSED, MAX_SLOTS)?;
         let tunnel = tunnel::Maps::take(&mut programs, &dir)?;
+        let endpoints = endpoints::Maps::take(&mut programs, &dir)?;
         let ring = programs.take_map(names::TRACE_RING);
         let ring = ring.ok_or(GateError::Mismatch(names::TRACE_RING))?;
         let ring =
@@ -144,6 +147,7 @@ impl Gates {
             done,
             injected,
             tunnel,
+            endpoints,
             watchers,
             flips: facts::Flips::default(),
             fast,
@@ -236,7 +240,7 @@ impl Gates {
         choice: XdpChoice,
         name: &str,
         uplink: Link,
-        bridge: Link,
+        bridge: Option<Link>,
     ) -> UplinkPath {
         self.fast
             .start(&mut lock(&self.programs), choice, name, uplink, bridge)

@@ -49,16 +49,48 @@ fn preempts_soft_interrupts() -> bool {
 fn visit_all() -> io::Result<()> {
     // Without the right to it: waits its turn behind other tasks.
     let _ = vm_runtime::sched::prefer_this_thread();
-    let online = parse_list(&std::fs::read_to_string(ONLINE)?).ok_or(Errno::EINVAL)?;
+    let online = online()?;
     for _ in 0..ROUNDS {
         for cpu in &online {
-            let mut only = CpuSet::new();
-            only.set(*cpu)?;
-            // Returns on that CPU; refused for one that is outside the service's cpuset, or has gone offline.
-            sched_setaffinity(Pid::from_raw(0), &only)?;
+            go_to(*cpu)?;
         }
     }
     Ok(())
+}
+
+fn online() -> io::Result<Vec<usize>> {
+    Ok(parse_list(&std::fs::read_to_string(ONLINE)?).ok_or(Errno::EINVAL)?)
+}
+
+/// Returns on that CPU; refused for one that is outside the service's cpuset, or has gone offline.
+fn go_to(cpu: usize) -> io::Result<()> {
+    let mut only = CpuSet::new();
+    only.set(cpu)?;
+    Ok(sched_setaffinity(Pid::from_raw(0), &only)?)
+}
+
+/// Does something on each CPU that this process may use, one after the other; it is told which this is, from 0, and how many there are.
+///
+/// # Errors
+/// There is no thread, or no list of CPUs, or none of them may be used.
+pub(crate) fn on_each_cpu(work: impl Fn(u16, u16) + Send + 'static) -> io::Result<()> {
+    let visit = move || {
+        let _ = vm_runtime::sched::prefer_this_thread();
+        let mut usable = online()?;
+        usable.retain(|cpu| go_to(*cpu).is_ok());
+        let cpus = u16::try_from(usable.len()).map_err(|_| Errno::EOVERFLOW)?;
+        for (number, cpu) in (0..cpus).zip(usable) {
+            go_to(cpu)?;
+            work(number, cpus);
+        }
+        if cpus == 0 {
+            return Err(Errno::EPERM.into());
+        }
+        Ok(())
+    };
+    let visitor = std::thread::Builder::new().name("each-cpu".into());
+    let done = visitor.spawn(visit)?.join();
+    done.unwrap_or_else(|_| Err(Errno::ECANCELED.into()))
 }
 
 /// `0-1,4` is 0, 1, 4.
@@ -81,6 +113,18 @@ mod tests {
         assert_eq!(parse_list("0-2,5,7-8\n"), Some(vec![0, 1, 2, 5, 7, 8]));
         assert_eq!(parse_list(""), None);
         assert_eq!(parse_list("x"), None);
+    }
+
+    #[test]
+    fn every_cpu_is_visited_once() {
+        let (sender, seen) = std::sync::mpsc::channel();
+        on_each_cpu(move |cpu, cpus| sender.send((cpu, cpus)).unwrap()).unwrap();
+        let seen: Vec<_> = seen.iter().collect();
+        let usable = nix::sched::sched_getaffinity(Pid::from_raw(0)).unwrap();
+        let usable = (0..CpuSet::count()).filter(|cpu| usable.is_set(*cpu).unwrap());
+        let cpus = seen.len() as u16;
+        assert!(seen.len() >= usable.count());
+        assert!(seen.into_iter().eq((0..cpus).map(|cpu| (cpu, cpus))));
     }
 
     #[test]

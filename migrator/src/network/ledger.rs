@@ -99,6 +99,9 @@ pub struct Reasons {
     pub guest_blocked: u64,
     /// The destination went on without an end marker.
     pub end_timeouts: u64,
+    /// The source went on without the end markers of all other nodes.
+    #[serde(default)]
+    pub mark_timeouts: u64,
 }
 
 impl Reasons {
@@ -129,6 +132,7 @@ impl Reasons {
             guest_sent: less(self.guest_sent, base.guest_sent),
             guest_blocked: less(self.guest_blocked, base.guest_blocked),
             end_timeouts: less(self.end_timeouts, base.end_timeouts),
+            mark_timeouts: less(self.mark_timeouts, base.mark_timeouts),
         }
     }
 }
@@ -153,6 +157,7 @@ pub(crate) struct Tally {
     pub(crate) crash: u64,
     pub(crate) removed: u64,
     pub(crate) end_timeouts: u64,
+    pub(crate) mark_timeouts: u64,
     /// Attempts to inject that found the TAP's queue full: the kernel counts each as a drop.
     pub(crate) full: u64,
 }
@@ -213,6 +218,7 @@ pub(crate) fn book(row: &CounterRow, tally: &Tally, park_dropped: u64, tap_dropp
         guest_sent: row.get(Counter::Sent),
         guest_blocked: row.get(Counter::Blocked),
         end_timeouts: tally.end_timeouts,
+        mark_timeouts: tally.mark_timeouts,
     };
     let in_park = parked.saturating_sub(tally.park_read + park_dropped + tally.crash);
     let taken = reasons.passed + reasons.fast + tally.log_injected + tally.own_injected;

@@ -5,7 +5,7 @@
 //! ```text
 //!   uplink --------------> TAP                   [uplink]: the fast way for small packets, where nothing is to be overtaken
 //!   bridge --> [gate] --> TAP --> guest          [guard]: what the guest sends, only where it may run
-//!                 |        ^
+//!  or routes      |        ^
 //!                 v        | inject: packet socket, past qdisc and gate
 //!               park --> dataplane thread ==log==> wire ==> the other node's dataplane thread
 //! ```
@@ -24,13 +24,16 @@ pub mod conntrack;
 mod copies;
 mod dataplane;
 mod dissect;
+mod endpoints;
 mod error;
 mod gate;
 mod grace;
+mod ground;
 mod ledger;
 mod log;
 mod marker;
 mod netlink;
+mod networks;
 mod node;
 mod pins;
 mod port;
@@ -45,11 +48,19 @@ pub use allowance::{OnOverflow, Overflow, ParkLimits};
 pub use announce::{SCHEDULE, announcement};
 pub use dataplane::{Backlog, Stage};
 pub use dissect::{Fragment, FrameHead, dissect};
-pub use error::{AttachError, GateError, NetlinkError, OpenError, PortError};
+pub use endpoints::{
+    Claim, ClusterFacts, EndpointFacts, Endpoints, PeerFacts, Refused, SteeredFacts, TakeError,
+    Wanted,
+};
+pub use error::{AttachError, GateError, GroundError, NetlinkError, OpenError, PortError};
 pub use gate::{HookFacts, MapFacts, PROGRAMS, ProgramFacts};
+pub use ground::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, Ground, Setting, routing_settings};
 pub use ledger::{Ledger, Reasons};
 pub use log::{FIRST_FRAME_SEQ, FIRST_SEQ, LogItem, LogKind};
-pub use node::{ExistingDevices, NodeNetConfig, NodeNetwork, PodNetId, Role, park_name, tap_name};
+pub use networks::{BadNetwork, BadNetworks, MAX_NETWORKS, PodNetwork, PodNetworks};
+pub use node::{
+    Cluster, ExistingDevices, NodeNetConfig, NodeNetwork, PodNetId, Role, park_name, tap_name,
+};
 pub use port::Port;
 pub use show::{
     ConntrackFacts, CounterFacts, GateFacts, LinkFacts, NodeFacts, PortFacts, QueueFacts, WaitFacts,

@@ -1,6 +1,7 @@
-//! Links, bridge ports and forwarding entries, by rtnetlink.
+//! Links, bridge ports and forwarding entries, routes and neighbours, by rtnetlink.
 
 mod address;
+mod routes;
 mod vxlan;
 
 pub(crate) use vxlan::VxlanError;

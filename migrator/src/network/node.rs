@@ -1,6 +1,7 @@
-//! The network of one node: its bridge and uplink, the programs, and the slots.
+//! The network of one node: what its pods stand on, its uplink, the programs, and the slots.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,8 +14,10 @@ use vm_runtime::units::MacAddress;
 
 use super::allowance::{Allowance, ParkLimits};
 use super::dataplane::{self, Setup, Stage};
-use super::error::{AttachError, GateError, OpenError};
+use super::endpoints::Endpoints;
+use super::error::{AttachError, GateError, NetlinkError, OpenError};
 use super::gate::{Gates, SlotGate, keep_settled};
+use super::ground::{Ground, MTU_MIN, bridge_of};
 use super::ledger::Tally;
 use super::netlink::Netlink;
 use super::port::{Port, Ports};
@@ -26,9 +29,9 @@ use super::uplink::{self, STRAGGLERS, UplinkPath, XdpChoice};
 /// Where a node's network is.
 #[derive(Clone, Debug)]
 pub struct NodeNetConfig {
-    /// The bridge that pods are ports of.
-    pub bridge: String,
-    /// The bridge's port towards the other nodes: announcements leave here.
+    /// What pods' TAPs are put on.
+    pub ground: Ground,
+    /// The device towards the other nodes: the bridge's port that announcements leave by, or where routed packets come and go.
     pub uplink: String,
     /// Whether frames may go from the uplink straight to a pod.
     pub xdp: XdpChoice,
@@ -36,10 +39,22 @@ pub struct NodeNetConfig {
     pub bpffs: PathBuf,
     /// Folder for the packets of pods that are being moved, made when needed: they outlive a service that is killed.
     pub spool_dir: PathBuf,
-    /// The tunnel that late frames of a departed pod go through; without one the service relays them.
+    /// The tunnel that late frames of a departed pod go through; without one the service relays them. Where pods are routed, there must be
+    /// one: it leads to the pods of the other nodes.
     pub tunnel: Option<TunnelConfig>,
     /// What is kept of those packets at most.
     pub park: ParkLimits,
+    /// The other nodes, where pods are routed.
+    pub cluster: Option<Cluster>,
+}
+
+/// The nodes of a routed cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cluster {
+    /// This node's name.
+    pub name: String,
+    /// The others, by name: where their tunnels are.
+    pub peers: BTreeMap<String, IpAddr>,
 }
 
 /// The pod's side of its one interface.
@@ -81,10 +96,44 @@ pub(crate) struct NodeInner {
     pub(crate) tunnel: NodeTunnel,
     pub(crate) ports: Arc<Ports>,
     pub(crate) allowance: Arc<Allowance>,
+    /// Which pod is where, in a routed cluster.
+    pub(crate) endpoints: Option<Arc<Endpoints>>,
     uplink: UplinkPath,
+    /// The longest packet of pods, where they are routed. On a bridge it is the bridge's.
+    routed_mtu: Option<u32>,
 }
 
 impl NodeInner {
+    /// The longest packet that a pod sends or gets, in bytes.
+    async fn mtu(&self) -> Result<u32, NetlinkError> {
+        match (self.routed_mtu, self.config.ground.bridge()) {
+            (None, Some(bridge)) => Ok(self.netlink.require(bridge).await?.mtu),
+            (mtu, _) => Ok(mtu.unwrap_or(MTU_MIN)),
+        }
+    }
+
+    /// Frames for the pod are sent to its TAP from here on. Again is fine.
+    pub(crate) async fn own(
+        &self,
+        tap: &str,
+        index: u32,
+        pod: &PodNetId,
+    ) -> Result<(), NetlinkError> {
+        let ground = &self.config.ground;
+        ground.own(&self.netlink, (tap, index), pod).await
+    }
+
+    /// No longer. Again is fine.
+    pub(crate) async fn disown(
+        &self,
+        tap: &str,
+        index: u32,
+        pod: &PodNetId,
+    ) -> Result<(), NetlinkError> {
+        let ground = &self.config.ground;
+        ground.disown(&self.netlink, (tap, index), pod).await
+    }
+
     /// What is kept of the packets of the pod in a slot.
     pub(crate) fn spool(&self, slot: u16) -> Spool {
         Spool::new(&self.config.spool_dir, slot)
@@ -113,10 +162,10 @@ impl NodeNetwork {
     /// whose devices are gone.
     ///
     /// # Errors
-    /// The bridge or the uplink is missing, or the kernel does not take the programs.
+    /// The bridge or the uplink is missing, the kernel does not take the programs, or the node cannot be a router where it is to be one.
     pub async fn open(config: NodeNetConfig) -> Result<Self, OpenError> {
         let netlink = Netlink::open().map_err(OpenError::Socket)?;
-        let bridge = netlink.require(&config.bridge).await?;
+        let bridge = bridge_of(&config.ground, &netlink).await?;
         let uplink = netlink.require(&config.uplink).await?;
         let gates = Arc::new(Gates::open(&config.bpffs, uplink.rx_queues)?);
         let path = gates.start_fast_way(config.xdp, &config.uplink, uplink, bridge);
@@ -132,16 +181,22 @@ impl NodeNetwork {
         }
         // Before a device goes away, and once more if the one that was kept does not work.
         leave_lost_tunnels(&gates, NodeTunnel::kept(&netlink, config.tunnel).await?)?;
-        let tunnel = NodeTunnel::open(&netlink, &gates, config.tunnel).await?;
+        let routed = config.cluster.is_some();
+        let tunnel = NodeTunnel::open(&netlink, &gates, config.tunnel, routed).await?;
         leave_lost_tunnels(&gates, tunnel.device())?;
+        let endpoints = endpoints(&gates, &tunnel, &config)?;
+        let ways = (config.uplink.as_str(), tunnel.device(), config.tunnel);
+        let routed_mtu = config.ground.prepare(&netlink, ways).await?;
         let inner = NodeInner {
             allowance: Allowance::new(config.park),
             config,
             netlink,
             gates,
             tunnel,
+            endpoints,
             ports: Arc::default(),
             uplink: path,
+            routed_mtu,
         };
         Ok(Self {
             inner: Arc::new(inner),
@@ -153,6 +208,11 @@ impl NodeNetwork {
         self.inner.tunnel.info(&self.inner.netlink).await
     }
 
+    /// Which pod is at which node, in a routed cluster.
+    pub fn endpoints(&self) -> Option<&Arc<Endpoints>> {
+        self.inner.endpoints.as_ref()
+    }
+
     pub(crate) fn inner(&self) -> &NodeInner {
         &self.inner
     }
@@ -160,6 +220,11 @@ impl NodeNetwork {
     /// The way that frames take from the uplink to a pod.
     pub fn uplink(&self) -> &UplinkPath {
         &self.inner.uplink
+    }
+
+    /// The longest packet of pods in bytes, where they are routed. On a bridge it is the bridge's.
+    pub fn routed_mtu(&self) -> Option<u32> {
+        self.inner.routed_mtu
     }
 
     /// Slots that hold pinned state of a pod whose TAP exists.
@@ -225,8 +290,8 @@ impl NodeNetwork {
         };
         let names = (name_of(&devices.tap)?, name_of(&devices.park)?);
         let netlink = &self.inner.netlink;
-        let bridge = netlink.require(&self.inner.config.bridge).await?;
-        let park = netlink.raise_park(&names.1, bridge.mtu).await?;
+        let mtu = self.inner.mtu().await?;
+        let park = netlink.raise_park(&names.1, mtu).await?;
         let tap = netlink.require(&names.0).await?;
         // A word that was never written: the devices live on, but the pins of the former service are out
         // of reach, as they are when it was in another mount namespace.
@@ -246,7 +311,7 @@ impl NodeNetwork {
         let local = Local {
             slot,
             // linux/if_ether.h ETH_HLEN.
-            frame_max: u16::try_from(bridge.mtu + 14).unwrap_or(u16::MAX),
+            frame_max: u16::try_from(mtu + 14).unwrap_or(u16::MAX),
         };
         // The uplink's program counts first, the gate afterwards: no frame that the one has not counted may come to the other.
         let known = fast.introduce(pod.mac.0, local)?;
@@ -264,14 +329,15 @@ impl NodeNetwork {
             slot,
             mac: pod.mac.0,
         };
-        // The gate first, so that the bridge never reaches a TAP without one.
+        // The gate first, so that nothing ever reaches a TAP without one.
         self.inner.gates.attach(&names.0, tap.index, device)?;
-        netlink.raise_tap(&names.0, bridge, pod.mac).await?;
+        let ground = &self.inner.config.ground;
+        ground.raise_tap(netlink, &names.0, (pod.mac, mtu)).await?;
         fast.lead_to(slot, tap.index)?;
         let stage = initial_stage(gate.get().mode, role);
         if matches!(stage, Stage::Local | Stage::Holding | Stage::Forwarding) {
             tokio::time::sleep_until(counted_from).await;
-            netlink.own_address(&names.0, tap.index, pod.mac).await?;
+            self.inner.own(&names.0, tap.index, pod).await?;
         }
         // One that has gone keeps the entry that it had: it may be the one of its next slot here.
         if matches!(stage, Stage::Local | Stage::Holding) {
@@ -371,6 +437,7 @@ impl NodeNetwork {
             echoed: Arc::clone(&echoed),
             full,
             share: self.inner.allowance.share(),
+            routed: self.inner.endpoints.is_some(),
         };
         let thread = dataplane::start(setup).map_err(device_error("start the thread of"))?;
         Ok(Port::new(super::port::Parts {
@@ -391,6 +458,23 @@ impl NodeNetwork {
             full: full_watch,
         }))
     }
+}
+
+/// The endpoint table, where pods are routed.
+fn endpoints(
+    gates: &Arc<Gates>,
+    tunnel: &NodeTunnel,
+    config: &NodeNetConfig,
+) -> Result<Option<Arc<Endpoints>>, GateError> {
+    let (Some(cluster), Some(device), Some(tunnel)) =
+        (&config.cluster, tunnel.device(), config.tunnel)
+    else {
+        gates.leave_cluster()?;
+        return Ok(None);
+    };
+    let way = (device, tunnel.vni);
+    let endpoints = Endpoints::open(gates, &cluster.name, way, &cluster.peers)?;
+    Ok(Some(Arc::new(endpoints)))
 }
 
 /// Where the life of an adopted port goes on. A fresh one has the gate that fits its role.

@@ -5,6 +5,7 @@ mod destination;
 mod overflow;
 mod register;
 mod replace;
+mod routed;
 mod source;
 
 use std::os::fd::OwnedFd;
@@ -15,6 +16,7 @@ use std::thread::JoinHandle;
 use nix::sys::eventfd::EventFd;
 use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::AbortHandle;
+use vm_runtime::units::{Epoch, MacAddress};
 
 use super::conntrack::Made;
 use super::dataplane::{Command, Stage};
@@ -68,6 +70,8 @@ pub(crate) struct Inner {
     base: Mutex<Ledger>,
     /// Entries of connection tracking that were made for it.
     pub(super) made: Made,
+    /// In a routed cluster: the epoch in which this node has the pod, as other nodes are told.
+    claimed: Mutex<Option<Epoch>>,
 }
 
 impl Inner {
@@ -145,6 +149,7 @@ impl Port {
             leaver: Mutex::new(None),
             base: Mutex::new(Ledger::default()),
             made: Made::default(),
+            claimed: Mutex::new(None),
         };
         let inner = Arc::new(inner);
         ports.enter(&inner);
@@ -199,6 +204,11 @@ impl Port {
         self.inner.gate.slot()
     }
 
+    /// The pod's MAC address.
+    pub fn mac(&self) -> MacAddress {
+        self.inner.pod.mac
+    }
+
     /// Where the port stands.
     pub fn stage(&self) -> Stage {
         *self.inner.stages.borrow()
@@ -220,7 +230,7 @@ impl Port {
         self.inner.tell(Command::Resync(crashed));
     }
 
-    /// The node's bridge sends the pod's frames here.
+    /// The node sends the pod's frames here.
     async fn own(&self) -> Result<(), PortError> {
         let Inner {
             node,
@@ -234,14 +244,12 @@ impl Port {
         tokio::time::sleep_until(*counted_from).await;
         node.tunnel
             .land(&node.gates, pod.mac, self.slot(), *tap_index)?;
-        Ok(node
-            .netlink
-            .own_address(tap_name, *tap_index, pod.mac)
-            .await?)
+        Ok(node.own(tap_name, *tap_index, pod).await?)
     }
 
     async fn remove(&self) -> Result<(), PortError> {
         let inner = &self.inner;
+        self.withdraw()?;
         inner
             .node
             .gates

@@ -7,10 +7,13 @@ use serde::{Deserialize, Serialize};
 use vm_runtime::units::MacAddress;
 
 use super::dataplane::{Backlog, Command};
+use super::endpoints::ClusterFacts;
 use super::error::{NetlinkError, PortError};
 use super::gate::{HookFacts, MapFacts, ProgramFacts};
+use super::ground::{Ground, bridge_of};
 use super::ledger::{Ledger, book};
 use super::netlink::Link;
+use super::networks::PodNetworks;
 use super::node::NodeNetwork;
 use super::port::Port;
 
@@ -129,9 +132,13 @@ pub struct ConntrackFacts {
 /// The node's own part.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeFacts {
-    /// The bridge that pods are ports of.
-    pub bridge: LinkFacts,
-    /// Its port towards the other nodes.
+    /// The bridge that pods are ports of; none where they are routed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bridge: Option<LinkFacts>,
+    /// The networks of all pods of the cluster, where pods are routed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub routed: Option<PodNetworks>,
+    /// The device towards the other nodes.
     pub uplink: LinkFacts,
     /// Version of the pinned maps' layout.
     pub abi: u32,
@@ -143,6 +150,9 @@ pub struct NodeFacts {
     pub maps: Vec<MapFacts>,
     /// Pods that the maps have room for.
     pub slots: u32,
+    /// The other nodes and the pods of all, where pods are routed.
+    #[serde(default)]
+    pub cluster: Option<ClusterFacts>,
 }
 
 fn link(name: &str, link: Link) -> LinkFacts {
@@ -233,16 +243,30 @@ impl NodeNetwork {
     pub async fn facts(&self) -> Result<NodeFacts, NetlinkError> {
         let inner = self.inner();
         let config = &inner.config;
-        let bridge = inner.netlink.require(&config.bridge).await?;
+        let bridge = bridge_of(&config.ground, &inner.netlink).await?;
         let uplink = inner.netlink.require(&config.uplink).await?;
+        let (bridge, routed) = match (&config.ground, bridge) {
+            (Ground::Bridge(name), Some(found)) => (Some(link(name, found)), None),
+            (Ground::Routed(pods), _) => (None, Some(pods.clone())),
+            (Ground::Bridge(_), None) => (None, None),
+        };
         Ok(NodeFacts {
-            bridge: link(&config.bridge, bridge),
+            bridge,
+            routed,
             uplink: link(&config.uplink, uplink),
             abi: ABI,
             pins: inner.gates.dir().to_owned(),
             programs: inner.gates.program_facts(),
             maps: inner.gates.map_facts(),
             slots: MAX_SLOTS,
+            cluster: match inner.endpoints.as_ref().map(|endpoints| endpoints.facts()) {
+                Some(Ok(facts)) => Some(facts),
+                Some(Err(error)) => {
+                    tracing::warn!(%error, "the endpoint table cannot be shown");
+                    None
+                }
+                None => None,
+            },
         })
     }
 }

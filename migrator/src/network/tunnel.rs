@@ -34,6 +34,27 @@ pub(crate) fn overhead(remote: IpAddr) -> u32 {
     }
 }
 
+/// The way to a node, for the programs.
+pub(crate) fn lead(device: u32, vni: u32, remote: IpAddr) -> Tunnel {
+    let mut bytes = [0; 16];
+    let family = match remote.to_canonical() {
+        IpAddr::V4(address) => {
+            bytes[..4].copy_from_slice(&address.octets());
+            4
+        }
+        IpAddr::V6(address) => {
+            bytes = address.octets();
+            6
+        }
+    };
+    Tunnel {
+        device,
+        vni,
+        family,
+        remote: bytes,
+    }
+}
+
 /// The tunnel that a node is to have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TunnelConfig {
@@ -130,11 +151,12 @@ pub(crate) struct NodeTunnel {
 
 impl NodeTunnel {
     /// Brings the device up, or takes over the one of a former service; takes it away if there is to be none. What fails costs
-    /// the tunnel only.
+    /// the tunnel only. `routed`: the device is also the way to the pods of other nodes.
     pub(crate) async fn open(
         netlink: &Netlink,
         gates: &Gates,
         config: Option<TunnelConfig>,
+        routed: bool,
     ) -> Result<Self, NetlinkError> {
         let Some(config) = config else {
             // Whatever forwards through it was told before this call.
@@ -144,7 +166,7 @@ impl NodeTunnel {
             netlink.delete_vxlan(TUNNEL_DEVICE).await?;
             return Ok(Self::new(State::Off, None));
         };
-        match Self::raise(netlink, gates, config).await {
+        match Self::raise(netlink, gates, config, routed).await {
             Ok(index) => Ok(Self::new(State::Up { config, index }, None)),
             Err(reason) => {
                 tracing::warn!(
@@ -156,12 +178,22 @@ impl NodeTunnel {
         }
     }
 
-    async fn raise(netlink: &Netlink, gates: &Gates, config: TunnelConfig) -> Result<u32, String> {
+    async fn raise(
+        netlink: &Netlink,
+        gates: &Gates,
+        config: TunnelConfig,
+        routed: bool,
+    ) -> Result<u32, String> {
         let raised = netlink.raise_vxlan(TUNNEL_DEVICE, config.port).await;
         let (index, is_new) = raised.map_err(|error: VxlanError| chain(&error))?;
         gates
             .attach_landing(TUNNEL_DEVICE, is_new)
             .map_err(|error| chain(&error))?;
+        if routed {
+            gates
+                .attach_steer(TUNNEL_DEVICE, is_new)
+                .map_err(|error| chain(&error))?;
+        }
         Ok(index)
     }
 
@@ -227,23 +259,7 @@ impl NodeTunnel {
         let remote = remote.to_canonical();
         let mtu = config.mtu.map_or(mtu, |longest| longest.min(mtu));
         probe(gate, config, (mac, mtu), remote).await?;
-        let mut bytes = [0; 16];
-        let family = match remote {
-            IpAddr::V4(address) => {
-                bytes[..4].copy_from_slice(&address.octets());
-                4
-            }
-            IpAddr::V6(address) => {
-                bytes = address.octets();
-                6
-            }
-        };
-        Ok(Tunnel {
-            device: index,
-            vni: config.vni,
-            family,
-            remote: bytes,
-        })
+        Ok(lead(index, config.vni, remote))
     }
 
     /// Remembers why the relay is used. Says so in the log, once for each reason.

@@ -9,7 +9,7 @@ use vm_runtime::agent_client::Configuration;
 use vm_runtime::memory::{GuestMemory, huge_pages_available};
 use vm_runtime::pod::PodSpec;
 use vm_runtime::spec::VmSpec;
-use vm_runtime::units::Bytes;
+use vm_runtime::units::{Bytes, Epoch};
 use vm_runtime::vm::{Vm, VmExit, VmResources};
 
 use super::agent::AgentSlot;
@@ -65,11 +65,15 @@ pub(super) async fn boot(
     node: &Node,
     facts: &Facts,
     order: &BootOrder,
+    epoch: Epoch,
     parts: &mut Parts,
 ) -> Result<PodResources, PodError> {
     let name = facts.spec.name.as_str();
     let memory = memory(&facts.vm_spec)?;
     let (port, res) = resources(node, facts, &order.disks, memory, Role::Local, parts).await?;
+    // Its first packets may be answered from anywhere.
+    port.claim(epoch)
+        .map_err(|e| PodError::step(name, "tell other nodes of it", e))?;
     let vm = Vm::boot(&facts.vm_spec, res)
         .await
         .map_err(|e| PodError::step(name, "start its VM", e))?;

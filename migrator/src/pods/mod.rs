@@ -16,6 +16,7 @@
 //!
 //! Whose a pod is stands in the node's journal before it is acted upon.
 
+pub mod addressing;
 pub mod error;
 pub mod handle;
 pub mod incoming;

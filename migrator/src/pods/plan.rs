@@ -1,6 +1,5 @@
 //! From a pod and its images to a VM and what its agent is told. Pure.
 
-use std::net::IpAddr;
 use std::sync::Arc;
 
 use vm_runtime::agent_client as agent;
@@ -10,6 +9,7 @@ use vm_runtime::units::Bytes;
 
 use crate::image::{ImageRecord, resolve};
 
+use super::addressing::interface;
 use super::error::{Cause, PodError};
 
 /// What the VMM needs beside guest RAM: QEMU's own heap, its code, and the emulator's translations.
@@ -34,6 +34,8 @@ pub struct Base<'a> {
     pub kernel_sha256: &'a str,
     /// SHA-256 of its initramfs, hex.
     pub initramfs_sha256: &'a str,
+    /// The longest packet of pods, where they are routed.
+    pub routed_mtu: Option<u32>,
 }
 
 /// A pod's VM, and what its agent is told.
@@ -108,29 +110,12 @@ pub fn plan(
     vm.check().map_err(|e| bad(e.into()))?;
     let configuration = agent::Configuration {
         hostname: spec.name.clone(),
-        interfaces: vec![interface(spec)],
+        interfaces: vec![interface(&spec.net, base.routed_mtu)],
         dns: Vec::new(),
         containers,
         sysctls: Vec::new(),
     };
     Ok(Plan { vm, configuration })
-}
-
-fn interface(spec: &PodSpec) -> agent::Interface {
-    let net = &spec.net;
-    let v4 = net
-        .ipv4
-        .map(|(address, prefix)| (IpAddr::V4(address), prefix));
-    let v6 = net
-        .ipv6
-        .map(|(address, prefix)| (IpAddr::V6(address), prefix));
-    let g4 = net.gateway4.map(IpAddr::V4);
-    let g6 = net.gateway6.map(IpAddr::V6);
-    agent::Interface {
-        mac: net.mac.0,
-        addresses: v4.into_iter().chain(v6).collect(),
-        gateways: g4.into_iter().chain(g6).collect(),
-    }
 }
 
 /// A UUID of version 4 from 16 random bytes (RFC 9562, section 5.4).

@@ -9,12 +9,14 @@ use vm_runtime::pod::PodSpec;
 use vm_runtime::units::Epoch;
 
 use super::actor::{self, Birth};
+use super::addressing;
 use super::boot::{BootOrder, check_memory, disk_paths};
 use super::error::PodError;
 use super::handle::{Facts, PodHandle, waiting};
 use super::logs::LogStore;
 use super::plan::{self, Base};
 use super::state::{self, PodFile, PodRecord, unix_ms};
+use crate::config::Topology;
 use crate::daemon::node::Node;
 use crate::image::{ImageRecord, StoreError};
 
@@ -29,7 +31,10 @@ pub async fn run(
     wait: bool,
     deadline: Duration,
 ) -> Result<PodHandle, PodError> {
-    let spec = PodSpec::from_yaml(yaml).map_err(|e| PodError::Spec(e.into()))?;
+    let mut spec = PodSpec::from_yaml(yaml).map_err(|e| PodError::Spec(e.into()))?;
+    if let Topology::Routed { pods } = &node.config.topology {
+        addressing::route(&mut spec, pods).map_err(|e| PodError::Spec(e.into()))?;
+    }
     let limit = node.config.longest_pod_name();
     if spec.name.len() > limit {
         return Err(PodError::NameTooLong {
@@ -44,6 +49,7 @@ pub async fn run(
         accel: node.accel,
         kernel_sha256: &node.guest.kernel_sha256,
         initramfs_sha256: &node.guest.initramfs_sha256,
+        routed_mtu: node.network.routed_mtu(),
     };
     let uuid = plan::uuid(crate::wire::id::MigrationId::random().0);
     let plan = plan::plan(&spec, &images, &base, uuid)?;

@@ -117,6 +117,33 @@ fn control_messages_have_these_bytes() {
         reason: "x".to_owned(),
     };
     control(abort, "03000000 13 01 78");
+    let pod = PodPlace {
+        mac: [1, 2, 3, 4, 5, 6],
+        v4: Some([10, 77, 0, 9]),
+        v6: None,
+        epoch: Epoch(300),
+    };
+    let places = Places {
+        seq: 1,
+        vni: 7077,
+        whole: true,
+        here: vec![pod],
+        gone: vec![[9; 6]],
+    };
+    control(
+        places,
+        "1a000000 31 01 a537 01 01 010203040506 01 0a4d0009 00 ac02 01 090909090909",
+    );
+    control(PlacesAck { seq: 300 }, "03000000 32 ac02");
+    let wanted = EndWanted {
+        pod,
+        at: "b".to_owned(),
+        nonce: 5,
+    };
+    control(
+        wanted,
+        "12000000 33 010203040506 01 0a4d0009 00 ac02 01 62 05",
+    );
     control(Query { migration: ID }, &format!("11000000 14 {ID_HEX}"));
     for (verdict, byte) in [(Verdict::Running, "00"), (Verdict::Discarded, "01")] {
         let reply = QueryReply {
@@ -210,6 +237,7 @@ fn refusal_codes_have_these_numbers() {
         RefuseCode::Busy,
         RefuseCode::Version,
         RefuseCode::Internal,
+        RefuseCode::Topology,
     ];
     for (number, code) in codes.into_iter().enumerate() {
         let reason = String::new();
@@ -263,13 +291,19 @@ pub(crate) fn offer() -> Offer {
         images: vec![ImageOffer {
             record: "[1]".to_owned(),
         }],
+        routed: None,
     }
 }
 
 /// The pod and the VM travel as JSON text, whose fields are their crates' affair; everything around them is pinned here.
 #[test]
 fn the_offer_has_these_bytes() {
-    let offer = offer();
+    let mut offer = offer();
+    let pods = vec!["10.77.0.0/24".parse().unwrap()];
+    offer.routed = Some(RoutedOffer {
+        pods: pods.try_into().unwrap(),
+        mtu: 1450,
+    });
     let text = |out: &mut Vec<u8>, text: &str| {
         let n = text.len();
         assert!((128..1 << 14).contains(&n) || n < 128);
@@ -290,6 +324,9 @@ fn the_offer_has_these_bytes() {
     text(&mut payload, "{}");
     payload.push(1);
     text(&mut payload, "[1]");
+    payload.extend([1, 1]);
+    text(&mut payload, "10.77.0.0/24");
+    payload.extend([0xaa, 0x0b]);
     let mut frame = ((payload.len() + 1) as u32).to_le_bytes().to_vec();
     frame.push(0x01);
     frame.extend(payload);

@@ -2,6 +2,7 @@
 
 mod control;
 mod flows;
+mod places;
 mod postcopy;
 
 use bytes::Bytes;
@@ -12,8 +13,10 @@ use vm_runtime::units::{self, Epoch, PageIndex};
 
 pub use control::Control;
 pub use flows::{Flows, FlowsTaken};
+pub use places::{EndWanted, Places, PlacesAck, PodPlace};
 pub use postcopy::{FaultFigures, MemoryComplete, PageBits, StaleAck, StaleEnd, Wanted};
 
+use crate::network::PodNetworks;
 use crate::wire::id::MigrationId;
 
 /// Structs of other crates cross the wire as JSON text inside the message, so that a neighbouring version may add fields.
@@ -61,6 +64,17 @@ pub struct Offer {
     pub record: String,
     /// The images that its disks are made of.
     pub images: Vec<ImageOffer>,
+    /// How pods are routed at the source; `None` if they are on a bridge.
+    pub routed: Option<RoutedOffer>,
+}
+
+/// What the destination must have in common with a source whose pods are routed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RoutedOffer {
+    /// The networks of all pods of the cluster.
+    pub pods: PodNetworks,
+    /// The longest packet of pods, in bytes.
+    pub mtu: u32,
 }
 
 /// Choices of the user that the destination must know.
@@ -132,6 +146,8 @@ pub enum RefuseCode {
     Version,
     /// The check itself failed.
     Internal,
+    /// Its pods are on the network in another way, or on another network.
+    Topology,
 }
 
 /// All chunks that were wanted have been sent.

@@ -26,7 +26,7 @@
 //!
 //! | lane | types | payload |
 //! |---|---|---|
-//! | control | `0x01`-`0x1e`, `0x20`, `0x21` ([`message`]) | postcard; `StateChunk`, `PageHashes`, `PageBits` and `Flows` raw |
+//! | control | `0x01`-`0x1e`, `0x20`, `0x21`, `0x31`-`0x33` ([`message`]) | postcard; `StateChunk`, `PageHashes`, `PageBits` and `Flows` raw |
 //! | data | `0x41` Pages, `0x42` Zeros, `0x43` Barrier, `0x44` Chunk, `0x45` Packed ([`bulk`]) | fixed header, raw bytes |
 //! | urgent | `0x61` Packet, `0x62` PacketAck, `0x63` Flows ([`bulk`]) | fixed header, raw bytes |
 //! | fault | `0x71` Request, `0x72` Pages ([`mod@fault`]) | fixed header, raw bytes |
@@ -82,6 +82,22 @@
 //!
 //! Before the grant either side may send `Abort` and go its way: the destination has journaled that it discarded the guest before it
 //! says so, the source has not given the right away. `Abort` crossing a `Grant` therefore means the same as the answer `Discarded`.
+//!
+//! # Places
+//!
+//! In a routed cluster each node dials each of its peers, and keeps a session of the shape *places* for as long as it lives. On it the dialer tells
+//! of its own pods only, so a pair of nodes has two. The listener believes it about them as far as epochs allow, and acknowledges what its
+//! programs know. Nobody has more than 512 pods; whoever claims more, or has another `vni`, loses the connection.
+//!
+//! ```text
+//! dialer                                          listener
+//!   | Places{seq, whole} --------------------------->|  what the dialer has; what the listener thought it had besides is gone
+//!   |<--------------------------------- PlacesAck{seq}|
+//!   | Places{seq} ---------------------------------->|  a pod has come (granted, started), or is gone (stopped)
+//!   |<--------------------------------- PlacesAck{seq}|
+//!   | EndWanted{pod, at, nonce} -------------------->|  a pod has left the dialer; said again until enough markers have come
+//!   |            end markers, in the tunnel <========|  behind the listener's last frame for the pod by way of the dialer
+//! ```
 //!
 //! # Lost links
 //!

@@ -49,6 +49,8 @@ pub enum Shape {
     },
     /// Control alone: a question.
     Query,
+    /// Control alone, for as long as both nodes live: where the dialer's pods are.
+    Places,
 }
 
 impl Shape {
@@ -56,7 +58,7 @@ impl Shape {
     pub const fn data(self) -> u8 {
         match self {
             Self::Migration { data } | Self::Resume { data } => data,
-            Self::Query => 0,
+            Self::Query | Self::Places => 0,
         }
     }
 
@@ -72,7 +74,7 @@ impl Shape {
     pub const fn urgent(self) -> bool {
         match self {
             Self::Migration { .. } | Self::Resume { .. } => true,
-            Self::Query => false,
+            Self::Query | Self::Places => false,
         }
     }
 }
@@ -85,7 +87,7 @@ impl Shape {
 /// 10  2  highest version
 /// 12  1  role: 1 control, 2 data, 3 urgent, 4 fault
 /// 13  1  index of the data or fault connection, else 0
-/// 14  1  shape: 1 migration, 2 resume, 3 query
+/// 14  1  shape: 1 migration, 2 resume, 3 query, 4 places
 /// 15  1  data connections of the session
 /// 16 16  session id, the same on all its connections
 /// ```
@@ -135,6 +137,7 @@ impl Preamble {
             Shape::Migration { .. } => 1,
             Shape::Resume { .. } => 2,
             Shape::Query => 3,
+            Shape::Places => 4,
         };
         out[15] = self.shape.data();
         out[16..].copy_from_slice(&self.session.0);
@@ -154,6 +157,7 @@ impl Preamble {
             (1, data @ 1..=MAX_DATA_CONNECTIONS) => Shape::Migration { data },
             (2, data @ 0..=MAX_DATA_CONNECTIONS) => Shape::Resume { data },
             (3, 0) => Shape::Query,
+            (4, 0) => Shape::Places,
             _ => return Err(PreambleError::Role),
         };
         let role = match (bytes[12], bytes[13]) {

@@ -301,6 +301,8 @@ pub(crate) fn pod(containers: Vec<Container>) -> Configuration {
             gateways: ["10.0.2.2", "fd77::1"]
                 .map(|a| a.parse().expect("an address"))
                 .to_vec(),
+            neighbours: vec![("10.0.2.2".parse().expect("an address"), [0xee; 6])],
+            mtu: Some(1430),
         }],
         dns: vec!["10.0.2.3".parse().expect("an address")],
         containers,

@@ -119,13 +119,15 @@ async fn in_a_container(client: &AgentClient) {
     let addresses = run(
         client,
         "stubborn",
-        "ip addr show; ip route; ip -6 route; cat /etc/hosts /etc/resolv.conf",
+        "ip addr show; ip route; ip -6 route; ip neigh; cat /etc/hosts /etc/resolv.conf",
     )
     .await;
     for wanted in [
         "10.0.2.15/24",
         "fd77::10/24",
         "LOOPBACK,UP",
+        "mtu 1430",
+        "10.0.2.2 dev eth0 lladdr ee:ee:ee:ee:ee:ee",
         "default via 10.0.2.2",
         "default via fd77::1",
         "fd77::10\tweb",

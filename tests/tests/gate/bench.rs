@@ -5,8 +5,8 @@ use aya::maps::{Array, HashMap, MapData, PerCpuArray, RingBuf};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
 use migrator_ebpf::{
-    BUCKETS, Counter, CounterRow, Device, FrameBytes, Gate, Landing, Mode, TraceEvent, Tunnel,
-    bucket, bucket_index, names, settle,
+    BUCKETS, Counter, CounterRow, Device, Endpoint, FrameBytes, Gate, Landing, Mode, Steered,
+    TraceEvent, Tunnel, bucket, bucket_index, names, settle,
 };
 use migrator_tests::netns::{BpfDir, require_root};
 use nix::mount::{MsFlags, mount};
@@ -38,6 +38,10 @@ pub(crate) struct Bench {
     pub(crate) briefs: Array<MapData, u64>,
     pub(crate) tunnels: Array<MapData, Tunnel>,
     pub(crate) landings: HashMap<MapData, u64, Landing>,
+    pub(crate) endpoints: HashMap<MapData, [u8; 16], Endpoint>,
+    pub(crate) places: Array<MapData, u64>,
+    pub(crate) nodes: Array<MapData, Tunnel>,
+    steered: PerCpuArray<MapData, u64>,
     parked: Array<MapData, u64>,
     done: Array<MapData, u64>,
     counters: PerCpuArray<MapData, CounterRow>,
@@ -63,7 +67,7 @@ impl Bench {
         let mut programs = EbpfLoader::new()
             .default_map_pin_directory(dir.path())
             .load(migrator::network::PROGRAMS)?;
-        for name in [names::GATE, names::GUARD, names::LANDING] {
+        for name in [names::GATE, names::GUARD, names::LANDING, names::STEER] {
             let program: &mut SchedClassifier = programs
                 .program_mut(name)
                 .expect("in the object")
@@ -83,6 +87,10 @@ impl Bench {
             briefs: Array::try_from(take(names::BRIEFS)?)?,
             tunnels: Array::try_from(take(names::TUNNELS)?)?,
             landings: HashMap::try_from(take(names::LANDINGS)?)?,
+            endpoints: HashMap::try_from(take(names::ENDPOINTS)?)?,
+            places: Array::try_from(take(names::PLACES)?)?,
+            nodes: Array::try_from(take(names::NODES)?)?,
+            steered: PerCpuArray::try_from(take(names::STEERED)?)?,
             counters: PerCpuArray::try_from(take(names::COUNTERS)?)?,
             programs,
             _dir: dir,
@@ -132,6 +140,33 @@ impl Bench {
             .test_run(options)
             .with_context(|| format!("{program} on {}", frame.name))?;
         Ok(result.return_value)
+    }
+
+    /// Runs `steer`: its verdict, the frame as it left it, and the one counter that it raised.
+    pub(crate) fn steer(&self, frame: &[u8]) -> anyhow::Result<(u32, Vec<u8>, Steered)> {
+        let before = self.steered()?;
+        let loaded = self.programs.program(names::STEER).expect("in the object");
+        let loaded: &SchedClassifier = loaded.try_into()?;
+        let mut out = vec![0; frame.len()];
+        let mut context = [0; SK_BUFF];
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            data_out: Some(&mut out),
+            ctx_out: Some(&mut context),
+            ..TestRunOptions::default()
+        };
+        let verdict = loaded.test_run(options)?.return_value;
+        let after = self.steered()?;
+        let raised = |(at, _): &(usize, &u64)| after[*at] > before[*at];
+        let mut raised = before.iter().enumerate().filter(raised);
+        let (at, _) = raised.next().context("it counts nothing")?;
+        anyhow::ensure!(raised.next().is_none(), "it counts twice");
+        Ok((verdict, out, Steered::ALL[at]))
+    }
+
+    fn steered(&self) -> anyhow::Result<Vec<u64>> {
+        let sum = |counter| Ok(self.steered.get(&(counter as u32), 0)?.iter().sum());
+        Steered::ALL.into_iter().map(sum).collect()
     }
 
     pub(crate) fn count(&self, row: u32, counter: Counter) -> anyhow::Result<u64> {

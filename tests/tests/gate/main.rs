@@ -8,6 +8,7 @@ mod bench;
 mod frames;
 mod matrix;
 mod observe;
+mod steer;
 mod tunnel;
 
 use bench::{Bench, DROP, LOOPBACK, NEXT, REDIRECT, SLOT};

@@ -8,7 +8,7 @@ use migrator::api::types::PodState;
 use migrator::migration::status::{Outcome, Phase};
 use migrator_tests::lab::{POD, SOON, TestLab};
 use nix::sys::signal::Signal;
-use xtask::lab::Node;
+use xtask::lab::{Node, Topology};
 use xtask::process::{ProcessId, poll_until};
 
 /// When a service is killed.
@@ -97,12 +97,27 @@ fn settles(test: &mut TestLab) -> Result<Node> {
     Ok(at)
 }
 
+/// Those around the switchover.
+fn around_the_switchover() -> Vec<Moment> {
+    let is_held = |moment: &Moment| matches!(moment, Moment::Held(_));
+    MOMENTS.into_iter().filter(is_held).collect()
+}
+
 #[test]
 fn a_destination_killed_at_any_moment_costs_no_packet() -> Result<()> {
-    let mut test = TestLab::with_pod()?;
+    destination_killed(TestLab::with_pod()?, &MOMENTS)
+}
+
+#[test]
+fn a_destination_killed_around_the_switchover_costs_a_routed_pod_no_packet() -> Result<()> {
+    let test = TestLab::with_pod_as(Topology::Routed)?;
+    destination_killed(test, &around_the_switchover())
+}
+
+fn destination_killed(mut test: TestLab, moments: &[Moment]) -> Result<()> {
     let mut from = Node::A;
-    for moment in MOMENTS {
-        let (id, phase) = begin(&test, from, moment)?;
+    for moment in moments {
+        let (id, phase) = begin(&test, from, *moment)?;
         test.lab().kill_node(from.other())?;
         // The source must see it with its own eyes, and not only a restarted service. One that forwards knows already that
         // the guest runs there; a guest that has no network for seconds loses packets by itself, in its neighbour table's queue.
@@ -118,10 +133,19 @@ fn a_destination_killed_at_any_moment_costs_no_packet() -> Result<()> {
 
 #[test]
 fn a_source_killed_at_any_moment_costs_no_packet() -> Result<()> {
-    let mut test = TestLab::with_pod()?;
+    source_killed(TestLab::with_pod()?, &MOMENTS)
+}
+
+#[test]
+fn a_source_killed_around_the_switchover_costs_a_routed_pod_no_packet() -> Result<()> {
+    let test = TestLab::with_pod_as(Topology::Routed)?;
+    source_killed(test, &around_the_switchover())
+}
+
+fn source_killed(mut test: TestLab, moments: &[Moment]) -> Result<()> {
     let mut from = Node::A;
-    for moment in MOMENTS {
-        let (_, phase) = begin(&test, from, moment)?;
+    for moment in moments {
+        let (_, phase) = begin(&test, from, *moment)?;
         test.lab().kill_node(from)?;
         test.lab().start_node(from)?;
         println!("{moment:?}, killed in {phase:?}");

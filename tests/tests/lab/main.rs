@@ -14,6 +14,7 @@ mod net;
 mod policies;
 mod postcopy;
 mod registry;
+mod routed;
 mod soak;
 mod tunnel;
 mod upgrade;

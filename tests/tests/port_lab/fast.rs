@@ -196,7 +196,7 @@ fn an_uplink_that_takes_no_native_xdp_leaves_all_to_the_bridge_and_says_why() ->
     let why = |links: &[&str], choice| -> anyhow::Result<String> {
         match path(links, choice)? {
             UplinkPath::Xdp => Ok(String::new()),
-            UplinkPath::Bridge { why } => Ok(why),
+            UplinkPath::Bridge { why } | UplinkPath::Routes { why } => Ok(why),
         }
     };
     let said = why(&["link add eth0 type ifb"], XdpChoice::Auto)?;

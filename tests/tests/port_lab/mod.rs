@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use migrator::network::{
-    ExistingDevices, Ledger, LogItem, NodeNetConfig, NodeNetwork, ParkLimits, PodNetId, Port, Role,
-    TunnelConfig, XdpChoice,
+    ExistingDevices, Ground, Ledger, LogItem, NodeNetConfig, NodeNetwork, ParkLimits, PodNetId,
+    Port, Role, TunnelConfig, XdpChoice,
 };
 use migrator_tests::netns::{BpfDir, Netns, require_root};
 use tempfile::TempDir;
@@ -74,13 +74,14 @@ impl Default for Setup {
 
 pub(crate) fn config(dir: &BpfDir, spool: &TempDir, setup: Setup) -> NodeNetConfig {
     NodeNetConfig {
-        bridge: "br0".into(),
+        ground: Ground::Bridge("br0".into()),
         uplink: "eth0".into(),
         xdp: setup.xdp,
         bpffs: dir.path().to_owned(),
         spool_dir: spool.path().join("spool"),
         tunnel: setup.tunnel,
         park: setup.park,
+        cluster: None,
     }
 }
 

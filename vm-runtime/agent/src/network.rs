@@ -35,9 +35,19 @@ pub(crate) fn configure(interface: &Interface) -> Result<()> {
     }
     let index = interface_index(&name)?;
     let mut netlink = Netlink::open()?;
+    if let Some(mtu) = interface.mtu {
+        netlink
+            .call(link_mtu(index, mtu))
+            .with_context(|| format!("setting the MTU of {name} to {mtu}"))?;
+    }
     netlink
         .call(link_up(index))
         .with_context(|| format!("bringing {name} up"))?;
+    for (address, mac) in &interface.neighbours {
+        netlink
+            .call(neighbour(index, *address, *mac))
+            .with_context(|| format!("entering {address} as a neighbour on {name}"))?;
+    }
     for (address, prefix) in &interface.addresses {
         netlink
             .call(new_address(index, *address, *prefix))
@@ -126,6 +136,36 @@ fn link_up(index: u32) -> Message {
         flags: 0,
         body,
     }
+}
+
+/// RTM_NEWLINK, struct ifinfomsg: nothing but the MTU.
+fn link_mtu(index: u32, mtu: u32) -> Message {
+    let mut body = vec![0; 4];
+    body.extend(index.to_ne_bytes());
+    body.extend([0; 8]);
+    let mut message = Message {
+        kind: libc::RTM_NEWLINK,
+        flags: 0,
+        body,
+    };
+    message.attribute(libc::IFLA_MTU, &mtu.to_ne_bytes());
+    message
+}
+
+/// RTM_NEWNEIGH, struct ndmsg (linux/neighbour.h): an entry that stays as it is.
+fn neighbour(index: u32, address: IpAddr, mac: [u8; 6]) -> Message {
+    let mut body = vec![family(address), 0, 0, 0];
+    body.extend(index.to_ne_bytes());
+    body.extend(libc::NUD_PERMANENT.to_ne_bytes());
+    body.extend([0, 0]);
+    let mut message = Message {
+        kind: libc::RTM_NEWNEIGH,
+        flags: libc::NLM_F_CREATE | libc::NLM_F_REPLACE,
+        body,
+    };
+    message.attribute(libc::NDA_DST, &octets(address));
+    message.attribute(libc::NDA_LLADDR, &mac);
+    message
 }
 
 /// RTM_NEWADDR, struct ifaddrmsg.
@@ -245,6 +285,17 @@ mod tests {
     fn an_ipv6_address_skips_duplicate_detection() {
         let message = new_address(2, "fd77::10".parse().expect("an address"), 64);
         assert_eq!(message.body[message.body.len() - 4..], 2u32.to_ne_bytes());
+    }
+
+    #[test]
+    fn a_neighbour_is_permanent_and_has_its_mac() {
+        let message = neighbour(2, "169.254.1.1".parse().expect("an address"), [0xee; 6]);
+        // ndm_state, a u16 behind family, padding and index.
+        assert_eq!(message.body[8..10], 0x80u16.to_ne_bytes());
+        // Each attribute is 4 bytes and its value, padded to 4.
+        assert_eq!(message.body.len(), 12 + 8 + 12);
+        assert_eq!(message.body[16..20], [169, 254, 1, 1]);
+        assert_eq!(message.body[24..30], [0xee; 6]);
     }
 
     #[test]

@@ -38,6 +38,8 @@ pub fn configuration(
             mac: net.mac.0,
             addresses: v4.into_iter().chain(v6).collect(),
             gateways: gateways.chain(net.gateway6.map(IpAddr::V6)).collect(),
+            neighbours: Vec::new(),
+            mtu: None,
         }],
         dns: Vec::new(),
         containers: pod

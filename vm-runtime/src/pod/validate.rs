@@ -184,12 +184,15 @@ fn net(net: &PodNet) -> Result<(), PodError> {
     }
     if let Some(gateway) = net.gateway4 {
         let reachable = net.ipv4.is_some_and(|(address, prefix)| {
-            gateway != address && network4(gateway, prefix) == network4(address, prefix)
+            let same = network4(gateway, prefix) == network4(address, prefix);
+            gateway != address && (same || gateway.is_link_local())
         });
         if !reachable {
             return invalid(
                 &path("gateway4"),
-                format!("{gateway} is not another address in the pod's IPv4 subnet"),
+                format!(
+                    "{gateway} is not another address in the pod's IPv4 subnet, nor link-local"
+                ),
             );
         }
     }

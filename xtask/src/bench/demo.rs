@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use serde::Serialize;
 
+use crate::lab::{Node, Topology};
 use crate::project::Project;
 use crate::report::Report;
 use crate::run;
@@ -40,7 +41,14 @@ struct Figures<'a> {
 /// # Errors
 /// The moves could not be made.
 pub(super) fn main(project: &Project, args: &Args) -> Result<ExitCode> {
-    let report = run::demo(project, args.moves, args.verify, false)?;
+    let plan = run::Plan {
+        moves: args.moves,
+        verify: args.verify,
+        keep: false,
+        topology: Topology::Bridge,
+        via: Node::A,
+    };
+    let report = run::demo(project, &plan)?;
     let of = |figure: fn(&crate::report::Migration) -> f64| {
         spread(&report.migrations.iter().map(figure).collect::<Vec<_>>())
     };

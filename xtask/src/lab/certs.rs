@@ -9,7 +9,7 @@ use rcgen::{
     Issuer, KeyPair, KeyUsagePurpose,
 };
 
-use super::{Lab, Node};
+use super::Lab;
 
 /// The name in the certificate of node `name`: what its peers check.
 fn subject_alternative_name(name: &str) -> String {
@@ -27,7 +27,8 @@ pub(super) fn write(lab: &Lab) -> Result<()> {
         .context("cannot sign the authority")?
         .pem();
     let issuer = Issuer::from_params(&authority, &authority_key);
-    for node in Node::ALL {
+    for node in lab.topology().nodes() {
+        let node = *node;
         let dir = lab.node_dir(node);
         std::fs::create_dir_all(&dir)
             .with_context(|| format!("cannot create {}", dir.display()))?;

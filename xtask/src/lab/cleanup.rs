@@ -28,7 +28,7 @@ pub(super) fn down(lab: &Lab) -> Result<()> {
     for service in state.processes() {
         attempt(service.end(Duration::from_secs(3)));
     }
-    for node in Node::ALL {
+    for node in Node::EVERY {
         for vm in vms(&lab.node_dir(node)) {
             attempt(vm.end(Duration::ZERO));
         }
@@ -36,7 +36,7 @@ pub(super) fn down(lab: &Lab) -> Result<()> {
     for stray in strays(lab) {
         attempt(stray.end(Duration::ZERO));
     }
-    for node in Node::ALL {
+    for node in Node::EVERY {
         for folder in folders_with(&lab.node_dir(node), vm_runtime::vm::throttle::RECORD) {
             vm_runtime::vm::throttle::forget(&folder);
         }

@@ -3,17 +3,28 @@
 use anyhow::{Context, Result};
 
 use super::state::State;
-use super::{Lab, Node};
+use super::{Lab, Node, Topology};
 use crate::{cmd, netns};
 
 /// The namespaces, without their prefix.
-pub(super) const PLACES: [&str; 4] = ["switch", "client", "a", "b"];
+pub(super) const PLACES: [&str; 5] = ["switch", "client", "a", "b", "c"];
+
+/// Those of a topology.
+pub(super) fn places(topology: Topology) -> &'static [&'static str] {
+    match topology {
+        Topology::Bridge => &["switch", "client", "a", "b"],
+        Topology::Routed => &PLACES,
+    }
+}
 
 /// Frames that may wait for a CPU behind a veth. The kernel's 1000 are fewer than a burst of iperf3 while both CPUs
 /// emulate guests, and a frame dropped there would look like a loss of the migration.
 const BACKLOG: u64 = 65536;
-/// Between the nodes, whose tunnel adds 50 bytes to the 1500 of pods and client.
+/// Between the nodes on the flat network, whose tunnel adds 50 bytes to the 1500 of pods and client.
 const NODE_MTU: u32 = 1600;
+
+/// The networks of pods.
+pub(super) const POD_NETWORKS: [&str; 2] = ["10.77.0.0/24", "fd77::/64"];
 const BACKLOG_SYSCTL: &str = "/proc/sys/net/core/netdev_max_backlog";
 
 /// Set in each namespace before it has devices. Duplicate address detection would keep an IPv6 address unusable for a second.
@@ -28,7 +39,8 @@ const SYSCTLS: &[(&str, &str)] = &[
 
 pub(super) fn up(lab: &Lab, state: &mut State) -> Result<()> {
     raise_backlog(lab, state)?;
-    for place in PLACES {
+    for place in places(lab.topology()) {
+        let place = *place;
         let name = lab.netns(place);
         ip(&format!("netns add {name}"))?;
         netns::within(&name, || {
@@ -45,17 +57,55 @@ pub(super) fn up(lab: &Lab, state: &mut State) -> Result<()> {
         })?;
         ip(&format!("-n {name} link set lo up"))?;
     }
-    let (switch, client) = (lab.netns("switch"), lab.client());
-    bridge(&switch, "sw0")?;
+    bridge(&lab.netns("switch"), "sw0")?;
     connect(lab, "client", "02:4d:00:00:01:00")?;
-    ip(&format!("-n {client} addr add 10.77.0.1/24 dev eth0"))?;
-    ip(&format!("-n {client} addr add fd77::1/64 dev eth0 nodad"))?;
+    let [v4, v6] = lab.topology().client();
+    give(&lab.client(), "eth0", v4, v6)?;
+    match lab.topology() {
+        Topology::Bridge => flat(lab),
+        Topology::Routed => routed(lab),
+    }
+}
+
+fn number(node: Node) -> &'static str {
+    match node {
+        Node::A => "0a",
+        Node::B => "0b",
+        Node::C => "0c",
+    }
+}
+
+/// The addresses of a place's one device.
+fn give(netns: &str, device: &str, v4: &str, v6: &str) -> Result<()> {
+    ip(&format!("-n {netns} addr add {v4}/24 dev {device}"))?;
+    ip(&format!("-n {netns} addr add {v6}/64 dev {device} nodad"))
+}
+
+/// Pods are routes of their nodes, which set up all that is theirs.
+fn routed(lab: &Lab) -> Result<()> {
+    for node in Node::EVERY {
+        let mac = format!("02:4d:00:00:{}:00", number(node));
+        connect(lab, node.name(), &mac)?;
+        let (name, v6) = (lab.netns(node.name()), node.address6());
+        give(&name, "eth0", node.address(), v6)?;
+    }
+    lead_client_to(lab, Node::C)
+}
+
+/// The client is a router's neighbour: it sends to pods by one node.
+pub(super) fn lead_client_to(lab: &Lab, node: Node) -> Result<()> {
+    let client = lab.client();
+    let ways = [node.address(), node.address6()];
+    for (network, via) in POD_NETWORKS.into_iter().zip(ways) {
+        ip(&format!("-n {client} route replace {network} via {via}"))?;
+    }
+    Ok(())
+}
+
+/// Nodes and client are on one layer 2, and pods as well.
+fn flat(lab: &Lab) -> Result<()> {
     for node in Node::ALL {
-        let name = lab.netns(node.name());
-        let number = match node {
-            Node::A => "0a",
-            Node::B => "0b",
-        };
+        let (name, number) = (lab.netns(node.name()), number(node));
         connect(lab, node.name(), &format!("02:4d:00:00:{number}:00"))?;
         let (switch, place) = (lab.netns("switch"), node.name());
         ip(&format!("-n {switch} link set p-{place} mtu {NODE_MTU}"))?;

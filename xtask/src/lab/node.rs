@@ -1,5 +1,6 @@
 //! One node: its configuration, its service, its health.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -10,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Lab, Node};
+use super::network::POD_NETWORKS;
+use super::{Lab, Node, Topology};
 use crate::netns;
 use crate::process::{ProcessId, poll_until};
 use crate::project::Project;
@@ -39,16 +41,30 @@ fn config(
 ) -> Result<String> {
     let dir = lab.node_dir(node);
     let quoted = |path: &Path| serde_json::to_string(path.to_str().unwrap_or_default());
+    let others = lab
+        .topology()
+        .nodes()
+        .iter()
+        .filter(|other| **other != node);
+    let peers: BTreeMap<&str, String> = others.map(|other| (other.name(), other.wire())).collect();
+    let (ground, mtu) = match lab.topology() {
+        // The nodes' own network takes 1600 bytes.
+        Topology::Bridge => ("bridge: br0".to_owned(), 1500),
+        // Here it takes 1500, and so less is left to pods.
+        Topology::Routed => {
+            let pods = serde_json::to_string(&POD_NETWORKS)?;
+            (format!("topology: {{ kind: routed, pods: {pods} }}"), 1450)
+        }
+    };
     let mut text = format!(
         "name: {name}
 state_dir: {state}
-bridge: br0
+{ground}
 uplink: eth0
 listen: {wire}
 advertise: {wire}
-peers:
-  {other}: {other_wire}
-tunnel: {{ kind: vxlan, vni: 7077, mtu: 1500 }}
+peers: {peers}
+tunnel: {{ kind: vxlan, vni: 7077, mtu: {mtu} }}
 tls:
   ca: ca.pem
   cert: cert.pem
@@ -63,8 +79,7 @@ qemu:
         name = node.name(),
         state = quoted(&dir.join("state"))?,
         wire = serde_json::to_string(&node.wire())?,
-        other = node.other().name(),
-        other_wire = serde_json::to_string(&node.other().wire())?,
+        peers = serde_json::to_string(&peers)?,
         api = quoted(&lab.api_socket(node))?,
         kernel = quoted(&project.kernel())?,
         initramfs = quoted(&project.initramfs())?,
@@ -221,6 +236,7 @@ mod tests {
             dir: "/l".into(),
             prefix: "x-".into(),
             qemu: None,
+            topology: Topology::Bridge,
         };
         let text = config(&lab, &project, Node::B, &|name| {
             (name == "MIGRATOR_QEMU").then(|| "/q/qemu".to_owned())
@@ -228,7 +244,8 @@ mod tests {
         .unwrap();
         for line in [
             "name: b",
-            "  a: \"10.78.0.1:7077\"",
+            "peers: {\"a\":\"10.78.0.1:7077\"}",
+            "bridge: br0",
             "listen: \"10.78.0.2:7077\"",
             "state_dir: \"/l/b/state\"",
             "  binary: \"/q/qemu\"",
@@ -247,5 +264,14 @@ mod tests {
             text.contains("/t/qemu10/root/usr/lib/x86_64-linux-gnu\"\n  data_dirs: [\""),
             "{text}"
         );
+        let routed = lab.with_topology(Topology::Routed);
+        let text = config(&routed, &project, Node::A, &|_| None).unwrap();
+        for line in [
+            "topology: { kind: routed, pods: [\"10.77.0.0/24\",\"fd77::/64\"] }",
+            "peers: {\"b\":\"10.78.0.2:7077\",\"c\":\"10.78.0.3:7077\"}",
+        ] {
+            assert!(text.contains(line), "{line} is missing in\n{text}");
+        }
+        assert!(!text.contains("bridge:"), "{text}");
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::Node;
+use super::{Node, Topology};
 use crate::process::ProcessId;
 
 /// Who made the lab: the demo removes what an earlier demo left, and nobody else's.
@@ -26,6 +26,9 @@ pub enum Owner {
 pub struct State {
     /// Who made it; none if there is no lab.
     pub owner: Option<Owner>,
+    /// How its pods are on the network.
+    #[serde(default)]
+    pub topology: Topology,
     /// The services, by node name.
     services: BTreeMap<String, ProcessId>,
     /// Other processes that were started in the lab.
@@ -36,9 +39,10 @@ pub struct State {
 
 impl State {
     /// The record of a lab that is about to be made.
-    pub fn new(owner: Owner) -> State {
+    pub fn new(owner: Owner, topology: Topology) -> State {
         State {
             owner: Some(owner),
+            topology,
             ..State::default()
         }
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::{Subcommand, ValueEnum};
 
-use super::{Lab, Node, Owner, cleanup, http_get, network};
+use super::{Lab, Node, Owner, Topology, cleanup, http_get, network};
 use crate::project::Project;
 use crate::{cmd, demo_image, netns, setup};
 
@@ -21,7 +21,11 @@ pub struct Args {
 #[derive(Debug, Subcommand)]
 enum Verb {
     /// Makes the lab, or starts what died of it
-    Up,
+    Up {
+        /// How pods are on the network
+        #[arg(long, value_enum, default_value_t = Topology::Bridge)]
+        topology: Topology,
+    },
     /// Removes every trace of it, also after a crash
     Down,
     /// What of it is there
@@ -36,7 +40,12 @@ enum Verb {
         /// The node
         node: Node,
     },
-    /// `exec a|b -- ARGS` runs `migrator ARGS` against that node; `exec client -- CMD` runs a command in the client's namespace
+    /// The client sends to pods by this node from now on; for the routed topology, where it begins with c
+    Via {
+        /// The node
+        node: Node,
+    },
+    /// `exec a|b|c -- ARGS` runs `migrator ARGS` against that node; `exec client -- CMD` runs a command in the client's namespace
     Exec {
         /// Where
         place: Place,
@@ -50,6 +59,7 @@ enum Verb {
 enum Place {
     A,
     B,
+    C,
     Client,
 }
 
@@ -60,7 +70,7 @@ enum Place {
 pub fn main(project: &Project, args: Args) -> Result<ExitCode> {
     let lab = Lab::new(project)?;
     match args.verb {
-        Verb::Up => up(&lab)?,
+        Verb::Up { topology } => up(&lab.with_topology(topology))?,
         Verb::Down => {
             setup::require_root("to remove network namespaces")?;
             lab.down()?;
@@ -68,24 +78,26 @@ pub fn main(project: &Project, args: Args) -> Result<ExitCode> {
         Verb::Status => return status(&lab),
         Verb::Start { node } => lab.start_node(node)?,
         Verb::Kill { node } => lab.kill_node(node)?,
+        Verb::Via { node } => lab.lead_client_to(node)?,
         Verb::Exec { place, args } => return exec(&lab, place, &args),
     }
     Ok(ExitCode::SUCCESS)
 }
 
 fn up(lab: &Lab) -> Result<()> {
-    let is_whole = Node::ALL.iter().all(|node| {
+    let topology = lab.topology();
+    let is_whole = topology.nodes().iter().all(|node| {
         netns::exists(&lab.netns(node.name())) && lab.node_dir(*node).join("config.yaml").is_file()
     });
     if is_whole
         && lab
             .state()
-            .is_ok_and(|state| state.owner == Some(Owner::User))
+            .is_ok_and(|state| state.owner == Some(Owner::User) && state.topology == topology)
     {
-        for node in Node::ALL {
-            if !lab.is_running(node) {
+        for node in topology.nodes() {
+            if !lab.is_running(*node) {
                 println!("lab: node {} was not running; starting it", node.name());
-                lab.start_node(node)?;
+                lab.start_node(*node)?;
             }
         }
         println!("lab: it is up\n");
@@ -94,6 +106,7 @@ fn up(lab: &Lab) -> Result<()> {
         println!("lab: up\n");
     }
     let image = demo_image::ensure(&lab.project)?;
+    let [v4, v6] = topology.client();
     println!(
         "    cargo xtask lab exec a -- image import {image}
     cargo xtask lab exec a -- run {pod}
@@ -104,20 +117,25 @@ fn up(lab: &Lab) -> Result<()> {
     curl --unix-socket {socket} http://node/v1/health
     cargo xtask lab status; cargo xtask lab down
 
-Pods live in 10.77.0.0/24 and fd77::/64, where the client is 10.77.0.1 and fd77::1. Node a's log: {log}",
+Pods live in 10.77.0.0/24 and fd77::/64, the client is {v4} and {v6}. Node a's log: {log}",
         image = lab.project.short(&image),
         pod = lab.project.short(&lab.demo_pod()),
         client = lab.client(),
         socket = lab.project.short(&lab.api_socket(Node::A)),
         log = lab.project.short(&lab.log(Node::A)),
     );
+    if topology == Topology::Routed {
+        println!(
+            "The client sends to pods by node c, which runs none; `cargo xtask lab via a` changes that."
+        );
+    }
     Ok(())
 }
 
 fn status(lab: &Lab) -> Result<ExitCode> {
     let state = lab.state()?;
     let mut whole = true;
-    for place in network::PLACES {
+    for place in network::places(state.topology) {
         let name = lab.netns(place);
         let there = netns::exists(&name);
         whole &= there;
@@ -126,7 +144,8 @@ fn status(lab: &Lab) -> Result<ExitCode> {
             if there { "there" } else { "missing" }
         );
     }
-    for node in Node::ALL {
+    for node in state.topology.nodes() {
+        let node = *node;
         let (text, healthy) = match state.service(node) {
             Some(service) if service.alive() => {
                 match http_get(&lab.api_socket(node), "/v1/health", Duration::from_secs(2)) {
@@ -167,6 +186,7 @@ fn exec(lab: &Lab, place: Place, args: &[String]) -> Result<ExitCode> {
     let node = match place {
         Place::A => Node::A,
         Place::B => Node::B,
+        Place::C => Node::C,
         Place::Client => {
             let mut child = netns::spawn(&lab.client(), &mut cmd::command(&args[0], &args[1..]))?;
             let status = child.wait()?;

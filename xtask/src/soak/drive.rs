@@ -191,7 +191,7 @@ impl<'a> Soak<'a> {
             let [a, b] = &found;
             match self.at {
                 Node::A => (a.len(), b.len()) == (1, 0),
-                Node::B => (a.len(), b.len()) == (0, 1),
+                Node::B | Node::C => (a.len(), b.len()) == (0, 1),
             }
         });
         let [a, b] = &found;

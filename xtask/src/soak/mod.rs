@@ -24,7 +24,7 @@ use serde::Serialize;
 pub use self::drive::soak;
 pub use self::summary::Summary;
 
-use crate::lab::{Lab, Node, Owner};
+use crate::lab::{Lab, Node, Owner, Topology};
 use crate::project::Project;
 use crate::{cmd, demo_image, run, setup};
 
@@ -151,6 +151,9 @@ pub struct Args {
     options: Options,
     #[command(flatten)]
     flows: flows::Options,
+    /// How pods are on the network
+    #[arg(long, value_enum, default_value_t = Topology::Bridge)]
+    topology: Topology,
     /// Write what was found to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -164,7 +167,7 @@ pub struct Args {
 /// # Errors
 /// The pod could not be brought up. A run that found faults ends with code 1.
 pub fn main(project: &Project, args: &Args) -> Result<ExitCode> {
-    let lab = Lab::new(project)?;
+    let lab = Lab::new(project)?.with_topology(args.topology);
     if lab.state()?.owner == Some(Owner::User) && Node::ALL.iter().any(|node| lab.is_running(*node))
     {
         bail!("a lab is up: take it down first with `cargo xtask lab down`");

@@ -3,8 +3,11 @@
 use vm_runtime::spec::Accel;
 use vm_runtime::units::Bytes;
 
+use crate::config::Topology;
+use crate::daemon::node::Node;
+use crate::pods::addressing;
 use crate::pods::plan::ordinary_and_huge;
-use crate::wire::message::{Offer, Refuse, RefuseCode};
+use crate::wire::message::{Offer, Refuse, RefuseCode, RoutedOffer};
 
 /// This node, as far as an offer can disagree with it.
 #[derive(Clone, Debug)]
@@ -31,6 +34,19 @@ pub(super) struct Facts {
     pub(super) vmm_overhead: Bytes,
     /// Kernel features that are missing, by name; empty when all are there.
     pub(super) missing_features: Vec<String>,
+    /// How its pods are routed; `None` if they are on a bridge.
+    pub(super) routed: Option<RoutedOffer>,
+}
+
+/// How a node's pods are routed; `None` if they are on a bridge.
+pub(super) fn routed(node: &Node) -> Option<RoutedOffer> {
+    match (&node.config.topology, node.network.routed_mtu()) {
+        (Topology::Routed { pods }, Some(mtu)) => Some(RoutedOffer {
+            pods: pods.clone(),
+            mtu,
+        }),
+        (Topology::Routed { .. } | Topology::Bridge, _) => None,
+    }
 }
 
 /// Refuses an offer that does not fit this node. Names, addresses and images are checked by those who own them.
@@ -48,6 +64,9 @@ pub(super) fn check(offer: &Offer, here: &Facts) -> Result<(), Refuse> {
         let reason =
             "the offer contradicts itself: its pod, its VM and its RAM size differ".to_owned();
         return refuse(RefuseCode::Internal, reason);
+    }
+    if let Some(reason) = differ(offer, here) {
+        return refuse(RefuseCode::Topology, reason);
     }
     if !here.missing_features.is_empty() {
         let missing = here.missing_features.join(", ");
@@ -115,6 +134,31 @@ pub(super) fn check(offer: &Offer, here: &Facts) -> Result<(), Refuse> {
     Ok(())
 }
 
+/// Why the pod's addresses and its MTU would not do here.
+fn differ(offer: &Offer, here: &Facts) -> Option<String> {
+    let (source, node) = (&offer.source, &here.node);
+    match (&offer.routed, &here.routed) {
+        (None, None) => None,
+        (Some(_), None) => Some(format!(
+            "{source} has its pods routed, and {node} has them on a bridge: set the same `topology` on both"
+        )),
+        (None, Some(_)) => Some(format!(
+            "{source} has its pods on a bridge, and {node} has them routed: set the same `topology` on both"
+        )),
+        (Some(from), Some(to)) if from.pods != to.pods => Some(format!(
+            "the networks of pods are {} on {source}, and {} on {node}: set the same `topology.pods` on every node",
+            from.pods, to.pods
+        )),
+        (Some(from), Some(to)) if from.mtu != to.mtu => Some(format!(
+            "packets of pods are up to {} bytes long on {source}, and {} on {node}: set the same `tunnel.mtu` on every node",
+            from.mtu, to.mtu
+        )),
+        (Some(_), Some(to)) => addressing::check(&offer.pod.net, &to.pods)
+            .err()
+            .map(|error| format!("the pod cannot be on {node}: {error}")),
+    }
+}
+
 fn accel(accel: Accel) -> &'static str {
     match accel {
         Accel::Kvm => "KVM",
@@ -147,7 +191,46 @@ mod tests {
             huge_available: Bytes(0),
             vmm_overhead: Bytes::mib(100),
             missing_features: Vec::new(),
+            routed: None,
         }
+    }
+
+    fn routed(pods: &str, mtu: u32) -> Option<RoutedOffer> {
+        let pods = vec![pods.parse().unwrap()].try_into().unwrap();
+        Some(RoutedOffer { pods, mtu })
+    }
+
+    #[test]
+    fn nodes_of_different_topologies_do_not_move_pods_to_each_other() {
+        for (there, our, says) in [
+            (None, routed("10.77.0.0/24", 1450), "b has them routed"),
+            (routed("10.77.0.0/24", 1450), None, "b has them on a bridge"),
+            (
+                routed("10.77.0.0/24", 1450),
+                routed("10.77.0.0/16", 1450),
+                "10.77.0.0/24 on a, and 10.77.0.0/16 on b",
+            ),
+            (
+                routed("10.77.0.0/24", 1450),
+                routed("10.77.0.0/24", 1430),
+                "1450 bytes long on a, and 1430 on b",
+            ),
+            (
+                routed("10.99.0.0/24", 1450),
+                routed("10.99.0.0/24", 1450),
+                "10.77.0.10 is in none",
+            ),
+        ] {
+            let (mut offer, mut here) = (offer(), here());
+            (offer.routed, here.routed) = (there, our);
+            let refused = super::check(&offer, &here).unwrap_err();
+            assert_eq!(refused.code, RefuseCode::Topology);
+            assert!(refused.reason.contains(says), "{says}: {}", refused.reason);
+        }
+        let (mut offer, mut here) = (offer(), here());
+        offer.routed = routed("10.77.0.0/24", 1450);
+        here.routed.clone_from(&offer.routed);
+        super::check(&offer, &here).unwrap();
     }
 
     #[test]

@@ -107,7 +107,10 @@ impl Run {
         if port.stage() != Stage::Incoming {
             return;
         }
-        if let Err(error) = port.open().await {
+        let opened = port.open().await;
+        // Also if the kernel has no route to it yet: other nodes' frames come by the tunnel.
+        self.claim(&port);
+        if let Err(error) = opened {
             // The guest runs all the same: it is nobody else's now.
             tracing::error!(
                 pod = self.machine.pod(),
@@ -127,6 +130,17 @@ impl Run {
                     }
                 }
             });
+        }
+    }
+
+    /// Tells the other nodes of a routed cluster.
+    fn claim(&self, port: &Port) {
+        if let Err(error) = port.claim(self.machine.epoch()) {
+            tracing::error!(
+                pod = self.machine.pod(),
+                error = chain(&error),
+                "other nodes are not told that it is here"
+            );
         }
     }
 

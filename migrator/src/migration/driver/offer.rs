@@ -50,6 +50,7 @@ pub(super) async fn offer(
         },
         record: json(&pod.record())?,
         images,
+        routed: super::checks::routed(node),
     })
 }
 

@@ -74,6 +74,7 @@ pub(super) async fn check(
             huge_available: vm_runtime::memory::huge_pages_available(),
             vmm_overhead: VMM_OVERHEAD,
             missing_features: crate::doctor::missing_kernel_features(),
+            routed: checks::routed(node),
         },
     )?;
     let record: PodRecord = serde_json::from_str(&offer.record)

@@ -144,6 +144,13 @@ impl Run {
             // Its VMM is gone, and with it what was parked.
             return self.runner.tell(Input::Forwarded);
         };
+        let (to, epoch) = (&self.figures.to, self.machine.offered());
+        if let Err(error) = resources.port.left_for(to, epoch).await {
+            tracing::warn!(
+                error = chain(&error),
+                "other nodes are not asked to end their old way to the pod"
+            );
+        }
         if let Err(error) = resources.port.forward().await {
             tracing::warn!(
                 error = chain(&error),

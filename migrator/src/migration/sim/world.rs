@@ -164,6 +164,7 @@ fn offer(verify: bool) -> Offer {
         options: OfferOptions { verify },
         record: String::new(),
         images: Vec::new(),
+        routed: None,
     }
 }
 

@@ -1,5 +1,6 @@
 //! What a port asks of its thread, and where both stand.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use migrator_ebpf::Tunnel;
@@ -7,6 +8,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 
 use super::super::allowance::OnOverflow;
+use super::super::endpoints::EndMarks;
 use super::super::error::PortError;
 use super::super::ledger::Tally;
 use super::super::log::LogItem;
@@ -63,6 +65,8 @@ pub(crate) enum Command {
     Forward(Reply<Result<(), PortError>>),
     /// The node's own bridge sends nothing here any more: the end marker follows what is in the park.
     End,
+    /// The end marker follows when all of these have come.
+    AwaitMarks(Arc<EndMarks>, Reply<Result<(), PortError>>),
     /// There is a tunnel to where the pod has gone.
     Tunnel(Tunnel, Reply<Result<(), PortError>>),
     Input(LogItem),

@@ -14,6 +14,7 @@
 mod backlog;
 mod command;
 mod destination;
+mod marks;
 mod overflow;
 mod queues;
 mod resync;
@@ -40,6 +41,7 @@ use vm_runtime::units::MacAddress;
 
 use super::allowance::{OnOverflow, Share};
 use super::copies::Copies;
+use super::endpoints::EndMarks;
 use super::error::PortError;
 use super::gate::SlotGate;
 use super::ledger::Tally;
@@ -55,6 +57,9 @@ const END_DELAY: Duration = Duration::from_millis(2);
 const DISOWN_LIMIT: Duration = Duration::from_secs(1);
 /// How long the source waits for the echo, once the guest runs elsewhere: not every network brings it back.
 const ECHO_LIMIT: Duration = Duration::from_millis(100);
+/// How long the source of a routed pod waits for the end markers of all other nodes, once the guest runs elsewhere. Less than the destination waits
+/// for the end of the log.
+const MARKS_LIMIT: Duration = Duration::from_secs(1);
 /// Pause before the next attempt at a full TAP.
 const FULL_PAUSE: Duration = Duration::from_micros(250);
 /// Until the next look whether other pods have made room for this one's log.
@@ -88,6 +93,8 @@ pub(crate) struct Setup {
     pub(crate) echoed: Arc<Notify>,
     pub(crate) full: watch::Sender<bool>,
     pub(crate) share: Share,
+    /// Other nodes end their old ways with markers, and no switch echoes an announcement.
+    pub(crate) routed: bool,
 }
 
 pub(crate) struct Dataplane {
@@ -111,6 +118,10 @@ pub(crate) struct Dataplane {
     /// When the port is told of the echo; the end marker then waits for its answer.
     echo_due: Option<Instant>,
     echo_seen: bool,
+    /// The end markers that the log's end waits for.
+    marks: Option<Arc<EndMarks>>,
+    /// All of them have come, and what came before them is in the park after this.
+    marks_due: Option<Instant>,
     early_ack: u64,
     /// Late frames may go through the tunnel, once the order allows it.
     may_tunnel: bool,
@@ -143,6 +154,7 @@ impl Dataplane {
         }
         let log = setup.take_log_back();
         let end_owed = setup.stage == Stage::Forwarding && !log.ended();
+        let end_limit = setup.end_limit();
         Self {
             stage: setup.stage,
             tally: setup.tally.restored(log.kept_from()),
@@ -156,9 +168,11 @@ impl Dataplane {
             log,
             outbox: Vec::new(),
             sink: None,
-            end_due: end_owed.then(|| Instant::now() + ECHO_LIMIT),
+            end_due: end_owed.then(|| Instant::now() + end_limit),
             echo_due: None,
             echo_seen: false,
+            marks: None,
+            marks_due: None,
             early_ack: 0,
             may_tunnel: false,
             on_overflow: OnOverflow::default(),
@@ -254,6 +268,10 @@ impl Dataplane {
                 answer(reply, result);
             }
             Command::End => self.own_bridge_has_changed(),
+            Command::AwaitMarks(marks, reply) => {
+                let result = self.await_marks(marks);
+                answer(reply, result);
+            }
             Command::Tunnel(tunnel, reply) => {
                 let result = self.may_tunnel(tunnel);
                 answer(reply, result);
@@ -318,8 +336,12 @@ impl Dataplane {
             self.echo_due = None;
             self.setup.echoed.notify_one();
         }
+        if self.marks_due.is_some_and(|due| now >= due) {
+            self.old_ways_have_ended(now);
+        }
         if self.end_due.is_some_and(|due| now >= due) && self.park_empty {
             self.end_due = None;
+            self.give_marks_up();
             self.emit_end();
         }
         if self.stage == Stage::Settling && self.barrier.is_none() && self.log_is_over(now) {
@@ -373,7 +395,12 @@ impl Dataplane {
         if self.is_full() {
             timeout = timeout.min(FULL_LOOK);
         }
-        let dues = [self.end_due, self.echo_due, self.resync_due()];
+        let dues = [
+            self.end_due,
+            self.echo_due,
+            self.marks_due,
+            self.resync_due(),
+        ];
         for due in dues.into_iter().flatten() {
             timeout = timeout.min(due.saturating_duration_since(now));
         }

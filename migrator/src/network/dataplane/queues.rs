@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
 
 use bytes::Bytes;
-use migrator_ebpf::{FrameBytes, bucket, is_group, is_own_echo};
+use migrator_ebpf::{EndMarker, FrameBytes, bucket, is_group, is_own_echo};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags};
 
@@ -100,6 +100,11 @@ impl Dataplane {
 
     pub(super) fn parked(&mut self, frame: Bytes, now: Instant) {
         let bytes = FrameBytes(&frame[VNET_HEADER..]);
+        if self.setup.routed
+            && let Some(marker) = EndMarker::of(&bytes)
+        {
+            return self.marker(marker, now);
+        }
         let bucket = bucket(&bytes);
         let echo = is_own_echo(&bytes, self.setup.mac.0);
         let group = is_group(&bytes);

@@ -12,9 +12,7 @@ use super::super::error::PortError;
 use super::super::log::{InboundLog, LogItem, SourceLog};
 use super::super::marker::is_marker;
 use super::super::sys;
-use super::{
-    DISOWN_LIMIT, Dataplane, ECHO_LIMIT, END_DELAY, Origin, Pending, Setup, Stage, normalise,
-};
+use super::{DISOWN_LIMIT, Dataplane, END_DELAY, Origin, Pending, Setup, Stage, normalise};
 
 impl Setup {
     /// The log of a service that was killed while it held or forwarded. In every other stage, what lies in the spool is
@@ -45,6 +43,7 @@ impl Dataplane {
             self.log = SourceLog::new();
             self.end_due = None;
             (self.echo_due, self.echo_seen) = (None, false);
+            (self.marks, self.marks_due) = (None, None);
             self.early_ack = 0;
             self.may_tunnel = false;
             self.begin_account();
@@ -199,6 +198,7 @@ impl Dataplane {
         self.set_gate(Mode::Hold, true);
         self.sink = None;
         (self.end_due, self.echo_due) = (None, None);
+        (self.marks, self.marks_due) = (None, None);
         for kept in self.log.take_all() {
             self.pending.push_back(Pending {
                 frame: kept.frame,
@@ -220,7 +220,7 @@ impl Dataplane {
         self.set_stage(Stage::Forwarding);
         self.ack(self.early_ack);
         if !self.echo_seen {
-            self.end_within(ECHO_LIMIT, Instant::now());
+            self.end_within(self.setup.end_limit(), Instant::now());
         }
         Ok(())
     }

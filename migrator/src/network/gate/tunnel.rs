@@ -18,7 +18,7 @@ use crate::network::sys::MappedWords;
 const LINK: &str = "link_landing";
 
 /// Nowhere.
-const NONE: Tunnel = Tunnel {
+pub(super) const NONE: Tunnel = Tunnel {
     device: 0,
     vni: 0,
     family: 0,
@@ -88,6 +88,11 @@ impl Gates {
     /// The slot leads nowhere, and nothing comes out of the tunnel for it.
     pub(super) fn forget_tunnel(&self, slot: u16) -> Result<(), GateError> {
         self.set_tunnel(slot, NONE)?;
+        self.forget_landing(slot)
+    }
+
+    /// Nothing comes out of the tunnel for the slot.
+    pub(crate) fn forget_landing(&self, slot: u16) -> Result<(), GateError> {
         let mut landings = lock(&self.tunnel.landings);
         // A pod that has come back has another slot, and the entry may be that one's.
         let stale: Vec<u64> = landings
@@ -118,6 +123,11 @@ impl SlotGate {
     /// Where the slot's frames go in TUNNEL. Not while it is in that mode.
     pub(crate) fn set_tunnel(&self, tunnel: Tunnel) -> Result<(), GateError> {
         self.gates.set_tunnel(self.slot, tunnel)
+    }
+
+    /// Nothing comes out of the tunnel for the slot any more.
+    pub(crate) fn forget_landing(&self) -> Result<(), GateError> {
+        self.gates.forget_landing(self.slot)
     }
 
     /// Interface index of the device that the slot's frames go into; 0: none.

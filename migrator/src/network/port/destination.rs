@@ -54,6 +54,10 @@ impl Port {
 
     async fn announce(&self) -> Result<(), PortError> {
         let pod = &self.inner.pod;
+        // Where pods are routed, no switch learns of them, and no neighbour.
+        if self.inner.node.config.ground.bridge().is_none() {
+            return Ok(());
+        }
         let uplink = self.inner.node.config.uplink.clone();
         let index = self.inner.node.netlink.require(&uplink).await?.index;
         let socket = PacketSocket::open(index).map_err(|source| PortError::Announce {

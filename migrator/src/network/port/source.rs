@@ -42,6 +42,9 @@ impl Port {
     /// reach the gate, and a bridge does not send a frame back out of the port that it came from.
     fn leave_when_announced(&self) {
         let inner = &self.inner;
+        if inner.node.config.ground.bridge().is_none() {
+            return;
+        }
         let (node, commands) = (Arc::clone(&inner.node), inner.commands.clone());
         let (wake, echoed) = (Arc::clone(&inner.wake), Arc::clone(&inner.echoed));
         let tap = inner.tap_index;
@@ -145,12 +148,15 @@ impl Port {
         let inner = &self.inner;
         // It goes on as a former service has left it.
         if inner.gate.get().mode == Mode::Tunnel {
+            self.own_senders_follow();
             return Ok(());
         }
         let mtu = inner.node.netlink.require(&inner.tap_name).await?.mtu;
         let tunnel = &inner.node.tunnel;
         let aimed = tunnel.aim(&inner.gate, inner.pod.mac, mtu, remote).await?;
-        Ok(self.ask(|reply| Command::Tunnel(aimed, reply)).await??)
+        self.ask(|reply| Command::Tunnel(aimed, reply)).await??;
+        self.own_senders_follow();
+        Ok(())
     }
 
     /// Takes the pod off this node's network. After [`forward`](Self::forward), what is still parked
@@ -161,13 +167,12 @@ impl Port {
     /// A device or pin could not be removed; calling again tries again.
     pub async fn release(&self) -> Result<Ledger, PortError> {
         self.inner.quiet();
-        let netlink = &self.inner.node.netlink;
-        let tap = self.inner.tap_index;
-        // First the entry: frames for the pod alone then take the way that the bridge has learned. When
+        let inner = &self.inner;
+        // First the entry: frames for the pod alone then take the way that the bridge has learned, or its network's route. When
         // the last one is through, only group frames come, whose copy counts at the other node.
-        netlink
-            .disown_address(&self.inner.tap_name, tap, self.inner.pod.mac)
-            .await?;
+        let (node, pod) = (&inner.node, &inner.pod);
+        self.pass_on()?;
+        node.disown(&inner.tap_name, inner.tap_index, pod).await?;
         wait_for_frames().await;
         match self.ask(Command::Shut).await {
             Ok(()) | Err(PortError::Gone(_)) => wait_for_frames().await,

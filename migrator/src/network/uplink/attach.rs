@@ -26,7 +26,7 @@ impl FastWay {
         choice: XdpChoice,
         name: &str,
         uplink: Link,
-        bridge: Link,
+        bridge: Option<Link>,
     ) -> UplinkPath {
         let result = obstacle(choice, name, uplink, bridge)
             .map_or(Ok(()), Err)
@@ -39,8 +39,11 @@ impl FastWay {
             return UplinkPath::Xdp;
         };
         self.stop();
-        tracing::info!(uplink = name, why, "packets for pods take the bridge's way");
-        UplinkPath::Bridge { why }
+        tracing::info!(uplink = name, why, "packets for pods take the kernel's way");
+        match bridge {
+            Some(_) => UplinkPath::Bridge { why },
+            None => UplinkPath::Routes { why },
+        }
     }
 
     fn attach(&self, programs: &mut Ebpf, name: &str, index: u32) -> Result<(), String> {
@@ -153,7 +156,7 @@ fn fresh(program: &mut Xdp, index: u32, pin: &Path) -> Result<(), Cause> {
 }
 
 /// What speaks against the fast way before it is tried.
-fn obstacle(choice: XdpChoice, name: &str, uplink: Link, bridge: Link) -> Option<String> {
+fn obstacle(choice: XdpChoice, name: &str, uplink: Link, bridge: Option<Link>) -> Option<String> {
     if choice == XdpChoice::Off {
         return Some("the configuration says `xdp: off`".to_owned());
     }
@@ -162,6 +165,9 @@ fn obstacle(choice: XdpChoice, name: &str, uplink: Link, bridge: Link) -> Option
             "{name} is a veth: XDP would turn the segmentation offload of its other end off, which costs TCP more than small packets gain; `xdp: on` uses it all the same"
         ));
     }
+    let Some(bridge) = bridge else {
+        return Some("pods are routed, and the fast way is for those on a bridge".to_owned());
+    };
     if bridge.vlan_filtering {
         return Some("the bridge filters VLANs, which the fast way would go past".to_owned());
     }
@@ -244,16 +250,18 @@ mod tests {
     };
 
     #[test]
-    fn a_choice_a_veth_and_a_filtering_bridge_keep_the_way_closed() {
-        let why = |choice, bridge| obstacle(choice, "none0", LINK, bridge);
+    fn a_choice_a_veth_routed_pods_and_a_filtering_bridge_keep_the_way_closed() {
+        let why = |choice, bridge| obstacle(choice, "none0", LINK, Some(bridge));
         let veth = Link {
             is_veth: true,
             ..LINK
         };
-        let said = obstacle(XdpChoice::Auto, "none0", veth, LINK);
+        let said = obstacle(XdpChoice::Auto, "none0", veth, Some(LINK));
         assert!(said.is_some_and(|why| why.contains("veth")));
-        assert_eq!(obstacle(XdpChoice::On, "none0", veth, LINK), None);
+        assert_eq!(obstacle(XdpChoice::On, "none0", veth, Some(LINK)), None);
         assert_eq!(why(XdpChoice::Auto, LINK), None);
+        let routed = obstacle(XdpChoice::Auto, "none0", LINK, None);
+        assert!(routed.is_some_and(|why| why.contains("routed")));
         assert!(why(XdpChoice::Off, LINK).is_some_and(|why| why.contains("xdp: off")));
         let filtering = Link {
             vlan_filtering: true,

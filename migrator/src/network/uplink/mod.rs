@@ -54,6 +54,11 @@ pub enum UplinkPath {
         /// Why.
         why: String,
     },
+    /// All go by the kernel's routes.
+    Routes {
+        /// Why.
+        why: String,
+    },
 }
 
 /// Maps and programs of the fast way.

@@ -24,8 +24,9 @@ impl Actor {
         let node = Arc::clone(&self.node);
         let shutdown = node.shutdown.clone();
         let mut stopper = None;
+        let epoch = self.view.borrow().epoch;
         let result = {
-            let booting = boot::boot(&node, &facts, &order, &mut parts);
+            let booting = boot::boot(&node, &facts, &order, epoch, &mut parts);
             tokio::pin!(booting);
             loop {
                 tokio::select! {

@@ -31,11 +31,30 @@ enum Turn {
 impl Actor {
     /// Serves a pod that has a VM, until it has none.
     pub(super) async fn live(&mut self, mut resources: Arc<PodResources>) -> End {
+        self.claim(&resources);
         loop {
             match self.serve(&resources).await {
                 Turn::End(end) => return end,
                 Turn::Replaced(parts) => resources = parts,
             }
+        }
+    }
+
+    /// Tells the other nodes of a routed cluster that the pod is here, unless that is in doubt.
+    fn claim(&self, resources: &PodResources) {
+        let (state, epoch) = {
+            let view = self.view.borrow();
+            (view.state, view.epoch)
+        };
+        if state == PodState::InDoubt {
+            return;
+        }
+        if let Err(error) = resources.port.claim(epoch) {
+            tracing::error!(
+                pod = self.name(),
+                error = chain(&error),
+                "other nodes are not told that it is here"
+            );
         }
     }
 
@@ -135,6 +154,7 @@ impl Actor {
                             view.migration = None;
                             view.epoch = epoch;
                         });
+                        self.claim(resources);
                         let _ = reply.send(Ok(()));
                         if let Some(client) = resources.agent.get() {
                             self.refresh(&client).await;

@@ -117,6 +117,9 @@ control! {
         0x1d => MemoryComplete,
         0x1e => VmWaits,
         0x21 => FlowsTaken,
+        0x31 => Places,
+        0x32 => PlacesAck,
+        0x33 => EndWanted,
     }
     boxed {
         0x01 => Offer,

@@ -96,7 +96,7 @@ impl Ground {
         // In memory, as the service has it: on a disk, the file of parked frames would be what is measured.
         let (dir, spool) = (BpfDir::new()?, tempfile::tempdir_in("/dev/shm")?);
         let config = NodeNetConfig {
-            bridge: "br0".into(),
+            ground: migrator::network::Ground::Bridge("br0".into()),
             uplink: UPLINK.into(),
             xdp,
             bpffs: dir.path().to_owned(),
@@ -106,6 +106,7 @@ impl Ground {
                 bytes: 1 << 30,
                 bytes_per_pod: 1 << 30,
             },
+            cluster: None,
         };
         let network = call(&jobs, NodeNetwork::open(config))??;
         Ok(Ground {

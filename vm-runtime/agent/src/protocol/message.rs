@@ -156,6 +156,10 @@ pub struct Interface {
     pub addresses: Vec<(IpAddr, u8)>,
     /// Default gateways.
     pub gateways: Vec<IpAddr>,
+    /// Neighbours whose MAC address is known beforehand, and never asked for.
+    pub neighbours: Vec<(IpAddr, [u8; 6])>,
+    /// The longest packet that it sends, in bytes, if not the device's own.
+    pub mtu: Option<u32>,
 }
 
 /// One container.

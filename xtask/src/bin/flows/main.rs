@@ -3,6 +3,8 @@
 //!     flows --own4 ADDRESS --own6 ADDRESS                                                       the receiver
 //!     flows --own4 ADDRESS --own6 ADDRESS --to4 ADDRESS --to6 ADDRESS --sender N --rate PACKETS a sender
 //!
+//! With `--unicast`, a sender sends to no groups: pods that are routed hear of none.
+//!
 //! The receiver books what arrives, by sender and kind, and sends it back; a sender books the answers. Port 7200 of
 //! either takes lines: `start RUN` and `stop` (senders), and `stats`, which is answered by one line of JSON.
 //!
@@ -31,7 +33,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use kind::CONTROL_PORT;
+use kind::{CONTROL_PORT, Kind};
 use sockets::Own;
 
 /// What answers orders.
@@ -82,7 +84,11 @@ fn run() -> Result<(), Box<dyn Error>> {
             v4: parse("--to4")?,
             v6: parse("--to6")?,
         };
-        sender::open(own, to, parse("--sender")?, parse("--rate")?)?
+        let kinds = match std::env::args().any(|word| word == "--unicast") {
+            true => Kind::unicast(),
+            false => &Kind::ALL,
+        };
+        sender::open(own, to, kinds, (parse("--sender")?, parse("--rate")?))?
     } else {
         receiver::open(own)?
     };

@@ -41,9 +41,15 @@ pub(crate) struct Sender {
 }
 
 /// Opens everything; packets are sent once told to.
-pub(crate) fn open(own: Own, to: Own, number: u16, rate: u32) -> Result<Arc<dyn Role>, String> {
+pub(crate) fn open(
+    own: Own,
+    to: Own,
+    kinds: &[Kind],
+    (number, rate): (u16, u32),
+) -> Result<Arc<dyn Role>, String> {
     let mut flows = Vec::new();
-    for kind in Kind::ALL {
+    for kind in kinds {
+        let kind = *kind;
         let what = format!("cannot send {}", kind.name());
         flows.push(Flow {
             kind,

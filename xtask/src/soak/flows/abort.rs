@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::lab::{Lab, Node, http_get};
+use crate::lab::{Lab, Node, Topology, http_get};
 use crate::migrate::migrate_with;
 use crate::process::poll_until;
 use crate::report::MigrationReport;
@@ -106,28 +106,45 @@ fn cancel(lab: &Lab, pod: &str, from: Node) -> Result<()> {
     cmd::bounded(lab.on(from).args(["cancel", id]), Duration::from_secs(60)).map(drop)
 }
 
-/// Neither node reaches the other for a while; frames of pods are not routed, and pass.
+/// Neither node's service reaches the other's for a while; frames of pods pass.
 fn cut(lab: &Lab, over: impl Fn() -> bool) -> Result<()> {
     let result = Node::ALL
         .into_iter()
-        .try_for_each(|node| route(lab, node, "replace"));
+        .try_for_each(|node| block(lab, node, true));
     let until = Instant::now() + CUT;
     // Whole, also if the migration ends before: its other side is to notice.
     poll_until(CUT, || over() && Instant::now() >= until);
     let mended: Vec<Result<()>> = Node::ALL
         .into_iter()
-        .map(|node| route(lab, node, "del"))
+        .map(|node| block(lab, node, false))
         .collect();
     mended.into_iter().fold(result, Result::and)
 }
 
-fn route(lab: &Lab, node: Node, verb: &str) -> Result<()> {
+/// What a node's service sends to the other one goes nowhere, or does so again.
+fn block(lab: &Lab, node: Node, on: bool) -> Result<()> {
     let name = lab.netns(node.name());
     debug_assert!(netns::exists(&name));
     let to = format!("{}/32", node.other().address());
-    cmd::output(&mut cmd::command(
-        "ip",
-        ["-n", &name, "route", verb, "blackhole", &to],
-    ))
-    .map(drop)
+    let ip = |words: &str| {
+        let words = ["-n", &name].into_iter().chain(words.split(' '));
+        cmd::output(&mut cmd::command("ip", words)).map(drop)
+    };
+    match lab.topology() {
+        // Frames of pods are not routed.
+        Topology::Bridge => {
+            let verb = if on { "replace" } else { "del" };
+            ip(&format!("route {verb} blackhole {to}"))
+        }
+        // They are, in the tunnel to the same address.
+        Topology::Routed => {
+            let verb = if on { "add" } else { "del" };
+            let rule = |end| {
+                ip(&format!(
+                    "rule {verb} to {to} ipproto tcp {end} 7077 blackhole"
+                ))
+            };
+            rule("dport").and(rule("sport"))
+        }
+    }
 }

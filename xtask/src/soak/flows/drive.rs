@@ -107,7 +107,7 @@ impl<'a> Soak<'a> {
         let seed = options.seed.unwrap_or_else(now_us);
         pods::start(lab, options.rate)?;
         let outside = Outside::start(project, lab, options.rate)?;
-        let (receiver, senders) = (pods::receiver(lab), pods::senders(lab));
+        let (receiver, senders) = (pods::receiver(lab)?, pods::senders(lab)?);
         for peer in senders.iter().chain([&receiver]) {
             let ready = poll_until(BOOTS_WITHIN, || peer.tell("stats").is_ok());
             ensure!(

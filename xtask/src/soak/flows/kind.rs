@@ -55,6 +55,13 @@ impl Kind {
         Kind::Group6,
     ];
 
+    /// Those that go to one receiver: all that a network of routes carries. They are the first ones of [`ALL`](Self::ALL).
+    pub fn unicast() -> &'static [Kind] {
+        const ALL: &[Kind] = &Kind::ALL;
+        let ones = ALL.iter().take_while(|kind| !kind.is_group());
+        &ALL[..ones.count()]
+    }
+
     /// Its place in [`ALL`](Self::ALL).
     pub fn index(self) -> usize {
         self as usize

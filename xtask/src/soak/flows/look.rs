@@ -99,7 +99,12 @@ impl Look {
     }
 
     fn each(&self) -> impl Iterator<Item = (usize, Kind)> {
-        (0..self.senders.len()).flat_map(|sender| Kind::ALL.map(|kind| (sender, kind)))
+        let kinds = |(sender, stats): (usize, &SenderStats)| {
+            // Each sends the first ones of them.
+            let kinds = Kind::ALL.into_iter().take(stats.flows.len());
+            kinds.map(move |kind| (sender, kind)).collect::<Vec<_>>()
+        };
+        self.senders.iter().enumerate().flat_map(kinds)
     }
 
     /// What arrived of a flow, there and back.

@@ -5,7 +5,7 @@ use std::process::{Child, Stdio};
 use anyhow::{Context, Result};
 
 use super::peers::Peer;
-use crate::lab::{Lab, Node};
+use crate::lab::{Lab, Node, Topology};
 use crate::project::Project;
 use crate::{cmd, demo_image, netns};
 
@@ -16,7 +16,7 @@ const MEMORY: u32 = 160;
 
 /// Addresses of a place: the last part, the same in IPv4 and IPv6.
 const MOVER: u8 = 30;
-/// By sender.
+/// By sender; the first one is outside, and of its own network where pods are routed.
 const SENDERS: [u8; 3] = [1, 31, 32];
 
 /// The address that the pod that moves has in IPv4.
@@ -24,31 +24,39 @@ pub(super) fn mover_ipv4() -> String {
     format!("10.77.0.{MOVER}")
 }
 
-fn peer(lab: &Lab, number: u8) -> Peer {
-    Peer {
-        netns: lab.client(),
-        address: [10, 77, 0, number].into(),
+/// The two addresses of a place.
+fn addresses(lab: &Lab, number: u8) -> [String; 2] {
+    match number == SENDERS[0] {
+        true => lab.topology().client().map(str::to_owned),
+        false => [format!("10.77.0.{number}"), format!("fd77::{number}")],
     }
 }
 
+fn peer(lab: &Lab, number: u8) -> Result<Peer> {
+    let [address, _] = addresses(lab, number);
+    Ok(Peer {
+        netns: lab.client(),
+        address: address.parse()?,
+    })
+}
+
 /// The receiver.
-pub(super) fn receiver(lab: &Lab) -> Peer {
+pub(super) fn receiver(lab: &Lab) -> Result<Peer> {
     peer(lab, MOVER)
 }
 
 /// The senders, by number.
-pub(super) fn senders(lab: &Lab) -> Vec<Peer> {
+pub(super) fn senders(lab: &Lab) -> Result<Vec<Peer>> {
     SENDERS.iter().map(|number| peer(lab, *number)).collect()
 }
 
 /// What the program `flows` is told.
-fn words(own: u8, sender: Option<usize>, rate: u32) -> Vec<String> {
-    let mut words = vec![
-        "--own4".to_owned(),
-        format!("10.77.0.{own}"),
-        "--own6".to_owned(),
-        format!("fd77::{own}"),
-    ];
+fn words(lab: &Lab, own: u8, sender: Option<usize>, rate: u32) -> Vec<String> {
+    let [own4, own6] = addresses(lab, own);
+    let mut words = vec!["--own4".to_owned(), own4, "--own6".to_owned(), own6];
+    if lab.topology() == Topology::Routed {
+        words.push("--unicast".to_owned());
+    }
     if let Some(sender) = sender {
         words.extend([
             "--to4".to_owned(),
@@ -77,8 +85,11 @@ pub(super) fn start(lab: &Lab, rate: u32) -> Result<()> {
             .map(|(node, name, number, sender)| {
                 scope.spawn(move || {
                     let path = lab.dir().join(format!("{name}.yaml"));
-                    std::fs::write(&path, yaml(name, *number, &words(*number, *sender, rate)))
-                        .with_context(|| format!("cannot write {}", path.display()))?;
+                    std::fs::write(
+                        &path,
+                        yaml(name, *number, &words(lab, *number, *sender, rate)),
+                    )
+                    .with_context(|| format!("cannot write {}", path.display()))?;
                     cmd::output(lab.on(*node).arg("run").arg(&path))
                 })
             })
@@ -99,7 +110,7 @@ impl Outside {
     pub(super) fn start(project: &Project, lab: &Lab, rate: u32) -> Result<Self> {
         let mut command = std::process::Command::new(demo_image::program(project, "flows"));
         command
-            .args(words(SENDERS[0], Some(0), rate))
+            .args(words(lab, SENDERS[0], Some(0), rate))
             .stdin(Stdio::null())
             .stdout(Stdio::null());
         netns::spawn(&lab.client(), &mut command).map(Self)

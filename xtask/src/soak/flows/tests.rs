@@ -34,6 +34,7 @@ fn ports_of_the_kinds_are_apart() {
     assert_eq!(ports.len(), Kind::ALL.len());
     let shares: u32 = Kind::ALL.iter().map(|kind| kind.share()).sum();
     assert_eq!(shares, super::kind::SHARES);
+    assert_eq!(super::kind::Kind::unicast(), &Kind::ALL[..6]);
 }
 
 #[test]
