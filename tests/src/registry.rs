@@ -1,5 +1,6 @@
 //! A real registry on loopback: Debian's docker-registry, with what stands between it and a node.
 
+mod liar;
 mod relay;
 mod token;
 
@@ -14,6 +15,7 @@ use tempfile::TempDir;
 use xtask::cmd;
 use xtask::process::poll_until;
 
+pub use liar::{Liar, answer};
 pub use relay::{Fault, Relay};
 pub use token::TokenServer;
 

@@ -25,12 +25,12 @@ pub(super) struct NoHost {
 #[derive(Debug, thiserror::Error)]
 pub enum RequestError {
     /// Its name is not known.
-    #[error("there is no host for the registry {host}")]
+    #[error("there is no host for the registry {host} ({why})")]
     NoHost {
         /// The registry.
         host: String,
-        /// Why.
-        source: reqwest::Error,
+        /// What the resolver says.
+        why: String,
     },
     /// Nobody answers.
     #[error("the registry {host} cannot be reached")]
@@ -158,8 +158,11 @@ impl RequestError {
     /// From an error of the client.
     pub(super) fn of_client(host: &str, source: reqwest::Error) -> Self {
         let host = host.to_owned();
-        if found::<NoHost>(&source).is_some() {
-            return Self::NoHost { host, source };
+        // The message names the host already.
+        let source = source.without_url();
+        if let Some(error) = found::<NoHost>(&source) {
+            let why = error.source.to_string();
+            return Self::NoHost { host, why };
         }
         match found::<rustls::Error>(&source) {
             Some(rustls::Error::InvalidMessage(_)) => return Self::NoTls { host },

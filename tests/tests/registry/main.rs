@@ -3,6 +3,7 @@
 mod auth;
 mod faults;
 mod keep;
+mod lies;
 mod pull;
 
 use std::path::Path;

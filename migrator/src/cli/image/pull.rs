@@ -11,7 +11,7 @@ use crate::api::image_types::{PullRequest, TransferEvent};
 
 #[derive(Debug, Args)]
 pub(super) struct PullArgs {
-    /// The image: [HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]; without a host it is on docker.io
+    /// The image: `[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]`; without a host it is on docker.io
     reference: String,
     /// The name to give it; the reference's if absent
     #[arg(long)]

@@ -13,7 +13,7 @@ use crate::api::image_types::{PushRequest, TransferEvent};
 pub(super) struct PushArgs {
     /// An image of the node whose layers are kept
     image: String,
-    /// Where it goes: [HOST[:PORT]/]REPOSITORY[:TAG]; the image's own name if absent
+    /// Where it goes: `[HOST[:PORT]/]REPOSITORY[:TAG]`; the image's own name if absent
     to: Option<String>,
     /// Credentials, as `skopeo login --authfile FILE` and `docker login` write them; a file on the service's machine
     #[arg(long, value_name = "FILE")]
