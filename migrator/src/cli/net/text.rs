@@ -6,7 +6,7 @@ use vm_runtime::units::Bytes;
 
 use super::super::output::age;
 use crate::api::net_types::{NodeNet, PodNet, TraceFrame};
-use crate::network::{HookFacts, LinkFacts, QueueFacts};
+use crate::network::{ClusterFacts, HookFacts, LinkFacts, QueueFacts};
 
 /// A line of the left column's label and what belongs to it.
 fn row(out: &mut String, label: &str, text: &str) {
@@ -197,6 +197,9 @@ pub(super) fn node(net: &NodeNet) -> String {
         .map(|map| format!("{} {}", map.name, map.id))
         .collect();
     row(&mut out, "maps", &maps.join(", "));
+    if let Some(known) = &facts.cluster {
+        cluster(&mut out, known);
+    }
     for (i, PodNet { port, peer, .. }) in pods.iter().enumerate() {
         let to = peer
             .as_ref()
@@ -217,6 +220,48 @@ pub(super) fn node(net: &NodeNet) -> String {
         row(&mut out, if i == 0 { "pods" } else { "" }, &text);
     }
     out
+}
+
+/// What the nodes of a routed cluster have told each other.
+fn cluster(out: &mut String, known: &ClusterFacts) {
+    for (i, peer) in known.peers.iter().enumerate() {
+        let address = peer.address.map_or(String::new(), |at| format!(" ({at})"));
+        let state = match (peer.up, peer.tells) {
+            (true, true) => "up".to_owned(),
+            (true, false) => "told, and tells nothing".to_owned(),
+            (false, tells) => {
+                let tells = if tells { ", tells" } else { "" };
+                let problem = peer.problem.as_deref().unwrap_or("not reached yet");
+                format!("DOWN{tells}: {problem}")
+            }
+        };
+        let text = format!("{}{address} {state}", peer.name);
+        row(out, if i == 0 { "nodes" } else { "" }, &text);
+    }
+    for (i, pod) in known.endpoints.iter().enumerate() {
+        let addresses = [
+            pod.ipv4.map(|address| address.to_string()),
+            pod.ipv6.map(|address| address.to_string()),
+        ];
+        let addresses: Vec<String> = addresses.into_iter().flatten().collect();
+        let known_by = match pod.known_by.is_empty() {
+            true => String::new(),
+            false => format!(", known by {}", pod.known_by.join(", ")),
+        };
+        let text = format!(
+            "{} ({}) at {} epoch {}{known_by}",
+            addresses.join(", "),
+            pod.mac,
+            pod.at,
+            pod.epoch
+        );
+        row(out, if i == 0 { "places" } else { "" }, &text);
+    }
+    let steered = known.steered.iter().filter(|counter| counter.frames > 0);
+    let steered: Vec<String> = steered
+        .map(|counter| format!("{} {}", counter.frames, counter.name))
+        .collect();
+    row(out, "steered", &steered.join(", "));
 }
 
 /// One frame.
