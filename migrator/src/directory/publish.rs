@@ -69,18 +69,25 @@ struct Told {
 }
 
 impl Told {
-    /// What has changed; the first time, everything.
-    fn news(&mut self, now: Vec<Claim>, vni: u32) -> Option<Places> {
+    /// What has changed; the first time, everything. A pod that is `elsewhere` by now is not gone: its new node tells of it, and whoever has not heard that yet may send
+    /// here.
+    fn news(
+        &mut self,
+        now: Vec<Claim>,
+        vni: u32,
+        elsewhere: impl Fn(MacAddress) -> bool,
+    ) -> Option<Places> {
         let whole = self.seq == 0;
         let now: BTreeMap<_, _> = now.into_iter().map(|claim| (claim.mac, claim)).collect();
         let new = |(mac, claim): &(&MacAddress, &Claim)| self.claims.get(mac) != Some(claim);
         let here: Vec<Claim> = now.iter().filter(new).map(|(_, claim)| *claim).collect();
-        let gone = self.claims.keys().filter(|mac| !now.contains_key(mac));
+        let gone = self.claims.keys();
+        let gone = gone.filter(|mac| !now.contains_key(mac) && !elsewhere(**mac));
         let gone: Vec<_> = gone.map(|mac| mac.0).collect();
+        self.claims = now;
         if !whole && here.is_empty() && gone.is_empty() {
             return None;
         }
-        self.claims = now;
         self.seq += 1;
         let claims = here.iter().map(|claim| (claim.mac, claim.epoch)).collect();
         self.in_flight.push_back((self.seq, claims));
@@ -107,7 +114,9 @@ async fn tell(directory: &Directory, peer: &str, session: Session) -> String {
     let mut told = Told::default();
     loop {
         changes.borrow_and_update();
-        let news = told.news(endpoints.claims(), endpoints.vni());
+        let news = told.news(endpoints.claims(), endpoints.vni(), |mac| {
+            endpoints.is_elsewhere(mac)
+        });
         let sent = async {
             if let Some(news) = news {
                 sender.send(news).await?;
@@ -174,15 +183,27 @@ mod tests {
         }
     }
 
+    const HERE: fn(MacAddress) -> bool = |_| false;
+
+    #[test]
+    fn a_pod_that_has_moved_is_not_told_as_gone() {
+        let mut told = Told::default();
+        told.news(vec![claim(1, 1), claim(2, 1)], 7, HERE).unwrap();
+        let moved = |mac| mac == claim(1, 1).mac;
+        assert_eq!(told.news(vec![claim(2, 1)], 7, moved), None);
+        let stopped = told.news(Vec::new(), 7, HERE).unwrap();
+        assert_eq!(stopped.gone, [claim(2, 1).mac.0]);
+    }
+
     #[test]
     fn the_first_message_has_everything_and_the_next_ones_what_has_changed() {
         let mut told = Told::default();
-        let first = told.news(Vec::new(), 7).unwrap();
+        let first = told.news(Vec::new(), 7, HERE).unwrap();
         assert!(first.whole && first.here.is_empty());
-        assert_eq!(told.news(Vec::new(), 7), None);
-        let second = told.news(vec![claim(1, 1), claim(2, 1)], 7).unwrap();
+        assert_eq!(told.news(Vec::new(), 7, HERE), None);
+        let second = told.news(vec![claim(1, 1), claim(2, 1)], 7, HERE).unwrap();
         assert_eq!((second.seq, second.whole, second.here.len()), (2, false, 2));
-        let third = told.news(vec![claim(2, 3)], 7).unwrap();
+        let third = told.news(vec![claim(2, 3)], 7, HERE).unwrap();
         assert_eq!(third.here, [to_wire(&claim(2, 3))]);
         assert_eq!(third.gone, [claim(1, 1).mac.0]);
         assert_eq!(told.acknowledged(PlacesAck { seq: 1 }), Some(Vec::new()));

@@ -313,6 +313,12 @@ impl Endpoints {
         lock(&self.state).table.own().collect()
     }
 
+    /// Whether another node has the pod.
+    pub fn is_elsewhere(&self, mac: MacAddress) -> bool {
+        let state = lock(&self.state);
+        state.table.pod(mac).is_some_and(|pod| pod.node != HERE)
+    }
+
     /// The markers that a node still owes.
     pub fn wanted(&self, peer: &str) -> Vec<Wanted> {
         let marks = lock(&self.state).marks.clone();
