@@ -72,10 +72,18 @@ pub(crate) fn get_postcard<T: DeserializeOwned>(
     name: &'static str,
     payload: &[u8],
 ) -> Result<T, DecodeError> {
-    match postcard::take_from_bytes(payload) {
-        Ok((value, [])) => Ok(value),
-        Ok(_) | Err(_) => Err(DecodeError::Malformed(name)),
+    match split_postcard(name, payload)? {
+        (value, []) => Ok(value),
+        _ => Err(DecodeError::Malformed(name)),
     }
+}
+
+/// A value, and what follows it.
+pub(crate) fn split_postcard<'a, T: DeserializeOwned>(
+    name: &'static str,
+    payload: &'a [u8],
+) -> Result<(T, &'a [u8]), DecodeError> {
+    postcard::take_from_bytes(payload).map_err(|_| DecodeError::Malformed(name))
 }
 
 pub(crate) fn split_u64(name: &'static str, payload: &mut Bytes) -> Result<u64, DecodeError> {

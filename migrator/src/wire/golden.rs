@@ -324,14 +324,27 @@ fn the_offer_has_these_bytes() {
     text(&mut payload, "{}");
     payload.push(1);
     text(&mut payload, "[1]");
-    payload.extend([1, 1]);
+    let framed = |payload: &[u8]| {
+        let mut frame = ((payload.len() + 1) as u32).to_le_bytes().to_vec();
+        frame.push(0x01);
+        frame.extend(payload);
+        frame
+    };
+    let on_a_bridge = Offer {
+        routed: None,
+        ..offer.clone()
+    };
+    let frame = framed(&payload);
+    assert_eq!(bytes(&Control::from(on_a_bridge.clone())), frame);
+    assert_eq!(parse::<Control>(&frame).unwrap(), on_a_bridge.into());
+    payload.push(1);
     text(&mut payload, "10.77.0.0/24");
     payload.extend([0xaa, 0x0b]);
-    let mut frame = ((payload.len() + 1) as u32).to_le_bytes().to_vec();
-    frame.push(0x01);
-    frame.extend(payload);
+    let frame = framed(&payload);
     assert_eq!(bytes(&Control::from(offer.clone())), frame);
     assert_eq!(parse::<Control>(&frame).unwrap(), offer.into());
+    payload.push(0);
+    assert!(parse::<Control>(&framed(&payload)).is_err());
 }
 
 #[test]

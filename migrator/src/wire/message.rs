@@ -65,6 +65,7 @@ pub struct Offer {
     /// The images that its disks are made of.
     pub images: Vec<ImageOffer>,
     /// How pods are routed at the source; `None` if they are on a bridge.
+    #[serde(skip)]
     pub routed: Option<RoutedOffer>,
 }
 

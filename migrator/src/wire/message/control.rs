@@ -4,7 +4,9 @@ use bytes::Bytes;
 use vm_runtime::units::PageIndex;
 
 use super::*;
-use crate::wire::codec::{DecodeError, Message, get_postcard, put_postcard, split_u64};
+use crate::wire::codec::{
+    DecodeError, Message, get_postcard, put_postcard, split_postcard, split_u64,
+};
 use crate::wire::frame::Lane;
 
 macro_rules! control {
@@ -63,7 +65,7 @@ macro_rules! control {
             fn head(&self, out: &mut Vec<u8>) {
                 match self {
                     $(Self::$name(message) => put_postcard(message, out),)*
-                    $(Self::$boxed_name(message) => put_postcard(message, out),)*
+                    $(Self::$boxed_name(message) => message.head(out),)*
                     $(Self::$raw_name(message) => message.head(out),)*
                 }
             }
@@ -79,7 +81,7 @@ macro_rules! control {
             fn decode(kind: u8, payload: Bytes) -> Result<Self, DecodeError> {
                 match kind {
                     $($code => get_postcard(stringify!($name), &payload).map(Self::$name),)*
-                    $($boxed_code => get_postcard(stringify!($boxed_name), &payload).map(Self::$boxed_name),)*
+                    $($boxed_code => $boxed_name::parse(&payload).map(|message| Self::$boxed_name(Box::new(message))),)*
                     $($raw_code => $raw_name::parse(payload).map(Self::$raw_name),)*
                     kind => Err(DecodeError::UnknownType { lane: Lane::Control, kind }),
                 }
@@ -129,6 +131,25 @@ control! {
         0x0d => PageHashes,
         0x19 => PageBits,
         0x20 => Flows,
+    }
+}
+
+/// How pods are routed follows the rest, and is left out where they are on a bridge: so an offer between bridges is the one of version 1.
+impl Offer {
+    fn head(&self, out: &mut Vec<u8>) {
+        put_postcard(self, out);
+        if let Some(routed) = &self.routed {
+            put_postcard(routed, out);
+        }
+    }
+
+    fn parse(payload: &[u8]) -> Result<Self, DecodeError> {
+        let name = "Offer";
+        let (mut offer, rest) = split_postcard::<Self>(name, payload)?;
+        if !rest.is_empty() {
+            offer.routed = Some(get_postcard(name, rest)?);
+        }
+        Ok(offer)
     }
 }
 
