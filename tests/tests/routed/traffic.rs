@@ -19,9 +19,12 @@ const MAGIC: [u8; 4] = *b"prob";
 /// Datagrams of a flow in a millisecond.
 const EVERY: Duration = Duration::from_millis(1);
 
+/// The flow and number of each datagram, in the order in which they came.
+type Arrivals = Mutex<Vec<(u8, u64)>>;
+
 /// What the guest has got, wherever it ran.
 #[derive(Clone, Default)]
-pub(crate) struct Inbox(Arc<(Mutex<Vec<(u8, u64)>>, Condvar)>);
+pub(crate) struct Inbox(Arc<(Arrivals, Condvar)>);
 
 impl Inbox {
     fn take(&self, arrival: (u8, u64)) {
