@@ -316,7 +316,16 @@ impl Lab {
                 "the client is on the pods' own network: only `cargo xtask lab up --topology routed` makes a lab whose client sends by a node"
             );
         }
-        network::lead_client_to(self, node)
+        network::lead_client_to(self, node, None)
+    }
+
+    /// The client knows beforehand how long packets to pods may be. Else the first one that it sends in fragments over IPv6 is lost: no router on
+    /// the way cuts it, and the sender is told.
+    ///
+    /// # Errors
+    /// As [`Lab::lead_client_to`].
+    pub fn tell_client_mtu(&self) -> Result<()> {
+        network::lead_client_to(self, Node::C, Some(network::ROUTED_MTU))
     }
 
     /// Removes every trace of the lab; harmless when there is none.

@@ -33,6 +33,7 @@ const ENODEV: i32 = libc::ENODEV;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Link {
     pub(crate) index: u32,
+    pub(crate) mac: MacAddress,
     pub(crate) mtu: u32,
     /// Frames that the device took and dropped.
     pub(crate) tx_dropped: u64,
@@ -237,6 +238,7 @@ fn quiet(index: u32, mtu: u32) -> rtnetlink::LinkMessageBuilder<LinkUnspec> {
 fn read_link(message: &LinkMessage) -> Link {
     let mut link = Link {
         index: message.header.index,
+        mac: MacAddress([0; 6]),
         mtu: 1500,
         tx_dropped: 0,
         other_drops: 0,
@@ -248,6 +250,9 @@ fn read_link(message: &LinkMessage) -> Link {
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::Address(mac) => {
+                link.mac = mac.as_slice().try_into().map_or(link.mac, MacAddress);
+            }
             LinkAttribute::Stats64(stats) => {
                 link.tx_dropped = stats.tx_dropped;
                 link.other_drops = stats.tx_errors + stats.rx_dropped;

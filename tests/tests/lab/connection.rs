@@ -73,6 +73,13 @@ impl Connection {
         Ok(())
     }
 
+    /// Ends the connection. The command's client does not see it: it was left behind where the pod has been.
+    pub fn abandon(mut self) -> Result<()> {
+        self.command.kill()?;
+        self.command.wait()?;
+        Ok(())
+    }
+
     /// Ends the connection; the command ends by that, and its client sees it.
     pub fn close(self) -> Result<()> {
         let Self {

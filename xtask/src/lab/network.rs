@@ -23,6 +23,9 @@ const BACKLOG: u64 = 65536;
 /// Between the nodes on the flat network, whose tunnel adds 50 bytes to the 1500 of pods and client.
 const NODE_MTU: u32 = 1600;
 
+/// The longest packet of routed pods: what 1500 bytes between nodes leave of the tunnel.
+pub(super) const ROUTED_MTU: u32 = 1450;
+
 /// The networks of pods.
 pub(super) const POD_NETWORKS: [&str; 2] = ["10.77.0.0/24", "fd77::/64"];
 const BACKLOG_SYSCTL: &str = "/proc/sys/net/core/netdev_max_backlog";
@@ -89,15 +92,19 @@ fn routed(lab: &Lab) -> Result<()> {
         let (name, v6) = (lab.netns(node.name()), node.address6());
         give(&name, "eth0", node.address(), v6)?;
     }
-    lead_client_to(lab, Node::C)
+    lead_client_to(lab, Node::C, None)
 }
 
-/// The client is a router's neighbour: it sends to pods by one node.
-pub(super) fn lead_client_to(lab: &Lab, node: Node) -> Result<()> {
+/// The client is a router's neighbour: it sends to pods by one node. Unless it is told how much fits that way, it finds out by a packet that is
+/// refused (ICMP), as anybody does.
+pub(super) fn lead_client_to(lab: &Lab, node: Node, mtu: Option<u32>) -> Result<()> {
     let client = lab.client();
     let ways = [node.address(), node.address6()];
     for (network, via) in POD_NETWORKS.into_iter().zip(ways) {
-        ip(&format!("-n {client} route replace {network} via {via}"))?;
+        let mtu = mtu.map(|mtu| format!(" mtu {mtu}")).unwrap_or_default();
+        ip(&format!(
+            "-n {client} route replace {network} via {via}{mtu}"
+        ))?;
     }
     Ok(())
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::network::POD_NETWORKS;
+use super::network::{POD_NETWORKS, ROUTED_MTU};
 use super::{Lab, Node, Topology};
 use crate::netns;
 use crate::process::{ProcessId, poll_until};
@@ -53,7 +53,10 @@ fn config(
         // Here it takes 1500, and so less is left to pods.
         Topology::Routed => {
             let pods = serde_json::to_string(&POD_NETWORKS)?;
-            (format!("topology: {{ kind: routed, pods: {pods} }}"), 1450)
+            (
+                format!("topology: {{ kind: routed, pods: {pods} }}"),
+                ROUTED_MTU,
+            )
         }
     };
     let mut text = format!(

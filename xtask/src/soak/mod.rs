@@ -180,6 +180,9 @@ pub fn main(project: &Project, args: &Args) -> Result<ExitCode> {
         let say = &mut |line: &str| println!("{line}");
         let import = |node| cmd::output(lab.on(node).args(["image", "import"]).arg(&image));
         import(Node::A)?;
+        if args.topology == Topology::Routed {
+            lab.tell_client_mtu()?;
+        }
         if args.flows.is_wanted() {
             import(Node::B)?;
             let summary = flows::run(project, &lab, &args.flows, args.options.packets, say)?;

@@ -31,11 +31,12 @@ impl Netlink {
     ) -> Result<(), NetlinkError> {
         let link = self.require(name).await?;
         self.make_silent(name, link.index).await?;
-        let message = quiet(link.index, mtu)
-            .address(gateway.0.to_vec())
-            .up()
-            .build();
-        self.set(name, message).await
+        let mut settings = quiet(link.index, mtu);
+        // To set what it has already would do harm: the kernel forgets a device's neighbours with each change of its address.
+        if link.mac != gateway {
+            settings = settings.address(gateway.0.to_vec());
+        }
+        self.set(name, settings.up().build()).await
     }
 
     /// The longest packet that the kernel sends out of a device whole.

@@ -231,9 +231,11 @@ fn chain(error: &(dyn std::error::Error + 'static)) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vm_runtime::units::MacAddress;
 
     const LINK: Link = Link {
         index: 7,
+        mac: MacAddress([0; 6]),
         mtu: 1500,
         tx_dropped: 0,
         rx_queues: 1,
