@@ -132,7 +132,7 @@ fn control_messages_have_these_bytes() {
     };
     control(
         places,
-        "1a000000 31 01 a537 01 01 010203040506 01 0a4d0009 00 ac02 01 090909090909",
+        "1b000000 31 01 a537 01 01 010203040506 01 0a4d0009 00 ac02 01 090909090909",
     );
     control(PlacesAck { seq: 300 }, "03000000 32 ac02");
     let wanted = EndWanted {

@@ -19,7 +19,7 @@ const MAGIC: [u8; 4] = *b"prob";
 /// Datagrams of a flow in a millisecond.
 const EVERY: Duration = Duration::from_millis(1);
 
-/// Flows and numbers, in the order in which they came.
+/// The flow and number of each datagram, in the order in which they came.
 type Arrivals = Mutex<Vec<(u8, u64)>>;
 
 /// What the guest has got, wherever it ran.
