@@ -118,10 +118,12 @@ async fn tell(directory: &Directory, peer: &str, session: Session) -> String {
             endpoints.is_elsewhere(mac)
         });
         let sent = async {
-            if let Some(news) = news {
-                sender.send(news).await?;
+            // Where pods have gone to comes first: who only hears that they are not here any more drops their packets.
+            ask_for_markers(directory, peer, &mut told.asked, &sender).await?;
+            match news {
+                Some(news) => sender.send(news).await,
+                None => Ok(()),
             }
-            ask_for_markers(directory, peer, &mut told.asked, &sender).await
         };
         if sent.await.is_err() {
             // The receiver has the cause.

@@ -13,6 +13,7 @@ mod facts;
 mod markers;
 mod marks;
 mod numbers;
+mod peers;
 mod table;
 
 use std::collections::hash_map::RandomState;
@@ -33,6 +34,7 @@ use super::tunnel;
 pub use facts::{ClusterFacts, EndpointFacts, PeerFacts, SteeredFacts};
 use markers::Markers;
 use marks::Marks;
+use peers::Peer;
 use table::Table;
 pub(crate) use table::{Change, Pod};
 pub use table::{Claim, Refused};
@@ -125,24 +127,6 @@ struct State {
     table: Table,
     peers: BTreeMap<String, Peer>,
     marks: Vec<Weak<EndMarks>>,
-}
-
-#[derive(Debug, Default)]
-struct Peer {
-    address: Option<IpAddr>,
-    /// It takes what this node tells.
-    listens: bool,
-    /// Connections over which it tells this node.
-    tells: u32,
-    heard: Option<Instant>,
-    problem: Option<String>,
-    acked: BTreeMap<MacAddress, Epoch>,
-}
-
-impl Peer {
-    fn is_up(&self) -> bool {
-        self.listens || self.tells > 0
-    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -432,41 +416,5 @@ impl Endpoints {
     fn number_of(&self, peer: &str) -> Result<u16, TakeError> {
         let number = self.numbers.get(peer).copied();
         number.ok_or_else(|| TakeError::Unknown(peer.to_owned()))
-    }
-
-    fn change_peer(&self, name: &str, how: impl FnOnce(&mut Peer)) {
-        if let Some(peer) = lock(&self.state).peers.get_mut(name) {
-            how(peer);
-        }
-    }
-
-    /// A node has taken what it was told: these pods, in these epochs.
-    pub fn acknowledged(&self, peer: &str, claims: &[(MacAddress, Epoch)]) {
-        self.change_peer(peer, |peer| {
-            peer.listens = true;
-            peer.heard = Some(Instant::now());
-            peer.problem = None;
-            peer.acked.extend(claims.iter().copied());
-        });
-    }
-
-    /// The connection over which a node is told is lost, or did not come about.
-    pub fn unreachable(&self, peer: &str, reason: String) {
-        self.change_peer(peer, |peer| {
-            peer.listens = false;
-            peer.acked.clear();
-            peer.problem = Some(reason);
-        });
-    }
-
-    /// A connection begins, or ends, over which a node tells this one.
-    pub fn hears(&self, peer: &str, begins: bool) {
-        self.change_peer(peer, |peer| {
-            peer.heard = Some(Instant::now());
-            peer.tells = match begins {
-                true => peer.tells + 1,
-                false => peer.tells.saturating_sub(1),
-            };
-        });
     }
 }
