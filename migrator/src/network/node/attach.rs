@@ -119,7 +119,8 @@ impl NodeNetwork {
             inner.tunnel.land(&inner.gates, pod.mac, slot, tap.index)?;
         }
         let tally = if adopted {
-            Tally::after_restart(&gate.counters()?, gate.waiting(), tap.tx_dropped)
+            let (counters, waiting) = gate.counters_and_waiting()?;
+            Tally::after_restart(&counters, waiting, tap.tx_dropped)
         } else {
             Tally::default()
         };
