@@ -64,8 +64,8 @@ const XDP_UPLINK: Path = Path {
     against: "the bridge and the gate",
     no_peer: None,
     metrics: &[
-        metric("rate", "packets/s", &[Aim::RatioAtLeast(1.0)]),
-        metric("CPU time", "ns/packet", &[Aim::RatioAtMost(1.0)]),
+        metric("rate", "packets/s", &[Aim::RatioAtLeast(2.0)]),
+        metric("CPU time", "ns/packet", &[Aim::RatioAtMost(0.5)]),
     ],
 };
 
@@ -75,8 +75,8 @@ const FORWARD: Path = Path {
     against: "a bridge passing a frame on",
     no_peer: None,
     metrics: &[
-        metric("rate", "packets/s", &[]),
-        metric("CPU time", "ns/packet", &[]),
+        metric("rate", "packets/s", &[Aim::RatioAtLeast(1.0)]),
+        metric("CPU time", "ns/packet", &[Aim::RatioAtMost(1.0)]),
     ],
 };
 
