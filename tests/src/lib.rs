@@ -1,6 +1,8 @@
 //! Tests that need root.
 
 pub mod images;
+pub mod inbox;
+pub mod jobs;
 pub mod lab;
 pub mod large_pages;
 pub mod netns;

@@ -58,7 +58,8 @@ pub(super) fn age(since_unix_ms: u64) -> String {
     span(now.saturating_sub(Duration::from_millis(since_unix_ms)))
 }
 
-fn span(time: Duration) -> String {
+/// A time in its two largest units.
+pub(super) fn span(time: Duration) -> String {
     let seconds = time.as_secs();
     match seconds {
         0..60 => format!("{seconds}s"),

@@ -6,21 +6,23 @@
 
 mod endpoints;
 mod facts;
+mod maps;
 mod settle;
+mod slot;
 mod tunnel;
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use aya::maps::{HashMap, Map, MapData, PerCpuArray, PerCpuValues, RingBuf};
+use aya::maps::{HashMap, MapData, PerCpuArray, RingBuf};
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
 use migrator_ebpf::{
-    ABI, BRIEFS_MAX, BUCKETS, Brief, CounterRow, Device, Gate, MAX_SLOTS, NO_SLOT_ROW, QUEUES_MAX,
-    bucket_index, latch_index, names,
+    ABI, BRIEFS_MAX, BUCKETS, Brief, CounterRow, Device, Gate, MAX_SLOTS, QUEUES_MAX, latch_index,
+    names,
 };
 
 use super::error::GateError;
@@ -30,7 +32,9 @@ use super::sys::MappedWords;
 use super::uplink::{FastWay, UplinkPath, XdpChoice};
 use super::watch::Watchers;
 pub use facts::{HookFacts, MapFacts, ProgramFacts};
+use maps::Taker;
 pub(crate) use settle::keep_settled;
+pub(crate) use slot::SlotGate;
 
 /// The programs, built by this crate's build script.
 pub static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/programs.o"));
@@ -97,49 +101,27 @@ impl Gates {
         // Before any map is taken out: its programs use those of the gates, too.
         let fast = FastWay::take(&mut programs, dir.clone())?;
         start_logger(&mut programs);
-        let map_error = |map, source| GateError::Map {
-            map,
-            dir: dir.clone(),
-            source,
+        let mut maps = Taker {
+            programs: &mut programs,
+            dir: &dir,
         };
-        let mut words = |name: &'static str, len: u32| -> Result<MappedWords, GateError> {
-            let map = programs.take_map(name).ok_or(GateError::Mismatch(name))?;
-            let Map::Array(data) = map else {
-                return Err(GateError::Mismatch(name));
-            };
-            let fd = data.fd();
-            MappedWords::map(fd, len as usize).map_err(|error| map_error(name, error.into()))
-        };
-        let briefs = words(names::BRIEFS, BRIEFS_MAX)?;
-        let gates = words(names::GATES, MAX_SLOTS)?;
-        let parked = words(names::PARKED, MAX_SLOTS * BUCKETS)?;
-        let done = words(names::DONE, MAX_SLOTS * BUCKETS)?;
-        let injected = words(names::INJECTED, MAX_SLOTS)?;
-        let until = words(names::TRACE, MAX_SLOTS)?;
-        let missed = words(names::TRACE_MISSED, MAX_SLOTS)?;
-        let tunnel = tunnel::Maps::take(&mut programs, &dir)?;
-        let endpoints = endpoints::Maps::take(&mut programs, &dir)?;
-        let ring = programs.take_map(names::TRACE_RING);
-        let ring = ring.ok_or(GateError::Mismatch(names::TRACE_RING))?;
-        let ring =
-            RingBuf::try_from(ring).map_err(|error| map_error(names::TRACE_RING, error.into()))?;
+        let briefs = maps.words(names::BRIEFS, BRIEFS_MAX)?;
+        let gates = maps.words(names::GATES, MAX_SLOTS)?;
+        let parked = maps.words(names::PARKED, MAX_SLOTS * BUCKETS)?;
+        let done = maps.words(names::DONE, MAX_SLOTS * BUCKETS)?;
+        let injected = maps.words(names::INJECTED, MAX_SLOTS)?;
+        let until = maps.words(names::TRACE, MAX_SLOTS)?;
+        let missed = maps.words(names::TRACE_MISSED, MAX_SLOTS)?;
+        let tunnel = tunnel::Maps::take(&mut maps)?;
+        let endpoints = endpoints::Maps::take(&mut maps)?;
+        let devices = maps.map(names::DEVICES, HashMap::try_from)?;
+        let counters = maps.map(names::COUNTERS, PerCpuArray::try_from)?;
+        let ring = maps.map(names::TRACE_RING, RingBuf::try_from)?;
         let watchers = Watchers::start(until, missed, ring)
-            .map_err(|error| map_error(names::TRACE_RING, error.into()))?;
-        let devices = programs
-            .take_map(names::DEVICES)
-            .ok_or(GateError::Mismatch(names::DEVICES))?;
-        let counters = programs
-            .take_map(names::COUNTERS)
-            .ok_or(GateError::Mismatch(names::COUNTERS))?;
+            .map_err(|error| maps.error(names::TRACE_RING, error.into()))?;
         Ok(Self {
-            devices: Mutex::new(
-                HashMap::try_from(devices)
-                    .map_err(|error| map_error(names::DEVICES, error.into()))?,
-            ),
-            counters: Mutex::new(
-                PerCpuArray::try_from(counters)
-                    .map_err(|error| map_error(names::COUNTERS, error.into()))?,
-            ),
+            devices: Mutex::new(devices),
+            counters: Mutex::new(counters),
             programs: Mutex::new(programs),
             briefs,
             words: gates,
@@ -183,12 +165,7 @@ impl Gates {
             if adopt(program, &pin).is_ok() {
                 continue;
             }
-            remove_pin(&pin)?;
-            fresh(program, tap, hook, &pin).map_err(|source| GateError::Attach {
-                program: name,
-                device: tap.to_owned(),
-                source,
-            })?;
+            renew(program, name, (tap, hook), &pin)?;
         }
         Ok(())
     }
@@ -203,6 +180,23 @@ impl Gates {
             ..device
         };
         devices.insert(ifindex, device, 0).map_err(error)
+    }
+
+    /// Puts a program on the tunnel's device, or takes over the one that a former service left there.
+    fn attach_beside(
+        &self,
+        name: &'static str,
+        (device, hook): (&str, TcAttachType),
+        pin: &str,
+        is_new: bool,
+    ) -> Result<(), GateError> {
+        let pin = self.dir.join(pin);
+        let mut programs = lock(&self.programs);
+        let program = classifier(&mut programs, name)?;
+        if !is_new && adopt(program, &pin).is_ok() {
+            return Ok(());
+        }
+        renew(program, name, (device, hook), &pin)
     }
 
     /// Takes gate and guard away, and shuts the slot. What is gone already is fine.
@@ -308,15 +302,29 @@ fn adopt(program: &mut SchedClassifier, pin: &Path) -> Result<(), Cause> {
     Ok(())
 }
 
+/// Puts the program there in place of whatever the pin stands for.
+fn renew(
+    program: &mut SchedClassifier,
+    name: &'static str,
+    (device, hook): (&str, TcAttachType),
+    pin: &Path,
+) -> Result<(), GateError> {
+    remove_pin(pin)?;
+    fresh(program, (device, hook), pin).map_err(|source| GateError::Attach {
+        program: name,
+        device: device.to_owned(),
+        source,
+    })
+}
+
 fn fresh(
     program: &mut SchedClassifier,
-    tap: &str,
-    hook: TcAttachType,
+    (device, hook): (&str, TcAttachType),
     pin: &Path,
 ) -> Result<(), Cause> {
     // First in line: what it parks or drops, no other program of the host has acted on.
     let order = TcAttachOptions::TcxOrder(LinkOrder::first());
-    let id = program.attach_with_options(tap, hook, order)?;
+    let id = program.attach_with_options(device, hook, order)?;
     let link: FdLink = program.take_link(id)?.try_into()?;
     drop(link.pin(pin)?);
     Ok(())
@@ -336,137 +344,4 @@ fn start_logger(programs: &mut Ebpf) {
             ready.clear_ready();
         }
     });
-}
-
-/// The gate of one slot.
-#[derive(Clone, Debug)]
-pub(crate) struct SlotGate {
-    gates: Arc<Gates>,
-    slot: u16,
-}
-
-impl SlotGate {
-    pub(crate) fn slot(&self) -> u16 {
-        self.slot
-    }
-
-    fn word(&self) -> &AtomicU64 {
-        static SHUT: AtomicU64 = AtomicU64::new(0);
-        // A slot is checked against MAX_SLOTS when it is attached.
-        self.gates.words.get(u32::from(self.slot)).unwrap_or(&SHUT)
-    }
-
-    pub(crate) fn get(&self) -> Gate {
-        Gate::from_word(self.word().load(Ordering::Acquire))
-    }
-
-    /// Flips the gate: one 8-byte store.
-    pub(crate) fn set(&self, gate: Gate) {
-        self.word().store(gate.to_word(), Ordering::Release);
-        self.gates.flips.note(self.slot);
-    }
-
-    pub(crate) fn parked(&self, bucket: u8) -> u64 {
-        let index = bucket_index(self.slot, bucket);
-        let parked = self.gates.parked.get(index);
-        parked.map_or(0, |value| value.load(Ordering::Acquire))
-    }
-
-    pub(crate) fn done(&self, bucket: u8) -> u64 {
-        let index = bucket_index(self.slot, bucket);
-        let done = self.gates.done.get(index);
-        done.map_or(0, |value| value.load(Ordering::Acquire))
-    }
-
-    /// Parked frames, over all buckets, that have not left the service: in the park, or lost with it.
-    pub(crate) fn waiting(&self) -> u64 {
-        let of = |bucket| self.parked(bucket).wrapping_sub(self.done(bucket)) as i64;
-        (0..=u8::MAX).map(|bucket| of(bucket).max(0) as u64).sum()
-    }
-
-    /// The counters, and what waits, of one moment: no frame is parked from the one to the other, unless frames come faster than both can be read.
-    /// For a slot that no thread serves.
-    pub(crate) fn counters_and_waiting(&self) -> Result<(CounterRow, u64), GateError> {
-        /// At 300,000 frames a second, every fifth attempt meets none.
-        const ATTEMPTS: u32 = 1000;
-        let mut before = self.waiting();
-        for _ in 1..ATTEMPTS {
-            let counters = self.counters()?;
-            let waiting = self.waiting();
-            if waiting == before {
-                return Ok((counters, waiting));
-            }
-            before = waiting;
-        }
-        Ok((self.counters()?, before))
-    }
-
-    /// A parked frame of the bucket has left the service. `done` never passes `parked`: if the kernel
-    /// cut one parked frame into several on its way here, they count as one.
-    pub(crate) fn add_done(&self, bucket: u8) {
-        let done = self.done(bucket);
-        if self.parked(bucket).wrapping_sub(done) as i64 > 0 {
-            self.set_done(bucket, done.wrapping_add(1));
-        }
-    }
-
-    /// Only one thread of one service writes `done`.
-    pub(crate) fn set_done(&self, bucket: u8, value: u64) {
-        let index = bucket_index(self.slot, bucket);
-        if let Some(done) = self.gates.done.get(index) {
-            done.store(value, Ordering::Release);
-        }
-    }
-
-    /// How far the log of the pod's arrival was injected; outlives the service. 0: not at all. From a hold on, how far
-    /// the log of its departure was: acknowledged, or rolled back; `u64::MAX` if that log is in memory only.
-    pub(crate) fn injected(&self) -> u64 {
-        let injected = self.gates.injected.get(u32::from(self.slot));
-        injected.map_or(0, |value| value.load(Ordering::Acquire))
-    }
-
-    /// See [`injected`](Self::injected).
-    pub(crate) fn set_injected(&self, seq: u64) {
-        if let Some(injected) = self.gates.injected.get(u32::from(self.slot)) {
-            injected.store(seq, Ordering::Release);
-        }
-    }
-
-    /// As [`set_injected`](Self::set_injected), but never backwards.
-    pub(crate) fn raise_injected(&self, seq: u64) {
-        if seq > self.injected() {
-            self.set_injected(seq);
-        }
-    }
-
-    /// Nothing waits in any bucket, and no log was injected: for a slot whose park is new.
-    pub(crate) fn clear(&self) -> Result<(), GateError> {
-        self.set_injected(0);
-        self.gates.fast.clear(self.slot);
-        for bucket in 0..=u8::MAX {
-            self.set_done(bucket, self.parked(bucket));
-        }
-        let cpus = aya::util::nr_cpus()
-            .map_err(|(_, error)| self.gates.map_error(names::COUNTERS, error.into()))?;
-        let zero = PerCpuValues::try_from(vec![CounterRow::default(); cpus])
-            .map_err(|error| self.gates.map_error(names::COUNTERS, error.into()))?;
-        lock(&self.gates.counters)
-            .set(u32::from(self.slot), zero, 0)
-            .map_err(|error| self.gates.map_error(names::COUNTERS, error.into()))
-    }
-
-    /// The slot's counters, over all CPUs.
-    pub(crate) fn counters(&self) -> Result<CounterRow, GateError> {
-        debug_assert!(u32::from(self.slot) < NO_SLOT_ROW);
-        let values = lock(&self.gates.counters)
-            .get(&u32::from(self.slot), 0)
-            .map_err(|error| self.gates.map_error(names::COUNTERS, error.into()))?;
-        let mut sum = CounterRow::default();
-        for row in values.iter() {
-            for (total, value) in sum.0.iter_mut().zip(row.0) {
-                *total += value;
-            }
-        }
-        Ok(sum)
-    }
 }

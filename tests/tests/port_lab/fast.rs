@@ -10,13 +10,14 @@ use migrator::network::{
     ExistingDevices, NodeNetwork, Port, Role, Stage, UplinkPath, VNET_HEADER, XdpChoice,
 };
 use migrator_ebpf::{ABI, bucket_index, names};
+use migrator_tests::jobs::Jobs;
 use migrator_tests::netns::{BpfDir, Netns, require_root};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::sync::mpsc;
 
 use super::{
-    CLIENT_MAC, DEADLINE, GROUP_FLOW, Guest, Inbox, Lab, POD_MAC, Setup, call, check_ledger,
-    config, finish_ipv4, pod, say_hello, start_thread,
+    CLIENT_MAC, DEADLINE, GROUP_FLOW, Guest, Inbox, Lab, POD_MAC, Setup, check_ledger, config,
+    finish_ipv4, pod, say_hello,
 };
 
 fn fast(lab: &Lab, port: &Port) -> anyhow::Result<u64> {
@@ -179,13 +180,13 @@ fn path(links: &[&str], choice: XdpChoice) -> anyhow::Result<UplinkPath> {
     for link in links {
         netns.ip(link)?;
     }
-    let jobs = start_thread(&netns);
+    let jobs = Jobs::start(&netns);
     let (dir, spool) = (BpfDir::new()?, tempfile::tempdir()?);
     let setup = Setup {
         xdp: choice,
         ..Setup::default()
     };
-    let network = call(&jobs, NodeNetwork::open(config(&dir, &spool, setup)))??;
+    let network = jobs.call(NodeNetwork::open(config(&dir, &spool, setup)))??;
     Ok(network.uplink().clone())
 }
 

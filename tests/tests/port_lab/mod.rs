@@ -11,7 +11,6 @@ mod tunnel;
 
 use std::future::Future;
 use std::os::fd::OwnedFd;
-use std::pin::Pin;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -19,22 +18,22 @@ use migrator::network::{
     ExistingDevices, Ground, Ledger, LogItem, NodeNetConfig, NodeNetwork, ParkLimits, PodNetId,
     Port, Role, TunnelConfig, XdpChoice,
 };
+use migrator_tests::jobs::Jobs;
 use migrator_tests::netns::{BpfDir, Netns, require_root};
 use tempfile::TempDir;
 use tokio::sync::mpsc;
 use vm_runtime::units::MacAddress;
 
-pub(crate) use traffic::{GROUP_FLOW, Guest, Inbox, Sender, finish_ipv4, probe, say_hello};
+pub(crate) use migrator_tests::inbox::{Guest, Inbox};
+pub(crate) use traffic::{GROUP_FLOW, Sender, finish_ipv4, probe, say_hello};
 
 pub(crate) const DEADLINE: Duration = Duration::from_secs(40);
 pub(crate) const POD_MAC: MacAddress = MacAddress([0x52, 0x54, 0, 0, 0, 0x10]);
 pub(crate) const CLIENT_MAC: MacAddress = MacAddress([0x52, 0x54, 0, 0, 0, 0x01]);
 
-pub(crate) type Job = Pin<Box<dyn Future<Output = ()> + Send>>;
-
 /// A node: its namespace, and a thread in it that runs what it is given.
 pub(crate) struct Node {
-    pub(crate) jobs: mpsc::UnboundedSender<Job>,
+    pub(crate) jobs: Jobs,
     pub(crate) network: NodeNetwork,
     pub(crate) dir: BpfDir,
     pub(crate) spool: TempDir,
@@ -85,34 +84,6 @@ pub(crate) fn config(dir: &BpfDir, spool: &TempDir, setup: Setup) -> NodeNetConf
     }
 }
 
-pub(crate) fn start_thread(netns: &Netns) -> mpsc::UnboundedSender<Job> {
-    let (jobs, mut queue) = mpsc::unbounded_channel::<Job>();
-    netns.spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .expect("a runtime");
-        runtime.block_on(async {
-            while let Some(job) = queue.recv().await {
-                tokio::spawn(job);
-            }
-        });
-    });
-    jobs
-}
-
-pub(crate) fn call<T: Send + 'static>(
-    jobs: &mpsc::UnboundedSender<Job>,
-    work: impl Future<Output = T> + Send + 'static,
-) -> anyhow::Result<T> {
-    let (reply, answer) = std::sync::mpsc::channel();
-    let job = async move {
-        let _ = reply.send(work.await);
-    };
-    jobs.send(Box::pin(job)).ok().context("the node's thread")?;
-    Ok(answer.recv_timeout(DEADLINE)?)
-}
-
 impl Node {
     /// A node whose bridge has a cable to the switch.
     pub(crate) fn new(switch: &Netns, number: u32, setup: Setup) -> anyhow::Result<Self> {
@@ -131,10 +102,10 @@ impl Node {
             netns.ip(&format!("addr add 10.78.0.{number}/24 dev br0"))?;
             netns.ip(&format!("addr add fd78::{number}/64 dev br0 nodad"))?;
         }
-        let jobs = start_thread(&netns);
+        let jobs = Jobs::start(&netns);
         let dir = BpfDir::new()?;
         let spool = tempfile::tempdir()?;
-        let network = call(&jobs, NodeNetwork::open(config(&dir, &spool, setup)))??;
+        let network = jobs.call(NodeNetwork::open(config(&dir, &spool, setup)))??;
         Ok(Self {
             jobs,
             network,
@@ -149,7 +120,7 @@ impl Node {
         &self,
         work: impl Future<Output = T> + Send + 'static,
     ) -> anyhow::Result<T> {
-        call(&self.jobs, work)
+        self.jobs.call(work)
     }
 
     pub(crate) fn attach(
@@ -165,7 +136,7 @@ impl Node {
 
     /// The service ends and a new one starts; the devices live on.
     pub(crate) fn restart(&mut self) -> anyhow::Result<()> {
-        self.jobs = start_thread(&self.netns);
+        self.jobs = Jobs::start(&self.netns);
         let config = config(&self.dir, &self.spool, self.setup);
         self.network = self.call(NodeNetwork::open(config))??;
         Ok(())
@@ -272,24 +243,18 @@ pub(crate) fn connect(
     on: &Node,
 ) -> anyhow::Result<()> {
     let mut acked = destination.acked();
-    on.jobs
-        .send(Box::pin(async move {
-            while let Some(item) = log.recv().await {
-                if destination.log_input(item).is_err() {
-                    break;
-                }
+    on.jobs.run(async move {
+        while let Some(item) = log.recv().await {
+            if destination.log_input(item).is_err() {
+                break;
             }
-        }))
-        .ok()
-        .context("the node's thread")?;
-    on.jobs
-        .send(Box::pin(async move {
-            while acked.changed().await.is_ok() {
-                source.ack(*acked.borrow());
-            }
-        }))
-        .ok()
-        .context("the node's thread")
+        }
+    })?;
+    on.jobs.run(async move {
+        while acked.changed().await.is_ok() {
+            source.ack(*acked.borrow());
+        }
+    })
 }
 
 pub(crate) fn check_ledger(ledger: &Ledger) -> anyhow::Result<()> {

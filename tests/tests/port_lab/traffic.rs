@@ -1,21 +1,17 @@
-//! Numbered frames: who sends them, and the guest that gets them.
+//! Numbered frames, and who sends them.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use migrator::network::{Port, VNET_HEADER};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use migrator_tests::inbox::{MAGIC, Watched};
 
-use super::{CLIENT_MAC, DEADLINE, POD_MAC};
+use super::{CLIENT_MAC, POD_MAC};
 
-const MAGIC: [u8; 4] = *b"prob";
-/// Offset of the payload: virtio-net header, Ethernet, IPv4, UDP.
-const PAYLOAD: usize = VNET_HEADER + 14 + 20 + 8;
 const FLOWS: u8 = 8;
 /// This flow is broadcast.
 pub(crate) const GROUP_FLOW: u8 = FLOWS;
@@ -91,147 +87,6 @@ impl Sender {
     pub(crate) fn finish(self) -> BTreeMap<u8, u64> {
         self.thread.join().expect("the sender")
     }
-}
-
-/// A value that one thread changes and another waits for.
-#[derive(Default)]
-struct Watched<T> {
-    value: Mutex<T>,
-    changed: Condvar,
-}
-
-impl<T> Watched<T> {
-    fn change(&self, how: impl FnOnce(&mut T)) {
-        how(&mut self.value.lock().expect("not poisoned"));
-        self.changed.notify_all();
-    }
-
-    /// The value as soon as it is as wanted, or after [`DEADLINE`] as it is then.
-    fn wait_for(&self, wanted: impl Fn(&T) -> bool) -> MutexGuard<'_, T> {
-        let value = self.value.lock().expect("not poisoned");
-        let waited = self
-            .changed
-            .wait_timeout_while(value, DEADLINE, |value| !wanted(value));
-        waited.expect("not poisoned").0
-    }
-}
-
-/// What the guest has got, wherever it ran.
-#[derive(Clone, Default)]
-pub(crate) struct Inbox(Arc<Watched<Vec<(u8, u64)>>>);
-
-impl Inbox {
-    /// Frames that have come.
-    pub(crate) fn count(&self) -> usize {
-        self.0.wait_for(|_| true).len()
-    }
-
-    /// Until so many have come.
-    pub(crate) fn wait_for_count(&self, count: usize) -> anyhow::Result<()> {
-        let arrived = self.0.wait_for(|arrived| arrived.len() >= count).len();
-        ensure!(arrived >= count, "only {arrived} frames came");
-        Ok(())
-    }
-
-    /// How many have come, once the last frame of a flow is among them.
-    pub(crate) fn arrived_of(&self, sent: &BTreeMap<u8, u64>) -> u64 {
-        let last = |(flow, count): (&u8, &u64)| (*flow, count - 1);
-        let lasts: Vec<_> = sent.iter().map(last).collect();
-        let all = self
-            .0
-            .wait_for(|arrived| lasts.iter().all(|last| arrived.contains(last)));
-        all.len() as u64
-    }
-
-    /// All but `lost` frames came, each once, and in order.
-    pub(crate) fn check_but(&self, sent: &BTreeMap<u8, u64>, lost: u64) -> anyhow::Result<()> {
-        let total = sent.values().sum::<u64>() - lost;
-        let arrived = self.0.wait_for(|arrived| arrived.len() as u64 >= total);
-        let mut next = BTreeMap::new();
-        for (flow, number) in arrived.iter() {
-            let expected = next.entry(*flow).or_insert(0);
-            ensure!(
-                number >= expected,
-                "flow {flow}: {number} came behind {}",
-                *expected - 1
-            );
-            *expected = number + 1;
-        }
-        ensure!(
-            arrived.len() as u64 == total,
-            "{} came, {total} should have",
-            arrived.len()
-        );
-        Ok(())
-    }
-
-    /// Every frame of every flow came once, and in order.
-    pub(crate) fn check(&self, sent: &BTreeMap<u8, u64>) -> anyhow::Result<()> {
-        let total: u64 = sent.values().sum();
-        // A frame too many is as wrong as one too few, so the wait ends at the first of the two.
-        let arrived = self.0.wait_for(|arrived| arrived.len() as u64 >= total);
-        let mut next = BTreeMap::new();
-        let mut wrong = Vec::new();
-        for (flow, number) in arrived.iter() {
-            let expected = next.entry(*flow).or_insert(0);
-            if number != expected {
-                wrong.push(format!("flow {flow}: {number} came, {expected} was due"));
-            }
-            *expected = number + 1;
-        }
-        ensure!(
-            wrong.is_empty(),
-            "{} breaks: {:?}",
-            wrong.len(),
-            &wrong[..wrong.len().min(10)]
-        );
-        ensure!(&next == sent, "{next:?} came, {sent:?} was sent");
-        Ok(())
-    }
-}
-
-/// The thread at the other end of the TAP.
-pub(crate) struct Guest {
-    runs: Arc<AtomicBool>,
-    thread: JoinHandle<()>,
-}
-
-impl Guest {
-    pub(crate) fn start(tap: OwnedFd, inbox: &Inbox) -> Self {
-        let runs = Arc::new(AtomicBool::new(true));
-        let (go_on, inbox) = (Arc::clone(&runs), inbox.clone());
-        let thread = std::thread::spawn(move || {
-            let mut buffer = vec![0; 70_000];
-            while go_on.load(Ordering::Acquire) {
-                let mut fds = [PollFd::new(tap.as_fd(), PollFlags::POLLIN)];
-                poll(&mut fds, PollTimeout::from(5u8)).expect("poll");
-                if !go_on.load(Ordering::Acquire) {
-                    break;
-                }
-                let Ok(len) = nix::unistd::read(tap.as_fd(), &mut buffer) else {
-                    continue;
-                };
-                if let Some(arrival) = parse(&buffer[..len]) {
-                    inbox.0.change(|arrived| arrived.push(arrival));
-                }
-            }
-        });
-        Self { runs, thread }
-    }
-
-    /// Stops reading; what is in the TAP stays there.
-    pub(crate) fn stop(self) {
-        self.runs.store(false, Ordering::Release);
-        self.thread.join().expect("the guest");
-    }
-}
-
-fn parse(frame: &[u8]) -> Option<(u8, u64)> {
-    let payload = frame.get(PAYLOAD..)?;
-    let (magic, rest) = payload.split_first_chunk::<4>()?;
-    let (flow, rest) = rest.split_first()?;
-    let number = rest.first_chunk::<8>()?;
-    (*magic == MAGIC).then(|| (*flow, u64::from_be_bytes(*number)))
 }
 
 /// The guest says something, so that the switch learns where it is.

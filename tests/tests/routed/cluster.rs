@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,6 +17,8 @@ use migrator::network::{
 use migrator::wire::preamble::Shape;
 use migrator::wire::session::{Limits, Listener};
 use migrator::wire::tls::{TlsConfig, dns_name};
+use migrator_tests::inbox::{Guest, Inbox};
+use migrator_tests::jobs::Jobs;
 use migrator_tests::netns::{BpfDir, Netns, require_root};
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 use tempfile::TempDir;
@@ -26,7 +27,6 @@ use tokio_util::sync::CancellationToken;
 use vm_runtime::units::{Epoch, MacAddress};
 
 use crate::DEADLINE;
-use crate::traffic::{Guest, Inbox};
 
 pub(crate) const POD_MAC: MacAddress = MacAddress([0x52, 0x54, 0, 0, 0, 0x10]);
 pub(crate) const NAMES: [&str; 3] = ["a", "b", "c"];
@@ -35,8 +35,6 @@ const TUNNEL: TunnelConfig = TunnelConfig {
     port: 4789,
     mtu: Some(1500),
 };
-
-type Job = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 pub(crate) fn pod() -> PodNetId {
     PodNetId {
@@ -90,7 +88,7 @@ impl Authority {
 
 /// A node: its namespace, and a thread in it that runs what it is given.
 pub(crate) struct Node {
-    jobs: mpsc::UnboundedSender<Job>,
+    jobs: Jobs,
     pub(crate) network: NodeNetwork,
     pub(crate) name: &'static str,
     tls: TlsConfig,
@@ -122,18 +120,7 @@ impl Node {
         netns.ip("link set eth0 mtu 1600 up")?;
         netns.ip(&format!("addr add 10.78.0.{number}/24 dev eth0"))?;
         netns.ip(&format!("addr add fd78::{number}/64 dev eth0 nodad"))?;
-        let (jobs, mut queue) = mpsc::unbounded_channel::<Job>();
-        netns.spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()
-                .expect("a runtime");
-            runtime.block_on(async {
-                while let Some(job) = queue.recv().await {
-                    tokio::spawn(job);
-                }
-            });
-        });
+        let jobs = Jobs::start(&netns);
         let (dir, spool) = (BpfDir::new()?, tempfile::tempdir()?);
         let networks: Vec<PodNetwork> = vec!["10.77.0.0/24".parse()?, "fd77::/64".parse()?];
         let config = NodeNetConfig {
@@ -152,7 +139,7 @@ impl Node {
                 peers: peers(name),
             }),
         };
-        let network = call(&jobs, NodeNetwork::open(config))??;
+        let network = jobs.call(NodeNetwork::open(config))??;
         let mut node = Self {
             jobs,
             network,
@@ -207,17 +194,14 @@ impl Node {
         &self,
         work: impl Future<Output = ()> + Send + 'static,
     ) -> anyhow::Result<()> {
-        self.jobs
-            .send(Box::pin(work))
-            .ok()
-            .context("the node's thread")
+        self.jobs.run(work)
     }
 
     pub(crate) fn call<T: Send + 'static>(
         &self,
         work: impl Future<Output = T> + Send + 'static,
     ) -> anyhow::Result<T> {
-        call(&self.jobs, work)
+        self.jobs.call(work)
     }
 
     pub(crate) fn attach(&self, slot: u16, role: Role) -> anyhow::Result<Port> {
@@ -257,18 +241,6 @@ impl Node {
             std::thread::yield_now();
         }
     }
-}
-
-fn call<T: Send + 'static>(
-    jobs: &mpsc::UnboundedSender<Job>,
-    work: impl Future<Output = T> + Send + 'static,
-) -> anyhow::Result<T> {
-    let (reply, answer) = std::sync::mpsc::channel();
-    let job = async move {
-        let _ = reply.send(work.await);
-    };
-    jobs.send(Box::pin(job)).ok().context("the node's thread")?;
-    Ok(answer.recv_timeout(DEADLINE)?)
 }
 
 /// The nodes a, b and c, and a client that knows no other way than by c.

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::ensure;
 use cluster::{Lab, Pod, addresses, release};
 use migrator::network::Ledger;
-use traffic::{Inbox, Sender};
+use migrator_tests::inbox::Inbox;
+use traffic::Sender;
 
 pub(crate) const DEADLINE: Duration = Duration::from_secs(40);
 
@@ -36,7 +37,7 @@ fn senders(lab: &Lab) -> Vec<Sender> {
 
 fn all_come(inbox: &Inbox) -> anyhow::Result<()> {
     for flow in FROM_A..FROM_CLIENT + 2 {
-        inbox.wait_for(flow, inbox.count(flow) + 50)?;
+        inbox.wait_for(flow, inbox.count_of(flow) + 50)?;
     }
     Ok(())
 }

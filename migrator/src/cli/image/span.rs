@@ -1,6 +1,8 @@
 //! Spans of time as people write them.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use crate::cli::output::span;
 
 /// Longest span: ten years of 365 days, in seconds.
 const LONGEST: u64 = 10 * 365 * 86400;
@@ -28,13 +30,9 @@ pub(super) fn until(unix_ms: u64) -> String {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
-    let left = (unix_ms / 1000).saturating_sub(now.as_secs());
-    match left {
-        0..60 => format!("{left}s"),
-        60..3600 => format!("{}m{}s", left / 60, left % 60),
-        3600..86400 => format!("{}h{}m", left / 3600, left / 60 % 60),
-        _ => format!("{}d{}h", left / 86400, left / 3600 % 24),
-    }
+    span(Duration::from_secs(
+        (unix_ms / 1000).saturating_sub(now.as_secs()),
+    ))
 }
 
 #[cfg(test)]

@@ -2,18 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
-use aya::Ebpf;
-use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray};
+use aya::maps::{Array, HashMap, MapData, PerCpuArray};
 use aya::programs::TcAttachType;
 use migrator_ebpf::{Endpoint, HERE, MAX_ENDPOINTS, MAX_NODES, Place, Steered, Tunnel, names};
 use vm_runtime::units::{Epoch, MacAddress};
 
 use super::tunnel::NONE;
-use super::{Gates, adopt, classifier, fresh, lock, remove_pin};
+use super::{Gates, Taker, lock, remove_pin};
 use crate::network::endpoints::{Change, Claim, Pod};
 use crate::network::error::GateError;
 use crate::network::sys::MappedWords;
@@ -29,29 +27,12 @@ pub(super) struct Maps {
 }
 
 impl Maps {
-    pub(super) fn take(programs: &mut Ebpf, dir: &Path) -> Result<Self, GateError> {
-        let mut take = |name| programs.take_map(name).ok_or(GateError::Mismatch(name));
-        let error = |map, source| GateError::Map {
-            map,
-            dir: dir.to_owned(),
-            source,
-        };
-        let endpoints = HashMap::try_from(take(names::ENDPOINTS)?)
-            .map_err(|cause| error(names::ENDPOINTS, cause.into()))?;
-        let nodes = Array::try_from(take(names::NODES)?)
-            .map_err(|cause| error(names::NODES, cause.into()))?;
-        let steered = PerCpuArray::try_from(take(names::STEERED)?)
-            .map_err(|cause| error(names::STEERED, cause.into()))?;
-        let Map::Array(places) = take(names::PLACES)? else {
-            return Err(GateError::Mismatch(names::PLACES));
-        };
-        let places = MappedWords::map(places.fd(), MAX_ENDPOINTS as usize)
-            .map_err(|cause| error(names::PLACES, cause.into()))?;
+    pub(super) fn take(maps: &mut Taker<'_>) -> Result<Self, GateError> {
         Ok(Self {
-            endpoints: Mutex::new(endpoints),
-            places,
-            nodes: Mutex::new(nodes),
-            steered: Mutex::new(steered),
+            endpoints: Mutex::new(maps.map(names::ENDPOINTS, HashMap::try_from)?),
+            places: maps.words(names::PLACES, MAX_ENDPOINTS)?,
+            nodes: Mutex::new(maps.map(names::NODES, Array::try_from)?),
+            steered: Mutex::new(maps.map(names::STEERED, PerCpuArray::try_from)?),
         })
     }
 }
@@ -69,18 +50,8 @@ fn remote(tunnel: &Tunnel) -> Option<IpAddr> {
 impl Gates {
     /// Puts the program that looks pods' places up on the tunnel's device, or takes over the one of a former service.
     pub(crate) fn attach_steer(&self, device: &str, is_new: bool) -> Result<(), GateError> {
-        let pin = self.dir.join(LINK);
-        let mut programs = lock(&self.programs);
-        let program = classifier(&mut programs, names::STEER)?;
-        if !is_new && adopt(program, &pin).is_ok() {
-            return Ok(());
-        }
-        remove_pin(&pin)?;
-        fresh(program, device, TcAttachType::Egress, &pin).map_err(|source| GateError::Attach {
-            program: names::STEER,
-            device: device.to_owned(),
-            source,
-        })
+        let at = (device, TcAttachType::Egress);
+        self.attach_beside(names::STEER, at, LINK, is_new)
     }
 
     /// Takes the program off, and forgets the pods of other nodes. What is gone already is fine.

@@ -1,16 +1,14 @@
 //! The tunnel's part of the programs: where slots lead, which pods frames may come out for, and what was answered.
 
-use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
-use aya::Ebpf;
-use aya::maps::{Array, HashMap, Map, MapData};
+use aya::maps::{Array, HashMap, MapData};
 use aya::programs::TcAttachType;
 use migrator_ebpf::{Landing, MAX_SLOTS, Tunnel, landing_key, names};
 use vm_runtime::units::MacAddress;
 
-use super::{Gates, SlotGate, adopt, classifier, fresh, lock, remove_pin};
+use super::{Gates, SlotGate, Taker, lock, remove_pin};
 use crate::network::error::GateError;
 use crate::network::sys::MappedWords;
 
@@ -32,26 +30,11 @@ pub(super) struct Maps {
 }
 
 impl Maps {
-    pub(super) fn take(programs: &mut Ebpf, dir: &Path) -> Result<Self, GateError> {
-        let mut take = |name| programs.take_map(name).ok_or(GateError::Mismatch(name));
-        let error = |map, source| GateError::Map {
-            map,
-            dir: dir.to_owned(),
-            source,
-        };
-        let tunnels = Array::try_from(take(names::TUNNELS)?)
-            .map_err(|cause| error(names::TUNNELS, cause.into()))?;
-        let landings = HashMap::try_from(take(names::LANDINGS)?)
-            .map_err(|cause| error(names::LANDINGS, cause.into()))?;
-        let Map::Array(probed) = take(names::PROBED)? else {
-            return Err(GateError::Mismatch(names::PROBED));
-        };
-        let probed = MappedWords::map(probed.fd(), MAX_SLOTS as usize)
-            .map_err(|cause| error(names::PROBED, cause.into()))?;
+    pub(super) fn take(maps: &mut Taker<'_>) -> Result<Self, GateError> {
         Ok(Self {
-            tunnels: Mutex::new(tunnels),
-            landings: Mutex::new(landings),
-            probed,
+            tunnels: Mutex::new(maps.map(names::TUNNELS, Array::try_from)?),
+            landings: Mutex::new(maps.map(names::LANDINGS, HashMap::try_from)?),
+            probed: maps.words(names::PROBED, MAX_SLOTS)?,
         })
     }
 }
@@ -59,18 +42,8 @@ impl Maps {
 impl Gates {
     /// Puts the program on the tunnel's device, or takes over the one that a former service left there.
     pub(crate) fn attach_landing(&self, device: &str, is_new: bool) -> Result<(), GateError> {
-        let pin = self.dir.join(LINK);
-        let mut programs = lock(&self.programs);
-        let program = classifier(&mut programs, names::LANDING)?;
-        if !is_new && adopt(program, &pin).is_ok() {
-            return Ok(());
-        }
-        remove_pin(&pin)?;
-        fresh(program, device, TcAttachType::Ingress, &pin).map_err(|source| GateError::Attach {
-            program: names::LANDING,
-            device: device.to_owned(),
-            source,
-        })
+        let at = (device, TcAttachType::Ingress);
+        self.attach_beside(names::LANDING, at, LINK, is_new)
     }
 
     /// Takes the program off the tunnel's device. What is gone already is fine.

@@ -3,7 +3,6 @@
 use std::future::Future;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::pin::Pin;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -14,9 +13,9 @@ use migrator::network::{
     tap_name,
 };
 use migrator_ebpf::{ABI, is_settled, names};
+use migrator_tests::jobs::Jobs;
 use migrator_tests::netns::{BpfDir, Netns, require_root, take_segments_whole};
 use tempfile::TempDir;
-use tokio::sync::mpsc;
 use vm_runtime::units::MacAddress;
 
 use crate::DEADLINE;
@@ -35,8 +34,6 @@ pub(crate) const TO_RAW: &str = "out1";
 /// That device.
 pub(crate) const RAW: &str = "raw0";
 
-type Job = Pin<Box<dyn Future<Output = ()> + Send>>;
-
 /// Where the sender is.
 pub(crate) struct Outside {
     pub(crate) netns: Netns,
@@ -46,7 +43,7 @@ pub(crate) struct Outside {
 pub(crate) struct Ground {
     pub(crate) outside: Outside,
     pub(crate) netns: Netns,
-    jobs: mpsc::UnboundedSender<Job>,
+    jobs: Jobs,
     network: NodeNetwork,
     dir: BpfDir,
     _spool: TempDir,
@@ -92,7 +89,12 @@ impl Ground {
         netns.ip(&format!("link set {RAW} up"))?;
         netns.ip("link set br0 up")?;
         wait_for_port(&netns, UPLINK)?;
-        let jobs = start_thread(&netns);
+        let jobs = Jobs::start_after(&netns, || {
+            // The threads of ports come from here. What takes the sender's CPU away takes the offered frames away.
+            if let Err(error) = settle(Place::Receiver) {
+                eprintln!("packet-path: {error:#}");
+            }
+        });
         // In memory, as the service has it: on a disk, the file of parked frames would be what is measured.
         let (dir, spool) = (BpfDir::new()?, tempfile::tempdir_in("/dev/shm")?);
         let config = NodeNetConfig {
@@ -108,7 +110,7 @@ impl Ground {
             },
             cluster: None,
         };
-        let network = call(&jobs, NodeNetwork::open(config))??;
+        let network = jobs.call(NodeNetwork::open(config))??;
         Ok(Ground {
             outside: Outside { netns: outside },
             netns,
@@ -127,7 +129,7 @@ impl Ground {
         &self,
         work: impl Future<Output = T> + Send + 'static,
     ) -> Result<T> {
-        call(&self.jobs, work)
+        self.jobs.call(work)
     }
 
     /// The port of a pod that runs here, as a VMM leaves it whose guest takes TCP segments whole.
@@ -234,41 +236,6 @@ impl Ground {
             })
             .context("the gate is not loaded")
     }
-}
-
-fn start_thread(netns: &Netns) -> mpsc::UnboundedSender<Job> {
-    let (jobs, mut queue) = mpsc::unbounded_channel::<Job>();
-    netns.spawn(move || {
-        // The threads of ports come from here. What takes the sender's CPU away takes the offered frames away.
-        if let Err(error) = settle(Place::Receiver) {
-            eprintln!("packet-path: {error:#}");
-        }
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .expect("a runtime");
-        runtime.block_on(async {
-            while let Some(job) = queue.recv().await {
-                tokio::spawn(job);
-            }
-        });
-    });
-    jobs
-}
-
-fn call<T: Send + 'static>(
-    jobs: &mpsc::UnboundedSender<Job>,
-    work: impl Future<Output = T> + Send + 'static,
-) -> Result<T> {
-    let (reply, answer) = std::sync::mpsc::channel();
-    let job = async move {
-        // The asker may have given up.
-        let _ = reply.send(work.await);
-    };
-    jobs.send(Box::pin(job)).ok().context("the node's thread")?;
-    answer
-        .recv_timeout(DEADLINE)
-        .context("the node does not answer")
 }
 
 /// A bridge forwards on a port only when it has heard of its carrier, which takes the kernel a second.
