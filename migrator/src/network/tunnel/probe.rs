@@ -15,8 +15,9 @@ use super::{NoTunnel, TunnelConfig, overhead};
 use crate::network::gate::SlotGate;
 use crate::network::sys;
 
-/// How long an answer is waited for. Forwarding lasts longer than this at least.
-const ANSWER_LIMIT: Duration = Duration::from_millis(500);
+/// How long an answer is waited for: a lost question for the neighbour is asked again after a second (`RETRANS_TIME`, ndisc and arp), and the relay
+/// goes on meanwhile.
+const ANSWER_LIMIT: Duration = Duration::from_millis(2500);
 /// The question is sent again after this: UDP may lose it, and a neighbour may have to be found first.
 const AGAIN: Duration = Duration::from_millis(50);
 /// How often the answer is looked for.
