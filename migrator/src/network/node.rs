@@ -247,14 +247,17 @@ fn endpoints(
     tunnel: &NodeTunnel,
     config: &NodeNetConfig,
 ) -> Result<Option<Arc<Endpoints>>, GateError> {
-    let (Some(cluster), Some(device), Some(tunnel)) =
-        (&config.cluster, tunnel.device(), config.tunnel)
-    else {
+    let (Some(cluster), Ground::Routed(pods), Some(device), Some(tunnel)) = (
+        &config.cluster,
+        &config.ground,
+        tunnel.device(),
+        config.tunnel,
+    ) else {
         gates.leave_cluster()?;
         return Ok(None);
     };
     let way = (device, tunnel.vni);
-    let endpoints = Endpoints::open(gates, &cluster.name, way, &cluster.peers)?;
+    let endpoints = Endpoints::open(gates, cluster, pods, way)?;
     Ok(Some(Arc::new(endpoints)))
 }
 

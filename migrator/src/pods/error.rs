@@ -4,7 +4,7 @@ use std::error::Error;
 use std::io;
 use std::path::PathBuf;
 
-use vm_runtime::units::Bytes;
+use vm_runtime::units::{Bytes, MacAddress};
 
 use super::upgrade::UpgradeError;
 use crate::api::error::{ApiError, chain};
@@ -37,6 +37,14 @@ pub enum PodError {
         what: String,
         /// Whose it is.
         by: String,
+    },
+    /// In a routed cluster, an address of it is that of a pod of another node.
+    #[error("an address of it is taken by the pod {mac} on node {node}")]
+    AddressElsewhere {
+        /// That pod's MAC address.
+        mac: MacAddress,
+        /// Its node.
+        node: String,
     },
     /// No slot is free.
     #[error("this node holds {0} pods already, as many as its configuration allows")]
@@ -180,7 +188,9 @@ impl PodError {
     pub(super) fn code(&self) -> ErrorCode {
         match self {
             Self::Spec(_) | Self::NameTooLong { .. } | Self::Plan { .. } => ErrorCode::Invalid,
-            Self::NameTaken(_) | Self::AddressTaken { .. } => ErrorCode::Conflict,
+            Self::NameTaken(_) | Self::AddressTaken { .. } | Self::AddressElsewhere { .. } => {
+                ErrorCode::Conflict
+            }
             Self::TooMany(_) | Self::Memory { .. } | Self::HugePages { .. } => ErrorCode::Exhausted,
             Self::NoImage { .. } | Self::NotFound(_) | Self::NoContainer { .. } => {
                 ErrorCode::NotFound
@@ -210,6 +220,9 @@ impl PodError {
             Self::AddressTaken { .. } => {
                 "give the pod another address in its annotations".to_owned()
             }
+            Self::AddressElsewhere { node, .. } => format!(
+                "give the pod another address in its annotations, or stop the other one on {node}"
+            ),
             Self::TooMany(_) => "stop a pod, or raise limits.pods".to_owned(),
             Self::Memory { .. } => {
                 "stop something, or lower the containers' memory limits".to_owned()

@@ -19,6 +19,7 @@ use super::state::{self, PodFile, PodRecord, unix_ms};
 use crate::config::Topology;
 use crate::daemon::node::Node;
 use crate::image::{ImageRecord, StoreError};
+use crate::network::Claim;
 
 /// Runs the pod that `yaml` describes; with `wait`, returns when its containers have started.
 ///
@@ -41,6 +42,18 @@ pub async fn run(
             name: spec.name,
             limit,
         });
+    }
+    if let Some(endpoints) = node.network.endpoints() {
+        // Which epoch it will have makes no difference here.
+        let claim = Claim {
+            mac: spec.net.mac,
+            v4: spec.net.ipv4.map(|(address, _)| address),
+            v6: spec.net.ipv6.map(|(address, _)| address),
+            epoch: Epoch(0),
+        };
+        if let Some((mac, node)) = endpoints.conflict(&claim) {
+            return Err(PodError::AddressElsewhere { mac, node });
+        }
     }
     let reservation = node.pods.reserve(&spec, node.config.limits.pods)?;
     let images = images(node, &spec).await?;

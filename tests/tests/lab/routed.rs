@@ -83,6 +83,18 @@ fn a_routed_pod_has_an_address_of_its_own_and_is_reached_by_routes() -> Result<(
         let is_there = |line: &str| line.starts_with(&format!("{address} dev mt"));
         ensure!(neighbours.lines().any(is_there), "{address}: {neighbours}");
     }
+    // The other nodes know whose these addresses are.
+    test.import_demo(Node::B)?;
+    let file = test.lab().dir().join("same-address.yaml");
+    std::fs::write(&file, pod_yaml("other", POD_IPV4, "fd77::99"))?;
+    let said = test.says(Node::B, &["run", &file.display().to_string()])?;
+    ensure!(
+        said.code != Some(0)
+            && said.err.contains("taken by the pod")
+            && said.err.contains("node a"),
+        "{}",
+        said.err
+    );
     // Not one frame of ARP or neighbour discovery was needed, in either direction.
     for learned in ["REACHABLE", "STALE", "DELAY", "PROBE"] {
         ensure!(!guest.contains(learned), "{guest}");

@@ -7,11 +7,12 @@ mod traffic;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use cluster::{Lab, Pod, addresses, release};
-use migrator::network::Ledger;
+use migrator::network::{Claim, Ledger};
 use migrator_tests::inbox::Inbox;
 use traffic::Sender;
+use vm_runtime::units::{Epoch, MacAddress};
 
 pub(crate) const DEADLINE: Duration = Duration::from_secs(40);
 
@@ -113,4 +114,38 @@ fn a_node_whose_service_is_away_holds_nobody_up_for_long_and_its_packets_follow(
     lab.nodes[2].start_service()?;
     lab.nodes[2].knows("b", pod.epoch)?;
     pod.stop(&lab)
+}
+
+#[test]
+fn an_address_of_no_pod_network_is_not_believed_whoever_claims_it() -> anyhow::Result<()> {
+    let lab = Lab::new()?;
+    let [a, ..] = &lab.nodes;
+    let endpoints = a.network.endpoints().context("the table")?;
+    let claim = |number: u8, v4: &str, v6: &str| -> anyhow::Result<Claim> {
+        Ok(Claim {
+            mac: MacAddress([2, 0, 0, 0, 1, number]),
+            v4: Some(v4.parse()?),
+            v6: Some(v6.parse()?),
+            epoch: Epoch(1),
+        })
+    };
+    let believed = claim(1, "10.77.0.91", "fd77::91")?;
+    // The other node's networks would be others than ours.
+    let strange = [
+        claim(2, "10.99.0.92", "fd77::92")?,
+        claim(3, "10.77.0.93", "fd99::93")?,
+    ];
+    let all = [believed, strange[0], strange[1]];
+    endpoints.take("b", endpoints.vni(), false, &all, &[])?;
+    let rival = |of: Claim| Claim {
+        mac: MacAddress([2, 0, 0, 0, 9, 9]),
+        ..of
+    };
+    let holder = endpoints.conflict(&rival(believed));
+    ensure!(holder == Some((believed.mac, "b".to_owned())), "{holder:?}");
+    for claim in strange {
+        let holder = endpoints.conflict(&rival(claim));
+        ensure!(holder.is_none(), "{holder:?}");
+    }
+    Ok(())
 }

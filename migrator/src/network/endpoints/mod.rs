@@ -30,6 +30,8 @@ use vm_runtime::units::{Epoch, MacAddress};
 
 use super::error::GateError;
 use super::gate::Gates;
+use super::networks::PodNetworks;
+use super::node::Cluster;
 use super::tunnel;
 pub use facts::{ClusterFacts, EndpointFacts, PeerFacts, SteeredFacts};
 use markers::Markers;
@@ -113,6 +115,7 @@ impl EndMarks {
 #[derive(Debug)]
 pub struct Endpoints {
     name: String,
+    pods: PodNetworks,
     gates: Arc<Gates>,
     device: u32,
     vni: u32,
@@ -141,13 +144,14 @@ fn nonce() -> u64 {
 }
 
 impl Endpoints {
-    /// Goes on with what a former service has left in the maps. `device` is the tunnel's, `peers` are the other nodes.
+    /// Goes on with what a former service has left in the maps. `device` is the tunnel's.
     pub(crate) fn open(
         gates: &Arc<Gates>,
-        name: &str,
+        cluster: &Cluster,
+        pods: &PodNetworks,
         (device, vni): (u32, u32),
-        peers: &BTreeMap<String, IpAddr>,
     ) -> Result<Self, GateError> {
+        let peers = &cluster.peers;
         let known = gates.known_nodes()?;
         let addresses = peers
             .iter()
@@ -182,7 +186,8 @@ impl Endpoints {
             (name.clone(), peer)
         };
         Ok(Self {
-            name: name.to_owned(),
+            name: cluster.name.clone(),
+            pods: pods.clone(),
             gates: Arc::clone(gates),
             device,
             vni,
@@ -287,9 +292,23 @@ impl Endpoints {
         Ok(marks)
     }
 
-    /// Whether a pod of another node has one of a new pod's addresses. The MAC address of the one that has.
-    pub fn conflict(&self, claim: &Claim) -> Option<MacAddress> {
-        lock(&self.state).table.holder(claim)
+    /// The pod that has one of a new pod's addresses, and its node's name.
+    pub fn conflict(&self, claim: &Claim) -> Option<(MacAddress, String)> {
+        let state = lock(&self.state);
+        let holder = state.table.holder(claim)?;
+        let node = state.table.pod(holder).map(|pod| pod.node);
+        let named = self
+            .numbers
+            .iter()
+            .find(|(_, number)| Some(**number) == node);
+        Some((holder, named.map_or(&self.name, |(name, _)| name).clone()))
+    }
+
+    /// An address of a claim that no pod of this cluster can have.
+    fn stranger(&self, claim: &Claim) -> Option<IpAddr> {
+        let v6 = claim.v6.map(IpAddr::V6);
+        let mut all = claim.v4.map(IpAddr::V4).into_iter().chain(v6);
+        all.find(|address| self.pods.of(*address).is_none())
     }
 
     /// This node's pods, as other nodes are told.
@@ -357,6 +376,11 @@ impl Endpoints {
             changes.extend(table.withdraw(*mac, from));
         }
         for claim in here {
+            if let Some(address) = self.stranger(claim) {
+                let pods = &self.pods;
+                tracing::warn!(peer, pod = %claim.mac, %address, %pods, "a claim is not believed: set the same `topology.pods` on every node");
+                continue;
+            }
             match table.merge(*claim, from, |number| up.contains(&number)) {
                 Ok(more) => changes.extend(more),
                 Err(refused) => {
@@ -394,6 +418,9 @@ impl Endpoints {
                     true => return Ok(()),
                     false => self.number_of(&wanted.at)?,
                 };
+                if self.stranger(&wanted.pod).is_some() {
+                    return Err(TakeError::NotTheirs(wanted.pod.mac));
+                }
                 match state.table.granted(wanted.pod, at) {
                     Ok(changes) => self.gates.change_endpoints(&changes)?,
                     Err(refused) => {
