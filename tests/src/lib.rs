@@ -1,5 +1,6 @@
 //! Tests that need root.
 
+pub mod bpf;
 pub mod images;
 pub mod inbox;
 pub mod jobs;
@@ -8,3 +9,4 @@ pub mod large_pages;
 pub mod netns;
 pub mod packet;
 pub mod registry;
+pub mod xsk;

@@ -46,6 +46,18 @@ pub(super) struct Moved {
     pub(super) stopped_at_unix_us: u64,
 }
 
+impl Moved {
+    /// A guest that stood still for so long, and went on where it was.
+    fn on_the_spot(stopped_at_unix_us: u64, downtime_ms: f64) -> Moved {
+        Moved {
+            total_ms: downtime_ms,
+            start_ms: 0.0,
+            downtime_ms,
+            stopped_at_unix_us,
+        }
+    }
+}
+
 /// Begins the load of a run.
 ///
 /// # Errors

@@ -48,6 +48,11 @@ impl Frames {
         }
     }
 
+    /// The first flow's frame without the virtio-net header, and where its number is.
+    pub(crate) fn first(&self) -> (&[u8], usize) {
+        (&self.flows[0][VNET_HEADER..], self.number_at - VNET_HEADER)
+    }
+
     /// Frame `number`: the next one of its flow.
     pub(crate) fn number(&mut self, number: u64) -> &[u8] {
         let frame = &mut self.flows[flow_of(number)];
@@ -68,7 +73,12 @@ pub(crate) const fn flows() -> usize {
 
 /// The number of a frame with a virtio-net header; none of a frame that is not ours.
 pub(crate) fn number_of(frame: &[u8]) -> Option<u64> {
-    let packet = frame.get(VNET_HEADER + ETHERNET..)?;
+    number_in(frame.get(VNET_HEADER..)?)
+}
+
+/// The same of a frame without that header.
+pub(crate) fn number_in(frame: &[u8]) -> Option<u64> {
+    let packet = frame.get(ETHERNET..)?;
     let transport = match packet.get(9)? {
         6 => TCP,
         17 => UDP,

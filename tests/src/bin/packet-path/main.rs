@@ -13,6 +13,7 @@
 //! figures; and `{"note": TEXT}` for what a reader of the figures should know.
 
 mod flip;
+mod flood;
 mod forward;
 mod frames;
 mod gate_idle;
@@ -20,6 +21,7 @@ mod ground;
 mod guest;
 mod live;
 mod park_inject;
+mod plain;
 mod schedule;
 mod sender;
 mod xdp_uplink;
@@ -31,6 +33,7 @@ use anyhow::Result;
 use clap::{Parser, ValueEnum};
 
 use frames::Kind;
+use plain::Sockets;
 
 /// For everything that is waited for.
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -41,6 +44,12 @@ struct Args {
     /// Of which frames; those of a flip are always the smallest
     #[arg(long, value_enum, default_value_t = Kind::Small)]
     frames: Kind,
+    /// What the peer of a hold is made of
+    #[arg(long, value_enum, default_value_t = Sockets::Packet)]
+    sockets: Sockets,
+    /// Frames that a hold is offered in a second
+    #[arg(long, default_value_t = 300_000, value_parser = clap::value_parser!(u64).range(1..))]
+    rate: u64,
     /// Runs of each side
     #[arg(long, default_value_t = 5)]
     runs: u32,
@@ -67,7 +76,7 @@ fn main() -> ExitCode {
     let args = Args::parse();
     let outcome = match args.what {
         What::GateIdle => gate_idle::measure(args.frames, args.runs, args.quick),
-        What::ParkInject => park_inject::measure(args.frames, args.runs),
+        What::ParkInject => park_inject::measure(args.frames, args.sockets, args.rate, args.runs),
         What::Flip => flip::measure(args.runs, args.quick),
         What::XdpUplink => xdp_uplink::measure(args.runs),
         What::Forward => forward::measure(args.runs),

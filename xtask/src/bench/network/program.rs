@@ -22,7 +22,8 @@ pub(super) fn build(project: &Project) -> Result<()> {
 
 /// What it is to measure.
 pub(super) struct Call {
-    pub(super) what: &'static str,
+    /// Its first arguments.
+    pub(super) words: &'static [&'static str],
     pub(super) frames: Option<&'static str>,
     pub(super) runs: u32,
     pub(super) quick: bool,
@@ -63,7 +64,7 @@ pub(super) fn run(
 ) -> Result<(Samples, Samples)> {
     let mut command = Command::new(project.target.join("debug").join(PROGRAM));
     command
-        .arg(call.what)
+        .args(call.words)
         .args(["--runs", &call.runs.to_string()]);
     if let Some(frames) = call.frames {
         command.args(["--frames", frames]);

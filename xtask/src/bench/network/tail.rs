@@ -5,7 +5,7 @@ use crate::silence::RoundTrip;
 /// Looked at before the request and after the resume, in microseconds.
 pub(super) const AROUND_US: u64 = 1_000_000;
 /// Windows after the resume, in microseconds.
-const WINDOW_US: u64 = 50_000;
+const WINDOW_US: u64 = 10_000;
 /// A window whose p99 is within so many times that of before has no tail.
 const WITHIN: f64 = 2.0;
 
@@ -27,6 +27,8 @@ pub(super) struct Latency {
     pub(super) p50: f64,
     pub(super) p99: f64,
     pub(super) max: f64,
+    /// From the resume to the first answer after it; a second if there is none.
+    pub(super) first_answer: f64,
     /// From the resume to the first window that is as before; a second if none is.
     pub(super) tail: f64,
 }
@@ -50,11 +52,15 @@ pub(super) fn latency(trips: &[RoundTrip], at: Moments) -> Option<Latency> {
         // A window without any answered packet is not as before.
         percentile(&sent(from, from + WINDOW_US), 99).is_some_and(|p99| p99 <= WITHIN * p99_before)
     });
+    let answered = trips.iter().map(|trip| trip.sent_us + trip.took_us);
+    let first_us = answered.filter(|us| *us >= at.resumed_us).min();
+    let first_us = first_us.map_or(AROUND_US, |us| us - at.resumed_us);
     Some(Latency {
         p99_before,
         p50: percentile(&all, 50)?,
         p99: percentile(&all, 99)?,
         max: percentile(&all, 100)?,
+        first_answer: first_us as f64 / 1e3,
         tail: tail_us.unwrap_or(AROUND_US) as f64 / 1e3,
     })
 }
@@ -97,6 +103,7 @@ mod tests {
         .unwrap();
         assert_eq!(latency.tail, 0.0);
         assert_eq!((latency.p50, latency.max), (0.3, 30.0));
+        assert_eq!(latency.first_answer, 0.0);
         assert_eq!(latency.p99_before, 0.3);
     }
 
@@ -110,7 +117,7 @@ mod tests {
                 _ => 600,
             })
         };
-        assert_eq!(latency(&slow(2_620), AT).unwrap().tail, 150.0);
+        assert_eq!(latency(&slow(2_620), AT).unwrap().tail, 120.0);
         assert_eq!(latency(&slow(9_999), AT).unwrap().tail, 1_000.0);
     }
 
@@ -118,7 +125,8 @@ mod tests {
     fn packets_that_were_never_answered_leave_no_window_empty_and_well() {
         let mut trips = trips(|_| 300);
         trips.retain(|trip| !(2_500_000..2_600_000).contains(&trip.sent_us));
-        assert_eq!(latency(&trips, AT).unwrap().tail, 100.0);
+        let latency_of = latency(&trips, AT).unwrap();
+        assert_eq!((latency_of.first_answer, latency_of.tail), (100.3, 100.0));
         assert_eq!(latency(&[], AT), None);
     }
 }

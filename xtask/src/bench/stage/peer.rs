@@ -141,6 +141,21 @@ impl Peer {
         Ok(moved)
     }
 
+    /// Stops the guest for so long, and lets it go on where it is.
+    ///
+    /// # Errors
+    /// QEMU refuses, or the guest does not answer afterwards.
+    pub(in crate::bench) fn stop_and_go_on(&mut self, pause: Duration) -> Result<Moved> {
+        let qemu = self.running.as_ref().context("the peer's guest has died")?;
+        qemu.execute("stop", Value::Null)?;
+        let (stopped_at, begun) = (now_us(), Instant::now());
+        std::thread::sleep(pause);
+        qemu.execute("cont", Value::Null)?;
+        let downtime_ms = begun.elapsed().as_secs_f64() * 1e3;
+        self.load.report().with_context(|| qemu.last_words())?;
+        Ok(Moved::on_the_spot(stopped_at, downtime_ms))
+    }
+
     /// Begins to move the guest at `bytes_per_s`, runs `during` while pages are copied, and cancels: it stays where it is.
     ///
     /// # Errors

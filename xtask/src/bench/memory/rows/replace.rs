@@ -5,6 +5,7 @@ use anyhow::Result;
 use super::Bench;
 use crate::bench::figures::{Aim, Metric, Run, Samples, records};
 use crate::bench::plan::told;
+use crate::bench::stage::Moved;
 use crate::bench::stage::load::Work;
 use crate::bench::stage::ours;
 use crate::bench::stage::peer::{Memory, Peer};
@@ -21,7 +22,7 @@ const WAYS: [(&str, Memory, Way); 2] = [
     ("cpr", Memory::Shared, Peer::replace_by_cpr),
 ];
 
-type Way = fn(&mut Peer) -> Result<f64>;
+type Way = fn(&mut Peer) -> Result<Moved>;
 
 const DOWNTIME: Metric = Metric {
     name: "downtime",
@@ -91,7 +92,8 @@ fn measure(
         }
         let pair = bench.stage.pair(mib, memory)?;
         settle(&pair.peer.load, WORK)?;
-        peer.add(told("QEMU", way(&mut pair.peer).map(figures)));
+        let moved = way(&mut pair.peer);
+        peer.add(told("QEMU", moved.map(|moved| figures(moved.downtime_ms))));
     }
     let records = records(case, &bench.stage.qemu(), &[DOWNTIME], &ours, &peer);
     bench.records.extend(records);

@@ -8,8 +8,10 @@ use crate::bench::network::program::{self, Call};
 
 /// One of the program's measurements.
 struct Path {
-    /// Its name in cases, and for the program.
+    /// Its name in cases.
     name: &'static str,
+    /// The same for the program, and what follows it.
+    words: &'static [&'static str],
     /// Which frames, in cases and for the program; none where there is no choice.
     frames: &'static [&'static str],
     /// What the peer is.
@@ -21,6 +23,7 @@ struct Path {
 
 const GATE_IDLE: Path = Path {
     name: "gate-idle",
+    words: &["gate-idle"],
     frames: &["64", "1400"],
     against: "the same path without the programs",
     no_peer: None,
@@ -32,22 +35,36 @@ const GATE_IDLE: Path = Path {
     ],
 };
 
+const HOLD: &[Metric] = &[
+    metric("lost", "frames", &[Aim::Zero]),
+    metric("doubled or overtaken", "frames", &[Aim::Zero]),
+    metric("offered", "frames/s", &[]),
+    metric("parked", "frames", &[]),
+    metric("drain rate", "frames/s", &[]),
+];
+
 const PARK_INJECT: Path = Path {
     name: "park-inject",
+    words: &["park-inject"],
     frames: &["64", "1400", "gso"],
     against: "AF_PACKET receive and send",
     no_peer: None,
-    metrics: &[
-        metric("lost", "frames", &[Aim::Zero]),
-        metric("doubled or overtaken", "frames", &[Aim::Zero]),
-        metric("offered", "frames/s", &[]),
-        metric("parked", "frames", &[]),
-        metric("drain rate", "frames/s", &[]),
-    ],
+    metrics: HOLD,
+};
+
+/// Segments that are not cut yet are no frames that XDP sees.
+const PARK_INJECT_XDP: Path = Path {
+    name: "park-inject-xdp",
+    words: &["park-inject", "--sockets", "xdp"],
+    frames: &["64", "1400"],
+    against: "AF_XDP receive and send",
+    no_peer: None,
+    metrics: HOLD,
 };
 
 const FLIP: Path = Path {
     name: "flip",
+    words: &["flip"],
     frames: &[],
     against: "published figures",
     no_peer: Some("nobody publishes this step alone; docs/benchmarks.md has what is published"),
@@ -60,6 +77,7 @@ const FLIP: Path = Path {
 
 const XDP_UPLINK: Path = Path {
     name: "xdp-uplink",
+    words: &["xdp-uplink"],
     frames: &[],
     against: "the bridge and the gate",
     no_peer: None,
@@ -71,6 +89,7 @@ const XDP_UPLINK: Path = Path {
 
 const FORWARD: Path = Path {
     name: "forward",
+    words: &["forward"],
     frames: &[],
     against: "a bridge passing a frame on",
     no_peer: None,
@@ -80,7 +99,14 @@ const FORWARD: Path = Path {
     ],
 };
 
-const PATHS: [Path; 5] = [GATE_IDLE, PARK_INJECT, FLIP, XDP_UPLINK, FORWARD];
+const PATHS: [Path; 6] = [
+    GATE_IDLE,
+    PARK_INJECT,
+    PARK_INJECT_XDP,
+    FLIP,
+    XDP_UPLINK,
+    FORWARD,
+];
 
 const fn metric(name: &'static str, unit: &'static str, aims: &'static [Aim]) -> Metric {
     Metric { name, unit, aims }
@@ -118,7 +144,11 @@ pub(super) fn gate_idle(quick: bool) -> Vec<String> {
 }
 
 pub(super) fn park_inject(quick: bool) -> Vec<String> {
-    PARK_INJECT.cases(quick)
+    let mut cases = PARK_INJECT.cases(quick);
+    if !quick {
+        cases.extend(PARK_INJECT_XDP.cases(quick));
+    }
+    cases
 }
 
 pub(super) fn flip() -> Vec<String> {
@@ -140,7 +170,7 @@ pub(super) fn run(bench: &mut Bench<'_>, wanted: &[String]) -> Result<()> {
             .find_map(|path| Some((path, path.frames_of(case)?)))
             .with_context(|| format!("{case} is no case of this row"))?;
         let call = Call {
-            what: path.name,
+            words: path.words,
             frames,
             runs: bench.plan.runs,
             quick: bench.plan.quick,

@@ -14,15 +14,14 @@ use super::args::{self, Incoming};
 use super::course::ms;
 use super::qemu::Qemu;
 use super::{How, Peer, UNLIMITED};
-use crate::bench::stage::MOVES_WITHIN;
+use crate::bench::stage::{MOVES_WITHIN, Moved};
 
 impl Peer {
-    /// Stops the guest, saves it with its RAM to a file, ends QEMU, starts another, loads, goes on. The downtime in
-    /// milliseconds.
+    /// Stops the guest, saves it with its RAM to a file, ends QEMU, starts another, loads, goes on.
     ///
     /// # Errors
     /// A step fails. The guest is gone then.
-    pub(in crate::bench) fn replace_by_file(&mut self) -> Result<f64> {
+    pub(in crate::bench) fn replace_by_file(&mut self) -> Result<Moved> {
         let old = self.take()?;
         let (_file, path) = state_file()?;
         let uri = json!({ "uri": format!("file:{path}") });
@@ -44,14 +43,14 @@ impl Peer {
         new.execute("cont", Value::Null)?;
         let resumed_at = self.awaits(&new, &mut events, |event| at(event, "RESUME"))?;
         self.goes_on(new)?;
-        Ok(ms(stopped_at, resumed_at))
+        Ok(Moved::on_the_spot(stopped_at, ms(stopped_at, resumed_at)))
     }
 
-    /// Hands the guest over to another QEMU by cpr-transfer (QEMU 10 and later). The downtime in milliseconds.
+    /// Hands the guest over to another QEMU by cpr-transfer (QEMU 10 and later).
     ///
     /// # Errors
     /// A step fails. The guest is gone then.
-    pub(in crate::bench) fn replace_by_cpr(&mut self) -> Result<f64> {
+    pub(in crate::bench) fn replace_by_cpr(&mut self) -> Result<Moved> {
         let old = self.take()?;
         let dir = self.ground.dir();
         let (main, cpr) = (socket(&dir, "main.sock"), socket(&dir, "cpr.sock"));
@@ -88,7 +87,7 @@ impl Peer {
         let resumed_at = self.awaits(&new, &mut events, |event| at(event, "RESUME"))?;
         drop(old);
         self.goes_on(new)?;
-        Ok(ms(stopped_at, resumed_at))
+        Ok(Moved::on_the_spot(stopped_at, ms(stopped_at, resumed_at)))
     }
 
     fn goes_on(&mut self, mut new: Qemu) -> Result<()> {
