@@ -25,6 +25,15 @@ impl UdpSegment {
         self.at + UDP_CHECKSUM
     }
 
+    /// The same datagram, once `len` bytes are in front of its frame.
+    #[inline(always)]
+    pub const fn behind(self, len: usize) -> Self {
+        Self {
+            at: self.at + len,
+            len: self.len,
+        }
+    }
+
     /// The checksum, from the sum over the datagram with what is in the field now.
     pub const fn finished(sum: u64) -> u16 {
         match !fold(sum) {
@@ -36,6 +45,7 @@ impl UdpSegment {
 }
 
 /// The one's complement sum in 16 bits (RFC 1071).
+#[inline(always)]
 pub const fn fold(sum: u64) -> u16 {
     let sum = (sum & 0xffff_ffff) + (sum >> 32);
     let sum = (sum & 0xffff) + ((sum >> 16) & 0xffff) + (sum >> 32);

@@ -9,7 +9,7 @@ pub const LOGGED_WORD: usize = COUNTERS_LEN - 1;
 
 /// Index of a counter in a row. Each frame that reaches the gate is booked by exactly one of the
 /// counters up to [`Counter::RefusedNoSlot`], or by [`Counter::SentOut`], [`Counter::ForwardedTunnel`] or [`Counter::RefusedGroup`]; each one
-/// that the uplink's program takes past it by [`Counter::Fast`]; each frame from the guest by [`Counter::Sent`] or [`Counter::Blocked`].
+/// that the uplink's program takes past it by [`Counter::Fast`] or [`Counter::ForwardedXdp`]; each frame from the guest by [`Counter::Sent`] or [`Counter::Blocked`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u32)]
 pub enum Counter {
@@ -45,11 +45,15 @@ pub enum Counter {
     RefusedGroup = 14,
     /// TUNNEL: went to the other node through the tunnel.
     ForwardedTunnel = 15,
+    /// TUNNEL: went to the other node straight from the uplink, past bridge and gate.
+    ForwardedXdp = 16,
+    /// Of those, what the device did not take that they were to leave by. In the row of no slot: a batch may be of several pods.
+    ForwardedXdpLost = 17,
 }
 
 impl Counter {
     /// All of them, in order.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 18] = [
         Self::Passed,
         Self::ParkedLocal,
         Self::ParkedHold,
@@ -66,6 +70,8 @@ impl Counter {
         Self::Landed,
         Self::RefusedGroup,
         Self::ForwardedTunnel,
+        Self::ForwardedXdp,
+        Self::ForwardedXdpLost,
     ];
 }
 
@@ -94,6 +100,7 @@ impl CounterRow {
             + self.get(Counter::SentOut)
             + self.get(Counter::RefusedGroup)
             + self.get(Counter::ForwardedTunnel)
+            + self.get(Counter::ForwardedXdp)
             + self.get(Counter::Fast)
     }
 }

@@ -10,6 +10,7 @@ mod counter;
 mod endpoint;
 mod gate;
 mod meaning;
+mod outer;
 mod packet;
 mod settled;
 mod trace;
@@ -23,6 +24,9 @@ pub use endpoint::{
     destination_address, lane_hash, lane_of, mapped, next_ttl,
 };
 pub use gate::{Gate, Mode, Verdict, verdict};
+pub use outer::{
+    Ends, Headers, OUTER_MAX, OUTER_V4, OUTER_V6, Outer, fill_v4, fill_v6, source_port,
+};
 pub use packet::{
     Bytes, FrameBytes, MAC_LEN, bucket, destination_mac, is_fast_kind, is_group, is_own_echo,
     source_mac,
@@ -30,7 +34,7 @@ pub use packet::{
 pub use settled::{flip_of, is_settled, settle};
 pub use trace::{Direction, TRACE_HEAD, TRACE_RING_BYTES, TraceEvent, is_watched, verdict_of};
 pub use tunnel::{Landing, Probe, Tunnel, landing_key};
-pub use uplink::{Extent, Local, QUEUES_MAX, extent, latch_index, may_open};
+pub use uplink::{Extent, Local, QUEUES_MAX, extent, latch_index, may_open, spilled};
 
 /// Version of the layouts below; part of the folder that the maps are pinned in.
 pub const ABI: u32 = 2;
@@ -76,6 +80,8 @@ pub mod names {
     pub const UPLINK: &str = "uplink";
     /// XDP program of the entries of [`TAPS`].
     pub const INTO_TAP: &str = "into_tap";
+    /// XDP program of the entries of [`WAYS_OUT`].
+    pub const ONTO_WIRE: &str = "onto_wire";
     /// Program of the kernel's tracepoint [`DEVMAP_XMIT`].
     pub const TAP_FULL: &str = "tap_full";
     /// include/trace/events/xdp.h: a batch of redirected frames was given to a device.
@@ -105,6 +111,11 @@ pub mod names {
     pub const LOCALS: &str = "LOCALS";
     /// Hash of devices, by slot: the TAPs that frames are redirected to.
     pub const TAPS: &str = "TAPS";
+    /// Hash of [`crate::Outer`], by slot: where the uplink's program sends a departed pod's frames. It is there before the gate's word is TUNNEL, and as
+    /// long as the word is.
+    pub const OUTERS: &str = "OUTERS";
+    /// Hash of devices, by interface index: those that such frames leave by.
+    pub const WAYS_OUT: &str = "WAYS_OUT";
     /// Array of `u64`, by [`crate::bucket_index`]: frames that the uplink's program left to the kernel. Memory-mappable.
     pub const PASSED: &str = "PASSED";
     /// Array of `u64`, by [`crate::bucket_index`]: those of them that have come to the gate. Memory-mappable.
@@ -188,6 +199,8 @@ mod user {
     unsafe impl aya::Pod for super::Endpoint {}
     // SAFETY: `repr(C)`, 2 + 2 bytes without padding, every bit pattern valid.
     unsafe impl aya::Pod for super::Local {}
+    // SAFETY: `repr(C)`, four `u32` and 72 bytes, a multiple of its alignment of 8: no padding, every bit pattern valid.
+    unsafe impl aya::Pod for super::Outer {}
     // SAFETY: an array of `u64` behind `repr(transparent)`: no padding, every bit pattern valid.
     unsafe impl aya::Pod for super::CounterRow {}
 }

@@ -9,6 +9,7 @@
 #![feature(core_intrinsics)]
 
 mod observe;
+mod onward;
 mod overlay;
 mod steer;
 mod xdp;
@@ -25,6 +26,7 @@ use migrator_ebpf::{
     NO_SLOT_ROW, Verdict, bucket, bucket_index, is_fast_kind, is_group, is_own_echo, is_settled,
     verdict,
 };
+use onward::OUTERS;
 
 /// linux/bpf.h: the map can be mapped into user memory.
 pub(crate) const BPF_F_MMAPABLE: u32 = 1 << 10;
@@ -102,27 +104,28 @@ pub(crate) fn add(map: &Array<u64>, index: u32, frames: u64) {
     }
 }
 
-/// Counts a frame that the uplink's program has counted when it left it to the kernel. Its bucket, if that is known.
+/// Whether the uplink's program has counted this frame, which came by the uplink, when it left it to the kernel.
 #[inline(always)]
-fn arrived(skb: &Skb<'_>, slot: u16, known: Option<u8>) {
+fn is_counted(skb: &Skb<'_>) -> bool {
     // SAFETY: `skb` is the context that the kernel passed in.
-    let (kind, segments) = unsafe {
+    let kind = unsafe {
         let skb = skb.0.skb.skb;
         if (*skb).vlan_present != 0
             || matches!((*skb).pkt_type, PACKET_BROADCAST | PACKET_MULTICAST)
         {
-            return;
+            return false;
         }
-        (u16::from_be((*skb).protocol as u16), (*skb).gso_segs)
+        u16::from_be((*skb).protocol as u16)
     };
-    if is_fast_kind(skb, kind) {
-        let bucket = match known {
-            Some(bucket) => bucket,
-            None => bucket(skb),
-        };
-        let index = bucket_index(slot, bucket);
-        add(&xdp::ARRIVED, index, u64::from(segments.max(1)));
-    }
+    is_fast_kind(skb, kind)
+}
+
+/// Counts such a frame. GRO may have made it of many.
+#[inline(always)]
+fn arrived(skb: &Skb<'_>, index: u32) {
+    // SAFETY: `skb` is the context that the kernel passed in.
+    let segments = unsafe { (*skb.0.skb.skb).gso_segs };
+    add(&xdp::ARRIVED, index, u64::from(segments.max(1)));
 }
 
 #[inline(always)]
@@ -146,8 +149,9 @@ fn pass_settled(ctx: &TcContext, slot: u16, uplink: u32) -> Option<i32> {
     book(ctx, slot, word, counter);
     observe::trace(ctx, slot, word, counter, || bucket(&skb), Direction::In);
     // SAFETY: `skb` is the context that the kernel passed in.
-    if uplink != 0 && unsafe { (*ctx.skb.skb).ingress_ifindex } == uplink {
-        arrived(&skb, slot, None);
+    let came_by = unsafe { (*ctx.skb.skb).ingress_ifindex };
+    if uplink != 0 && came_by == uplink && is_counted(&skb) {
+        arrived(&skb, bucket_index(slot, bucket(&skb)));
     }
     Some(TCX_NEXT)
 }
@@ -179,7 +183,7 @@ fn gate_closely(ctx: &TcContext) -> i32 {
     let slot = u32::from(device.slot);
     // SAFETY: `skb` is the context that the kernel passed in.
     let came_by = unsafe { (*ctx.skb.skb).ingress_ifindex };
-    let is_counted = device.uplink != 0 && came_by == device.uplink;
+    let is_counted = device.uplink != 0 && came_by == device.uplink && is_counted(&skb);
     let bucket = bucket(&skb);
     let index = bucket_index(device.slot, bucket);
     // `done` first: it only grows towards `parked`, so an old value parks one frame too many, a value
@@ -203,6 +207,11 @@ fn gate_closely(ctx: &TcContext) -> i32 {
     };
     let mut into_tunnel = None;
     let verdict = match verdict {
+        // SAFETY: the map value is not read.
+        Verdict::Tunnel(_) if is_counted && unsafe { OUTERS.get(&slot) }.is_some() => {
+            // The uplink's program sends such frames on itself, and must know of each other one when the guest has it.
+            Verdict::Park(Counter::ParkedForward)
+        }
         Verdict::Tunnel(_) => {
             into_tunnel = overlay::into_tunnel(ctx, slot);
             match into_tunnel {
@@ -235,7 +244,7 @@ fn gate_closely(ctx: &TcContext) -> i32 {
     };
     if is_counted {
         // After `parked`: the uplink's program must not find it arrived, and nothing parked.
-        arrived(&skb, device.slot, Some(bucket));
+        arrived(&skb, index);
     }
     action
 }

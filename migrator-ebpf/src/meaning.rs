@@ -22,6 +22,8 @@ impl Counter {
             Self::Landed => "landed",
             Self::RefusedGroup => "refused_group",
             Self::ForwardedTunnel => "forwarded_tunnel",
+            Self::ForwardedXdp => "forwarded_xdp",
+            Self::ForwardedXdpLost => "forwarded_xdp_lost",
         }
     }
 
@@ -55,6 +57,12 @@ impl Counter {
             }
             Self::ForwardedTunnel => {
                 "for the guest, sent through the tunnel to the node it has moved to"
+            }
+            Self::ForwardedXdp => {
+                "for the guest, sent straight from the uplink to the node it has moved to"
+            }
+            Self::ForwardedXdpLost => {
+                "of all such frames of this node, what the device did not take that they were to leave by"
             }
         }
     }

@@ -112,13 +112,14 @@ pub const fn verdict_of(counter: Counter) -> Verdict {
         }
         Counter::RefusedEcho => Verdict::Show(counter),
         Counter::SentOut => Verdict::Out(counter),
-        Counter::ForwardedTunnel => Verdict::Tunnel(counter),
+        Counter::ForwardedTunnel | Counter::ForwardedXdp => Verdict::Tunnel(counter),
         Counter::Landed | Counter::Fast => Verdict::Pass(counter),
         Counter::RefusedShut
         | Counter::RefusedNoSlot
         | Counter::RefusedGroup
         | Counter::FastLost
         | Counter::FastFull
+        | Counter::ForwardedXdpLost
         | Counter::Blocked => Verdict::Drop(counter),
     }
 }

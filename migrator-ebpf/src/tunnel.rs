@@ -61,8 +61,8 @@ impl Probe {
     /// Bytes from the Ethernet header to the end of the number.
     pub const LEN: usize = 32;
 
-    /// EtherType for local experiments (IEEE 802, "Local Experimental Ethertype 1"), then the kind, then a magic word.
-    const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
+    /// EtherType for local experiments (IEEE 802, "Local Experimental Ethertype 1"). The kind follows, then a magic word.
+    pub const ETHERTYPE: u16 = 0x88b5;
     const MAGIC: [u8; 7] = *b"mtunnel";
 
     /// The question, about the pod at `mac`.
@@ -72,7 +72,7 @@ impl Probe {
         ethernet[..6].copy_from_slice(&mac);
         // Locally administered: nobody's.
         ethernet[6] = 0x02;
-        ethernet[12..].copy_from_slice(&Self::ETHERTYPE);
+        ethernet[12..].copy_from_slice(&Self::ETHERTYPE.to_be_bytes());
         rest[0] = Self::ASK;
         rest[1..8].copy_from_slice(&Self::MAGIC);
         rest[8..10].copy_from_slice(&self.slot.to_be_bytes());
@@ -84,7 +84,9 @@ impl Probe {
     #[inline(always)]
     pub fn parse(rest: [u8; Self::LEN - 12]) -> Option<(u8, Self)> {
         let [e0, e1, kind, m0, m1, m2, m3, m4, m5, m6, s0, s1, n @ ..] = rest;
-        if [e0, e1] != Self::ETHERTYPE || [m0, m1, m2, m3, m4, m5, m6] != Self::MAGIC {
+        if u16::from_be_bytes([e0, e1]) != Self::ETHERTYPE
+            || [m0, m1, m2, m3, m4, m5, m6] != Self::MAGIC
+        {
             return None;
         }
         let slot = u16::from_be_bytes([s0, s1]);

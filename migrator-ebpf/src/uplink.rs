@@ -25,8 +25,14 @@
 //! **Several queues.** A flow stays in one receive queue, and a queue is polled by one CPU at a time (`NAPI_STATE_SCHED`). Each queue has latches
 //! of its own, so the two rules above are about one thread of execution: what another queue does to the bucket's counters can only
 //! keep this one on the kernel's way.
+//!
+//! **A departed pod's frames.** In TUNNEL the program may put the headers around a frame itself and send it out, if the slot has an [`Outer`](crate::Outer). Then no frame of a
+//! fast kind that comes in by the uplink takes the kernel's tunnel under that word: it is sent on here, or parked and relayed. So the rule above
+//! holds as it is: with `arrived == passed`, all earlier frames have been parked, under this word or one before it, and with `parked == done` the other node's guest has them. A latched
+//! bucket stays here. A frame that cannot be sent after all spills its bucket: for good under this word, the bucket is the relay's.
 
 use crate::packet::{Bytes, ETH_P_IP, HEADER};
+use crate::settled::{flip_of, settle};
 use crate::{BUCKETS, MAX_SLOTS};
 
 /// Receive queues of an uplink that have latches; frames of others take the kernel's way.
@@ -47,6 +53,13 @@ const _: () = assert!(size_of::<Local>() == 4);
 /// Index of a bucket's latch, of one receive queue.
 pub const fn latch_index(queue: u32, bucket_index: u32) -> u32 {
     queue * (MAX_SLOTS * BUCKETS) + bucket_index
+}
+
+/// What a bucket's latch says once a frame could not be sent on: under this word the bucket is the relay's.
+#[inline(always)]
+pub const fn spilled(word: u64) -> u64 {
+    // No flip's own, and another for each flip.
+    settle(flip_of(word))
 }
 
 /// Whether nothing of a bucket is on the kernel's way or in the park. The counters must have been read in this order.

@@ -8,11 +8,13 @@ use aya_ebpf::macros::{map, raw_tracepoint, xdp};
 use aya_ebpf::maps::{Array, DevMapHash, HashMap, PerCpuArray};
 use aya_ebpf::programs::{RawTracePointContext, XdpContext};
 use migrator_ebpf::{
-    BUCKETS, Bytes, Counter, Direction, Extent, Gate, Local, MAC_LEN, MAX_SLOTS, Mode, UdpSegment,
-    bucket, bucket_index, extent, flip_of, is_fast_kind, latch_index, may_open, udp_segment,
+    BUCKETS, Bytes, Counter, Direction, Extent, Gate, Local, MAC_LEN, MAX_SLOTS, Mode, NO_SLOT_ROW,
+    Probe, UdpSegment, bucket, bucket_index, extent, flip_of, is_fast_kind, latch_index, may_open,
+    udp_segment,
 };
 
 use super::observe::trace;
+use super::onward::{self, Late};
 use super::{BPF_F_MMAPABLE, COUNTERS, DEVICES, DONE, GATES, PARKED, add, count, read};
 
 #[map]
@@ -26,23 +28,39 @@ pub(crate) static ARRIVED: Array<u64> = Array::pinned(MAX_SLOTS * BUCKETS, BPF_F
 /// For one receive queue; the service makes it larger.
 #[map]
 static LATCHES: Array<u64> = Array::pinned(MAX_SLOTS * BUCKETS, 0);
-/// The TAP whose batch this CPU is about to hand over: its interface index, or 0.
+/// The TAP whose batch this CPU is about to hand over: its interface index, or [`WIRE`], or 0.
 #[map]
-static HANDING_OVER: PerCpuArray<u32> = PerCpuArray::pinned(1, 0);
+pub(super) static HANDING_OVER: PerCpuArray<u32> = PerCpuArray::pinned(1, 0);
 
 /// Added to `passed` by something that may be several frames: the gate counts them one by one, and must not
 /// catch up before the service has looked.
 const SEVERAL: u64 = 1 << 20;
 
+/// A part of the frame that is being summed up. Not on the stack, which has 512 bytes.
+#[map]
+static SUMMED: PerCpuArray<[u64; CHUNK / 8]> = PerCpuArray::with_max_entries(1, 0);
+
+/// No interface index: the batch leaves the node.
+pub(super) const WIRE: u32 = 1 << 31;
+
+/// What begins before here is read in place, which is quicker: Ethernet's and IP's own headers, at places known to the compiler.
+const IN_PLACE: usize = 34;
+
 /// Bytes that are summed up at a time, and how often: more than the longest frame that a program without fragments gets, a page.
 const CHUNK: usize = 128;
 const CHUNKS: usize = 32;
 
-struct Frame<'a>(&'a XdpContext);
+pub(super) struct Frame<'a>(pub(super) &'a XdpContext);
 
 impl Bytes for Frame<'_> {
     #[inline(always)]
     fn load<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        if offset < IN_PLACE {
+            let start = self.0.data() + offset;
+            // SAFETY: the bytes lie within the frame, as compared; alignment does not matter.
+            return (start + N <= self.0.data_end())
+                .then(|| unsafe { (start as *const [u8; N]).read_unaligned() });
+        }
         let mut bytes = MaybeUninit::<[u8; N]>::uninit();
         // SAFETY: the helper writes all `N` bytes, or fails.
         unsafe {
@@ -64,7 +82,7 @@ fn ethernet(ctx: &XdpContext) -> Option<[u8; 14]> {
 /// XDP: what comes in by the uplink.
 #[xdp]
 fn uplink(ctx: XdpContext) -> u32 {
-    let Some([a, b, c, d, e, f, _, _, _, _, _, _, high, low]) = ethernet(&ctx) else {
+    let Some([a, b, c, d, e, f, g, h, i, j, k, l, high, low]) = ethernet(&ctx) else {
         return XDP_PASS;
     };
     // SAFETY: the map value is copied, and only ever replaced as a whole.
@@ -73,19 +91,41 @@ fn uplink(ctx: XdpContext) -> u32 {
     };
     let frame = Frame(&ctx);
     let kind = u16::from_be_bytes([high, low]);
+    let len = ctx.data_end() - ctx.data();
     if !is_fast_kind(&frame, kind) {
+        if kind == Probe::ETHERTYPE {
+            return onward::ask(&ctx, local.slot, len).unwrap_or(XDP_PASS);
+        }
         return XDP_PASS;
     }
     let bucket = bucket(&frame);
     let index = bucket_index(local.slot, bucket);
-    let len = ctx.data_end() - ctx.data();
-    let frames = match extent(&frame, kind, len, usize::from(local.frame_max)) {
-        Extent::Whole => {
-            if let Some(action) = redirect(&ctx, &frame, kind, local, bucket) {
-                return action;
-            }
-            1
+    let extent = extent(&frame, kind, len, usize::from(local.frame_max));
+    let word = read(&GATES, u32::from(local.slot));
+    let gate = Gate::from_word(word);
+    let action = match gate.mode {
+        _ if gate.slot != local.slot => None,
+        Mode::Local if extent == Extent::Whole => redirect(&ctx, &frame, kind, local, bucket, word),
+        // The gate drops the pod's own echo.
+        Mode::Tunnel if [g, h, i, j, k, l] != [a, b, c, d, e, f] => {
+            let is_whole = extent == Extent::Whole;
+            let late = Late {
+                kind,
+                local,
+                bucket,
+                word,
+                len,
+                is_whole,
+            };
+            onward::send_on(&ctx, &late)
         }
+        Mode::Local | Mode::Tunnel | Mode::Shut | Mode::Hold | Mode::Forward => None,
+    };
+    if let Some(action) = action {
+        return action;
+    }
+    let frames = match extent {
+        Extent::Whole => 1,
         Extent::TooLong => SEVERAL,
         // SAFETY: `ctx` is the context that the kernel passed in.
         Extent::Elsewhere if unsafe { bpf_xdp_get_buff_len(ctx.ctx) } > len as u64 => SEVERAL,
@@ -95,7 +135,22 @@ fn uplink(ctx: XdpContext) -> u32 {
     XDP_PASS
 }
 
-/// `None`: the kernel's way.
+/// The latch of a bucket, of the queue that the frame came by.
+#[inline(always)]
+pub(super) fn latch(ctx: &XdpContext, index: u32) -> Option<*mut u64> {
+    LATCHES.get_ptr_mut(latch_index(ctx.rx_queue_index(), index))
+}
+
+/// See [`may_open`], also for the order in which these are read.
+#[inline(always)]
+pub(super) fn is_open(index: u32) -> bool {
+    let arrived = read(&ARRIVED, index);
+    let passed = read(&PASSED, index);
+    let done = read(&DONE, index);
+    may_open(arrived, passed, done, read(&PARKED, index))
+}
+
+/// To the pod's TAP. `None`: the kernel's way.
 #[inline(always)]
 fn redirect(
     ctx: &XdpContext,
@@ -103,24 +158,15 @@ fn redirect(
     kind: u16,
     local: Local,
     bucket: u8,
+    word: u64,
 ) -> Option<u32> {
     let index = bucket_index(local.slot, bucket);
     let slot = u32::from(local.slot);
-    let word = read(&GATES, slot);
-    let gate = Gate::from_word(word);
-    if gate.mode != Mode::Local || gate.slot != local.slot {
-        return None;
-    }
-    let latch = LATCHES.get_ptr_mut(latch_index(ctx.rx_queue_index(), index))?;
+    let latch = latch(ctx, index)?;
     // SAFETY: an aligned `u64` of a live map, used by one receive queue, which is polled by one CPU at a time.
     let latched = unsafe { latch.read() } == flip_of(word);
-    if !latched {
-        let arrived = read(&ARRIVED, index);
-        let passed = read(&PASSED, index);
-        let done = read(&DONE, index);
-        if !may_open(arrived, passed, done, read(&PARKED, index)) {
-            return None;
-        }
+    if !latched && !is_open(index) {
+        return None;
     }
     // Only looks the TAP up; the kernel acts on what this program returns.
     let action = TAPS.redirect(slot, u64::from(XDP_PASS)).ok()?;
@@ -143,20 +189,8 @@ fn redirect(
 
 /// Finishes a checksum that its sender has left to the device.
 #[inline(never)]
-fn finish(ctx: &XdpContext, segment: UdpSegment) -> Option<()> {
-    let mut sum = 0;
-    let (mut at, mut left) = (segment.at, segment.len);
-    for _ in 0..CHUNKS {
-        if left < CHUNK {
-            break;
-        }
-        sum += chunk(ctx, at, CHUNK)?;
-        at += CHUNK;
-        left -= CHUNK;
-    }
-    if left != 0 {
-        sum += chunk(ctx, at, left)?;
-    }
+pub(super) fn finish(ctx: &XdpContext, segment: UdpSegment) -> Option<()> {
+    let sum = sum(ctx, segment.at, segment.len)?;
     // The sum of words in this machine's order is the checksum in this machine's order (RFC 1071).
     let mut bytes = UdpSegment::finished(sum).to_ne_bytes();
     let offset = segment.checksum_at() as u32;
@@ -165,14 +199,43 @@ fn finish(ctx: &XdpContext, segment: UdpSegment) -> Option<()> {
     (stored == 0).then_some(())
 }
 
+/// The sum of `len` bytes from `at` on, in words of this machine's order. `None`: they are not all there.
+#[inline(always)]
+pub(super) fn sum(ctx: &XdpContext, at: usize, len: usize) -> Option<u64> {
+    u64::try_from(sum_or_minus(ctx, at, len)).ok()
+}
+
+/// A function of its own for its stack, and a number for what a function of its own can return. Negative: they are not all there.
+#[inline(never)]
+fn sum_or_minus(ctx: &XdpContext, mut at: usize, mut left: usize) -> i64 {
+    let mut sum = 0;
+    for _ in 0..CHUNKS {
+        if left < CHUNK {
+            break;
+        }
+        let Some(part) = chunk(ctx, at, CHUNK) else {
+            return -1;
+        };
+        sum += part;
+        at += CHUNK;
+        left -= CHUNK;
+    }
+    if left != 0 {
+        let Some(part) = chunk(ctx, at, left) else {
+            return -1;
+        };
+        sum += part;
+    }
+    sum as i64
+}
+
 /// Sums up 1 to [`CHUNK`] bytes, more being an error; only the last chunk may be a short or odd one.
 #[inline(always)]
 fn chunk(ctx: &XdpContext, at: usize, len: usize) -> Option<u64> {
-    let mut words = MaybeUninit::<[u64; CHUNK / 8]>::uninit();
-    let start: *mut u64 = words.as_mut_ptr().cast();
+    let words: *mut u64 = SUMMED.get_ptr_mut(0)?.cast();
     for i in 0..CHUNK / 8 {
-        // SAFETY: within the array. Volatile, or it becomes a call that zeroes byte by byte.
-        unsafe { start.add(i).write_volatile(0) };
+        // SAFETY: within this CPU's value. Volatile, or it becomes a call that zeroes byte by byte.
+        unsafe { words.add(i).write_volatile(0) };
     }
     // SAFETY: a value of this function's own. The compiler knows its range, and the verifier does not: so it must not know.
     let len = unsafe { (&raw const len).read_volatile() };
@@ -180,16 +243,16 @@ fn chunk(ctx: &XdpContext, at: usize, len: usize) -> Option<u64> {
         return None;
     }
     // SAFETY: the helper writes `len` bytes, no more than there are, or fails.
-    let loaded = unsafe { bpf_xdp_load_bytes(ctx.ctx, at as u32, start.cast(), len as u32) };
+    let loaded = unsafe { bpf_xdp_load_bytes(ctx.ctx, at as u32, words.cast(), len as u32) };
     if loaded != 0 {
         return None;
     }
-    // SAFETY: written above as a whole.
-    let words = unsafe { words.assume_init() };
     let mut sum = 0;
     let mut i = 0;
-    while i < words.len() {
-        sum += (words[i] & 0xffff_ffff) + (words[i] >> 32);
+    while i < CHUNK / 8 {
+        // SAFETY: within this CPU's value, which nothing else uses while this program runs.
+        let word = unsafe { words.add(i).read() };
+        sum += (word & 0xffff_ffff) + (word >> 32);
         i += 1;
     }
     Some(sum)
@@ -206,7 +269,7 @@ fn into_tap(ctx: XdpContext) -> u32 {
 }
 
 /// After the batch: books what the TAP's full queue did not take. Every batch of the machine comes by here; one that is ours was announced
-/// by [`into_tap`], on this CPU and with nothing between.
+/// by [`into_tap`] or `onto_wire`, on this CPU and with nothing between.
 #[raw_tracepoint(tracepoint = "xdp_devmap_xmit")]
 fn tap_full(ctx: RawTracePointContext) -> i32 {
     let Some(tap) = HANDING_OVER.get_ptr_mut(0) else {
@@ -217,6 +280,13 @@ fn tap_full(ctx: RawTracePointContext) -> i32 {
     // Arguments: from, to, sent, drops, error.
     let (drops, error): (i32, i32) = (ctx.arg(3), ctx.arg(4));
     if ifindex == 0 || drops <= 0 {
+        return 0;
+    }
+    if ifindex == WIRE {
+        if let Some(row) = COUNTERS.get_ptr_mut(NO_SLOT_ROW) {
+            // SAFETY: as below.
+            unsafe { (*row).0[Counter::ForwardedXdpLost as usize] += drops as u64 };
+        }
         return 0;
     }
     // SAFETY: the map value is only read.

@@ -95,6 +95,17 @@ impl Netns {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
+    /// Has a veth inside collect what it receives (generic receive offload). Then frames that XDP redirects to its other end come to it.
+    ///
+    /// # Errors
+    /// There is no such device.
+    ///
+    /// # Panics
+    /// The name is too long for a device.
+    pub fn collect(&self, device: &'static str) -> anyhow::Result<()> {
+        join(self.spawn(|| set_gro(device))).with_context(|| format!("could not set {device} up"))
+    }
+
     /// Runs `ip` with these arguments, split at spaces, inside.
     ///
     /// # Errors
@@ -216,6 +227,40 @@ pub fn open_tap(name: &str) -> io::Result<OwnedFd> {
         return Err(io::Error::last_os_error());
     }
     Ok(tap.into())
+}
+
+/// What `ethtool -K DEVICE gro on` does.
+fn set_gro(device: &str) -> io::Result<()> {
+    /// linux/ethtool.h `struct ethtool_value`.
+    #[repr(C)]
+    struct EthtoolValue {
+        command: u32,
+        data: u32,
+    }
+    /// linux/ethtool.h.
+    const ETHTOOL_SGRO: u32 = 0x2c;
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+    let mut value = EthtoolValue {
+        command: ETHTOOL_SGRO,
+        data: 1,
+    };
+    // SAFETY: `ifreq` is plain old data: all zeroes are a valid value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    assert!(
+        device.len() < request.ifr_name.len(),
+        "`{device}` is too long"
+    );
+    for (to, from) in request.ifr_name.iter_mut().zip(device.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_data = (&raw mut value).cast();
+    // SAFETY: `request` is a whole `ifreq` that lives through the call, and so does the value that it points to.
+    let result =
+        unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL as _, &raw mut request) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// linux/if_tun.h: checksums and TCP segmentation.

@@ -174,5 +174,7 @@ async fn examine(State(node): State<Arc<Node>>) -> Json<doctor::Report> {
         node.config.xdp,
         node.network.uplink(),
     ));
+    let tunnel = node.network.tunnel_info().await;
+    report.checks.push(doctor::late_frames(&tunnel));
     Json(report)
 }

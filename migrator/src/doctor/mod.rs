@@ -16,7 +16,7 @@ use vm_runtime::spec::AccelChoice;
 use vm_runtime::units::Bytes;
 
 use crate::config::{Config, QemuConfig, TlsPaths};
-use crate::network::{Ground, Setting, UplinkPath, XdpChoice, routing_settings};
+use crate::network::{Ground, Setting, TunnelInfo, UplinkPath, XdpChoice, routing_settings};
 
 /// What is examined, beside the kernel and the machine.
 #[derive(Clone, Debug, Default)]
@@ -155,6 +155,30 @@ pub fn uplink(name: &str, choice: XdpChoice, path: &UplinkPath) -> Check {
             purpose,
             why.clone(),
             "all goes by the bridge, which is right and slower; once the reason is gone, start the service again; `xdp: off` in the configuration silences this",
+        ),
+    }
+}
+
+/// The way that small late frames of pods that have left the running service's node take to the other one.
+pub fn late_frames(tunnel: &TunnelInfo) -> Check {
+    let (check, purpose) = (
+        "tunnel_xdp",
+        "small late packets of a pod that has left, sent on straight from the uplink",
+    );
+    match &tunnel.xdp_problem {
+        _ if tunnel.device.is_none() => present(
+            check,
+            false,
+            purpose,
+            "this node has no tunnel to send them by",
+        ),
+        None => present(check, false, purpose, "native XDP"),
+        Some(why) => missing(
+            check,
+            false,
+            purpose,
+            why.clone(),
+            "they go by the bridge and the kernel's tunnel, which is right and slower",
         ),
     }
 }

@@ -21,8 +21,8 @@ use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
 use migrator_ebpf::{
-    ABI, BRIEFS_MAX, BUCKETS, Brief, CounterRow, Device, Gate, MAX_SLOTS, QUEUES_MAX, latch_index,
-    names,
+    ABI, BRIEFS_MAX, BUCKETS, Brief, Counter, CounterRow, Device, Gate, MAX_SLOTS, NO_SLOT_ROW,
+    QUEUES_MAX, latch_index, names,
 };
 
 use super::error::GateError;
@@ -238,6 +238,13 @@ impl Gates {
     ) -> UplinkPath {
         self.fast
             .start(&mut lock(&self.programs), choice, name, uplink, bridge)
+    }
+
+    /// Frames that the uplink's program has sent on, and the device did not take that they were to leave by: of all pods.
+    pub(crate) fn lost_on_the_way_on(&self) -> u64 {
+        let rows = lock(&self.counters).get(&NO_SLOT_ROW, 0);
+        let lost = |row: &CounterRow| row.get(Counter::ForwardedXdpLost);
+        rows.map_or(0, |rows| rows.iter().map(lost).sum())
     }
 
     /// Slots that a former service has left links for.

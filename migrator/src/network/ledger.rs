@@ -66,6 +66,9 @@ pub struct Reasons {
     pub own_injected: u64,
     /// Sent on through the tunnel; the rest of what was forwarded was relayed, or sent out.
     pub forwarded_tunnel: u64,
+    /// Of those, straight from the uplink.
+    #[serde(default)]
+    pub forwarded_xdp: u64,
     /// From the node's own bridge, and sent out of the uplink to where the pod has gone.
     pub sent_out: u64,
     /// Came out of the tunnel; the gate books them as any others.
@@ -116,6 +119,7 @@ impl Reasons {
             log_injected: less(self.log_injected, base.log_injected),
             own_injected: less(self.own_injected, base.own_injected),
             forwarded_tunnel: less(self.forwarded_tunnel, base.forwarded_tunnel),
+            forwarded_xdp: less(self.forwarded_xdp, base.forwarded_xdp),
             sent_out: less(self.sent_out, base.sent_out),
             landed: less(self.landed, base.landed),
             refused_shut: less(self.refused_shut, base.refused_shut),
@@ -201,7 +205,8 @@ pub(crate) fn book(row: &CounterRow, tally: &Tally, park_dropped: u64, tap_dropp
         log_received: tally.log_received,
         log_injected: tally.log_injected,
         own_injected: tally.own_injected,
-        forwarded_tunnel: row.get(Counter::ForwardedTunnel),
+        forwarded_tunnel: row.get(Counter::ForwardedTunnel) + row.get(Counter::ForwardedXdp),
+        forwarded_xdp: row.get(Counter::ForwardedXdp),
         sent_out: row.get(Counter::SentOut),
         landed: row.get(Counter::Landed),
         refused_shut: row.get(Counter::RefusedShut),

@@ -1,9 +1,11 @@
 //! Links, bridge ports and forwarding entries, routes and neighbours, by rtnetlink.
 
 mod address;
+mod hop;
 mod routes;
 mod vxlan;
 
+pub(crate) use hop::{Hop, NoHop};
 pub(crate) use vxlan::VxlanError;
 
 use futures::{StreamExt, TryStreamExt};

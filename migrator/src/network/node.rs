@@ -201,7 +201,8 @@ impl NodeNetwork {
 
     /// The tunnel, and why it was not used.
     pub async fn tunnel_info(&self) -> TunnelInfo {
-        self.inner.tunnel.info(&self.inner.netlink).await
+        let inner = &self.inner;
+        inner.tunnel.info(&inner.netlink, &inner.gates).await
     }
 
     /// Which pod is at which node, in a routed cluster.

@@ -2,6 +2,7 @@
 //! [`replace`] is the one in an upgrade.
 
 mod destination;
+mod onward;
 mod overflow;
 mod register;
 mod replace;

@@ -8,6 +8,7 @@
 //! got its answer: so a tunnel that is off over there, a firewall, and a path that is too narrow are found out by no frame of
 //! a pod. Without a tunnel the relay goes on.
 
+mod onward;
 mod probe;
 
 use std::net::IpAddr;
@@ -129,10 +130,15 @@ pub struct TunnelInfo {
     pub vni: u32,
     /// UDP port.
     pub port: u16,
-    /// Frames that its device has lost, on their way out (there was no route) or in (its queue was full).
+    /// Frames that its device has lost, on their way out (there was no route) or in (its queue was full), and what the device did not take that
+    /// the uplink's program sends by.
     pub dropped: u64,
     /// Why late frames were relayed by the service instead, the last time that they were.
     pub problem: Option<String>,
+    /// Why small late frames took the kernel's device, and not the uplink's program straight into the tunnel: from the start on, or the last time that
+    /// it was tried. None: they take the program.
+    #[serde(default)]
+    pub xdp_problem: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -147,6 +153,7 @@ enum State {
 pub(crate) struct NodeTunnel {
     state: State,
     problem: Mutex<Option<String>>,
+    no_way_on: Mutex<Option<String>>,
 }
 
 impl NodeTunnel {
@@ -201,7 +208,23 @@ impl NodeTunnel {
         Self {
             state,
             problem: Mutex::new(problem),
+            no_way_on: Mutex::default(),
         }
+    }
+
+    fn config(&self) -> Option<TunnelConfig> {
+        match self.state {
+            State::Up { config, .. } => Some(config),
+            State::Off | State::Broken(_) => None,
+        }
+    }
+
+    /// What came of trying the shorter way.
+    fn note_way_on(&self, problem: Option<String>) {
+        *self
+            .no_way_on
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = problem;
     }
 
     /// Interface index of the device that a former service has left and this one will go on with.
@@ -288,7 +311,7 @@ impl NodeTunnel {
     }
 
     /// For whoever asks about the node.
-    pub(crate) async fn info(&self, netlink: &Netlink) -> TunnelInfo {
+    pub(crate) async fn info(&self, netlink: &Netlink, gates: &Gates) -> TunnelInfo {
         let (kind, device, config) = match self.state {
             State::Off => (
                 "off",
@@ -309,6 +332,12 @@ impl NodeTunnel {
                 .map_or(0, |link| link.tx_dropped + link.other_drops),
             None => 0,
         };
+        let dropped = dropped + gates.lost_on_the_way_on();
+        let tried = self
+            .no_way_on
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
         TunnelInfo {
             kind: kind.to_owned(),
             device,
@@ -316,6 +345,7 @@ impl NodeTunnel {
             port: config.port,
             dropped,
             problem: self.problem(),
+            xdp_problem: gates.fast.no_way_on().or(tried),
         }
     }
 }

@@ -4,6 +4,7 @@ mod fast;
 mod flows;
 mod killed;
 mod limits;
+mod onward;
 mod settled;
 mod stream;
 mod traffic;

@@ -1,154 +1,17 @@
 //! Every verdict of the uplink's program, by `BPF_PROG_TEST_RUN`: no traffic. What it counts and redirects to are real maps; the TAP that it
 //! leads to is the loopback device, which the kernel only looks up in a test run.
 
+mod bench;
 mod frames;
+mod onward;
 
-use aya::maps::xdp::DevMapHash;
-use aya::maps::{Array, HashMap, MapData, PerCpuArray, RingBuf};
-use aya::programs::{SchedClassifier, TestRun, TestRunOptions, Xdp};
-use aya::{Ebpf, EbpfLoader};
+use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
+use bench::{Bench, LOOPBACK, REDIRECT, SLOT};
 use frames::{POD, UDP, fast_frames, frame, ipv4, ipv6, other_frames, plain, udp};
 use migrator_ebpf::{
-    Counter, CounterRow, Device, Direction, FrameBytes, Gate, Local, Mode, TRACE_HEAD, TraceEvent,
-    bucket, bucket_index, names, settle,
+    Counter, Device, Direction, FrameBytes, Gate, Mode, TRACE_HEAD, TraceEvent, bucket, names,
+    settle,
 };
-use migrator_tests::netns::{BpfDir, require_root};
-use nix::mount::{MsFlags, mount};
-
-const LOOPBACK: u32 = 1;
-const SLOT: u16 = 3;
-const FRAME_MAX: u16 = 1514;
-
-/// linux/bpf.h `enum xdp_action`.
-const PASS: u32 = 2;
-const REDIRECT: u32 = 4;
-
-struct Bench {
-    programs: Ebpf,
-    gates: Array<MapData, u64>,
-    parked: Array<MapData, u64>,
-    done: Array<MapData, u64>,
-    passed: Array<MapData, u64>,
-    arrived: Array<MapData, u64>,
-    devices: HashMap<MapData, u32, Device>,
-    locals: HashMap<MapData, [u8; 6], Local>,
-    taps: DevMapHash<MapData>,
-    counters: PerCpuArray<MapData, CounterRow>,
-    trace: Array<MapData, u64>,
-    ring: RingBuf<MapData>,
-    epoch: u32,
-    _dir: BpfDir,
-}
-
-impl Bench {
-    fn new() -> anyhow::Result<Self> {
-        require_root();
-        let dir = BpfDir::new()?;
-        let none: Option<&str> = None;
-        mount(Some("bpf"), dir.path(), Some("bpf"), MsFlags::empty(), none)?;
-        let mut programs = EbpfLoader::new()
-            .default_map_pin_directory(dir.path())
-            .load(migrator::network::PROGRAMS)?;
-        let program = programs.program_mut(names::UPLINK).expect("in the object");
-        let uplink: &mut Xdp = program.try_into()?;
-        uplink.load()?;
-        let program = programs.program_mut(names::GATE).expect("in the object");
-        let gate: &mut SchedClassifier = program.try_into()?;
-        gate.load()?;
-        let mut take = |name| programs.take_map(name).expect("in the object");
-        let mut bench = Self {
-            gates: Array::try_from(take(names::GATES))?,
-            parked: Array::try_from(take(names::PARKED))?,
-            done: Array::try_from(take(names::DONE))?,
-            passed: Array::try_from(take(names::PASSED))?,
-            arrived: Array::try_from(take(names::ARRIVED))?,
-            devices: HashMap::try_from(take(names::DEVICES))?,
-            locals: HashMap::try_from(take(names::LOCALS))?,
-            taps: DevMapHash::try_from(take(names::TAPS))?,
-            counters: PerCpuArray::try_from(take(names::COUNTERS))?,
-            trace: Array::try_from(take(names::TRACE))?,
-            ring: RingBuf::try_from(take(names::TRACE_RING))?,
-            programs,
-            epoch: 0,
-            _dir: dir,
-        };
-        let local = Local {
-            slot: SLOT,
-            frame_max: FRAME_MAX,
-        };
-        bench.locals.insert(POD, local, 0)?;
-        bench.taps.insert(u32::from(SLOT), LOOPBACK, None, 0)?;
-        bench.set(Mode::Local)?;
-        Ok(bench)
-    }
-
-    /// Each word has an epoch of its own, as the service sees to.
-    fn set(&mut self, mode: Mode) -> anyhow::Result<()> {
-        self.epoch += 1;
-        let gate = Gate {
-            mode,
-            may_send: true,
-            slot: SLOT,
-            epoch: self.epoch,
-        };
-        Ok(self.gates.set(u32::from(SLOT), gate.to_word(), 0)?)
-    }
-
-    fn run(&self, frame: &[u8]) -> anyhow::Result<(u32, Vec<u8>)> {
-        let program = self.programs.program(names::UPLINK).expect("in the object");
-        let program: &Xdp = program.try_into()?;
-        let mut out = vec![0; 4096];
-        let result = program.test_run(TestRunOptions {
-            data_in: Some(frame),
-            data_out: Some(&mut out),
-            ..TestRunOptions::default()
-        })?;
-        out.truncate(result.data_size_out as usize);
-        Ok((result.return_value, out))
-    }
-
-    fn fast(&self) -> anyhow::Result<u64> {
-        let rows = self.counters.get(&u32::from(SLOT), 0)?;
-        Ok(rows.iter().map(|row| row.get(Counter::Fast)).sum())
-    }
-
-    fn index(frame: &[u8]) -> u32 {
-        bucket_index(SLOT, bucket(&FrameBytes(frame)))
-    }
-
-    fn passed(&self, frame: &[u8]) -> anyhow::Result<u64> {
-        Ok(self.passed.get(&Self::index(frame), 0)?)
-    }
-
-    /// Redirected as it is, and booked as that alone.
-    #[track_caller]
-    fn is_fast(&self, what: &str, frame: &[u8]) {
-        let before = (self.fast().unwrap(), self.passed(frame).unwrap());
-        let (action, out) = self.run(frame).unwrap();
-        assert_eq!(action, REDIRECT, "{what}");
-        assert_eq!(out, frame, "{what}");
-        let now = (self.fast().unwrap(), self.passed(frame).unwrap());
-        assert_eq!(now, (before.0 + 1, before.1), "{what}");
-    }
-
-    /// Left to the kernel as it is, and counted as `frames` that are to come to the gate.
-    #[track_caller]
-    fn is_left(&self, what: &str, frame: &[u8], frames: u64) {
-        let before = (self.fast().unwrap(), self.passed(frame).unwrap());
-        let (action, out) = self.run(frame).unwrap();
-        assert_eq!(action, PASS, "{what}");
-        assert_eq!(out, frame, "{what}");
-        let now = (self.fast().unwrap(), self.passed(frame).unwrap());
-        assert_eq!(now, (before.0, before.1 + frames), "{what}");
-    }
-
-    /// As if the gate had seen the frame.
-    fn arrive(&mut self, frame: &[u8], count: u64) -> anyhow::Result<()> {
-        let index = Self::index(frame);
-        let arrived = self.arrived.get(&index, 0)?;
-        Ok(self.arrived.set(index, arrived + count, 0)?)
-    }
-}
 
 #[test]
 fn an_open_gate_lets_every_fast_kind_straight_through() -> anyhow::Result<()> {
@@ -380,7 +243,7 @@ fn the_gate_counts_what_came_by_the_uplink_and_nothing_else() -> anyhow::Result<
 }
 
 /// What the gate adds to `arrived` of a frame's bucket.
-fn gate_counts(bench: &Bench, frame: &[u8]) -> anyhow::Result<u64> {
+pub(crate) fn gate_counts(bench: &Bench, frame: &[u8]) -> anyhow::Result<u64> {
     /// linux/bpf.h `struct __sk_buff`, up to `ingress_ifindex` and beyond.
     const SK_BUFF: usize = 192;
     const INGRESS_IFINDEX: usize = 36;

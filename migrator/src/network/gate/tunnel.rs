@@ -11,6 +11,7 @@ use vm_runtime::units::MacAddress;
 use super::{Gates, SlotGate, Taker, lock, remove_pin};
 use crate::network::error::GateError;
 use crate::network::sys::MappedWords;
+use crate::network::uplink::FastWay;
 
 /// Name of the pin of the link on the tunnel's device.
 const LINK: &str = "link_landing";
@@ -61,6 +62,7 @@ impl Gates {
     /// The slot leads nowhere, and nothing comes out of the tunnel for it.
     pub(super) fn forget_tunnel(&self, slot: u16) -> Result<(), GateError> {
         self.set_tunnel(slot, NONE)?;
+        self.fast.forget_outer(slot)?;
         self.forget_landing(slot)
     }
 
@@ -96,6 +98,16 @@ impl SlotGate {
     /// Where the slot's frames go in TUNNEL. Not while it is in that mode.
     pub(crate) fn set_tunnel(&self, tunnel: Tunnel) -> Result<(), GateError> {
         self.gates.set_tunnel(self.slot, tunnel)
+    }
+
+    /// The way from the uplink.
+    pub(crate) fn fast(&self) -> &FastWay {
+        &self.gates.fast
+    }
+
+    /// Has the uplink's program send a [`Probe`](migrator_ebpf::Probe).
+    pub(crate) fn ask_by_uplink(&self, frame: &[u8]) -> std::io::Result<()> {
+        FastWay::ask(&lock(&self.gates.programs), frame)
     }
 
     /// Nothing comes out of the tunnel for the slot any more.

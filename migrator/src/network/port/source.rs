@@ -147,14 +147,20 @@ impl Port {
     async fn try_tunnel_to(&self, remote: IpAddr) -> Result<(), NoTunnel> {
         let inner = &self.inner;
         // It goes on as a former service has left it.
+        let netlink = &inner.node.netlink;
+        let mtu = netlink.require(&inner.tap_name).await?.mtu;
         if inner.gate.get().mode == Mode::Tunnel {
             self.own_senders_follow();
+            self.look_after(mtu, remote);
             return Ok(());
         }
-        let mtu = inner.node.netlink.require(&inner.tap_name).await?.mtu;
         let tunnel = &inner.node.tunnel;
-        let aimed = tunnel.aim(&inner.gate, inner.pod.mac, mtu, remote).await?;
+        let (gate, pod) = (&inner.gate, (inner.pod.mac, mtu));
+        let aimed = tunnel.aim(gate, inner.pod.mac, mtu, remote).await?;
+        let readied = tunnel.aim_on(netlink, gate, pod, remote).await;
+        readied.map_err(PortError::from)?;
         self.ask(|reply| Command::Tunnel(aimed, reply)).await??;
+        self.look_after(mtu, remote);
         self.own_senders_follow();
         Ok(())
     }

@@ -67,12 +67,8 @@ pub(crate) async fn probe(
                 _ => return Err(path_error(source)),
             }
         }
-        let again = Instant::now() + AGAIN;
-        while Instant::now() < again {
-            if gate.probed() == probe.number {
-                return Ok(());
-            }
-            sleep(LOOK).await;
+        if is_answered(gate, probe.number).await {
+            return Ok(());
         }
     }
     Err(NoTunnel::NoAnswer {
@@ -82,8 +78,20 @@ pub(crate) async fn probe(
     })
 }
 
+/// Waits for the answer until it is time to ask again.
+pub(super) async fn is_answered(gate: &SlotGate, number: u64) -> bool {
+    let again = Instant::now() + AGAIN;
+    while Instant::now() < again {
+        if gate.probed() == number {
+            return true;
+        }
+        sleep(LOOK).await;
+    }
+    false
+}
+
 /// A number that no other node can guess, so that nobody else's answer is taken for this one's.
-fn number() -> u64 {
+pub(super) fn number() -> u64 {
     // A hash under keys that are the kernel's random numbers. 0 is what the map holds before any answer.
     RandomState::new().build_hasher().finish() | 1
 }

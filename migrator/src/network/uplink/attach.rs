@@ -7,9 +7,9 @@ use aya::Ebpf;
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::xdp::XdpLink;
 use aya::programs::{ProgramError, RawTracePoint, Xdp, XdpMode};
-use migrator_ebpf::names;
+use migrator_ebpf::{MAX_SLOTS, QUEUES_MAX, names};
 
-use super::{FastWay, UplinkPath, XdpChoice};
+use super::{FastWay, Open, UplinkPath, XdpChoice};
 use crate::network::gate::{Cause, lock};
 use crate::network::netlink::Link;
 
@@ -30,7 +30,7 @@ impl FastWay {
     ) -> UplinkPath {
         let result = obstacle(choice, name, uplink, bridge)
             .map_or(Ok(()), Err)
-            .and_then(|()| self.attach(programs, name, uplink.index));
+            .and_then(|()| self.attach(programs, name, uplink));
         let Err(why) = result else {
             tracing::info!(
                 uplink = name,
@@ -46,11 +46,15 @@ impl FastWay {
         }
     }
 
-    fn attach(&self, programs: &mut Ebpf, name: &str, index: u32) -> Result<(), String> {
+    fn attach(&self, programs: &mut Ebpf, name: &str, uplink: Link) -> Result<(), String> {
         self.loaded.clone()?;
-        let into_tap = xdp(programs, names::INTO_TAP)
-            .and_then(|program| Ok(program.fd()?.try_clone()?))
-            .map_err(refused("the program of the TAPs"))?;
+        let index = uplink.index;
+        let mut of_entries = |program| {
+            xdp(programs, program)
+                .and_then(|program| Ok(program.fd()?.try_clone()?))
+                .map_err(refused("the programs of redirected frames"))
+        };
+        let (into_tap, onto_wire) = (of_entries(names::INTO_TAP)?, of_entries(names::ONTO_WIRE)?);
         self.watch_losses(programs)
             .map_err(refused("the program that counts losses"))?;
         let program = xdp(programs, names::UPLINK).map_err(refused("the uplink's program"))?;
@@ -63,7 +67,16 @@ impl FastWay {
             fresh(program, index, &pin).map_err(|error| explain(name, error))?;
         }
         // Set once: a service opens its network once.
-        let _ = self.open.set((into_tap, index));
+        let _ = self.open.set(Open {
+            into_tap,
+            onto_wire,
+            uplink: index,
+            no_way_on: (uplink.rx_queues > QUEUES_MAX).then(|| {
+                format!(
+                    "{name} has more receive queues than the {QUEUES_MAX} whose frames can be told in order"
+                )
+            }),
+        });
         Ok(())
     }
 
@@ -85,6 +98,11 @@ impl FastWay {
         self.remove_uplinks(None);
         let _ = std::fs::remove_file(self.dir.join(TAP_FULL_PIN));
         self.forget_all();
+        for slot in 0..MAX_SLOTS as u16 {
+            if let Err(error) = self.forget_outer(slot) {
+                tracing::warn!(%error, slot, "late frames may be relayed for longer than they need");
+            }
+        }
     }
 
     fn forget_all(&self) {
@@ -119,6 +137,7 @@ impl FastWay {
 pub(super) fn load(programs: &mut Ebpf) -> Result<(), String> {
     let load = |programs: &mut Ebpf| -> Result<(), Cause> {
         xdp(programs, names::INTO_TAP)?.load()?;
+        xdp(programs, names::ONTO_WIRE)?.load()?;
         xdp(programs, names::UPLINK)?.load()?;
         Ok(tracepoint(programs)?.load()?)
     };

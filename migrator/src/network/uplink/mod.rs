@@ -5,7 +5,9 @@
 //! programs in place. Where it cannot be had, the kernel's way is taken, and [`UplinkPath`] says why.
 
 mod attach;
+mod features;
 mod heal;
+mod onward;
 
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
@@ -16,7 +18,7 @@ use aya::Ebpf;
 use aya::maps::xdp::DevMapHash;
 use aya::maps::{HashMap, Map, MapData};
 use aya::programs::ProgramFd;
-use migrator_ebpf::{BUCKETS, Local, MAC_LEN, MAX_SLOTS, bucket_index, names};
+use migrator_ebpf::{BUCKETS, Local, MAC_LEN, MAX_SLOTS, Outer, bucket_index, names};
 use serde::{Deserialize, Serialize};
 
 use super::error::GateError;
@@ -70,8 +72,22 @@ pub(crate) struct FastWay {
     arrived: MappedWords,
     /// Why the kernel does not take the programs, if it does not.
     loaded: Result<(), String>,
-    /// Set while the way is open: the program of each TAP's entry, and the uplink's interface index.
-    open: OnceLock<(ProgramFd, u32)>,
+    outers: Mutex<HashMap<MapData, u32, Outer>>,
+    ways_out: Mutex<DevMapHash<MapData>>,
+    /// Set while the way is open.
+    open: OnceLock<Open>,
+}
+
+/// An open way.
+struct Open {
+    /// The program of each TAP's entry.
+    into_tap: ProgramFd,
+    /// The program of each entry of a device that leads out of the node.
+    onto_wire: ProgramFd,
+    /// The uplink's interface index.
+    uplink: u32,
+    /// Why a departed pod's frames cannot be sent on from there, if they cannot.
+    no_way_on: Option<String>,
 }
 
 impl FastWay {
@@ -95,6 +111,10 @@ impl FastWay {
             .map_err(|source| error(names::LOCALS, source.into()))?;
         let taps = DevMapHash::try_from(take(names::TAPS)?)
             .map_err(|source| error(names::TAPS, source.into()))?;
+        let outers = HashMap::try_from(take(names::OUTERS)?)
+            .map_err(|source| error(names::OUTERS, source.into()))?;
+        let ways_out = DevMapHash::try_from(take(names::WAYS_OUT)?)
+            .map_err(|source| error(names::WAYS_OUT, source.into()))?;
         let passed = words(names::PASSED, take(names::PASSED)?)?;
         let arrived = words(names::ARRIVED, take(names::ARRIVED)?)?;
         Ok(Self {
@@ -102,6 +122,8 @@ impl FastWay {
             taps: Mutex::new(taps),
             passed,
             arrived,
+            outers: Mutex::new(outers),
+            ways_out: Mutex::new(ways_out),
             loaded,
             open: OnceLock::new(),
             dir,
@@ -110,7 +132,7 @@ impl FastWay {
 
     /// The uplink whose program counts what it leaves to the kernel; 0 if there is none.
     pub(crate) fn uplink(&self) -> u32 {
-        self.open.get().map_or(0, |(_, uplink)| *uplink)
+        self.open.get().map_or(0, |open| open.uplink)
     }
 
     /// From here on frames for the pod are counted; none is redirected before [`lead_to`](Self::lead_to). True if they were before:
@@ -131,11 +153,11 @@ impl FastWay {
 
     /// Opens the way to a slot's TAP, which is up.
     pub(crate) fn lead_to(&self, slot: u16, tap: u32) -> Result<(), GateError> {
-        let Some((into_tap, _)) = self.open.get() else {
+        let Some(open) = self.open.get() else {
             return Ok(());
         };
         lock(&self.taps)
-            .insert(u32::from(slot), tap, Some(into_tap), 0)
+            .insert(u32::from(slot), tap, Some(&open.into_tap), 0)
             .map_err(|source| self.error(names::TAPS, source.into()))
     }
 

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use aya::programs::{TestRun, TestRunAttrs, TestRunOptions, Xdp};
+use aya::programs::{ProgramFd, TestRun, TestRunAttrs, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use migrator_ebpf::names;
 use nix::net::if_::if_nametoindex;
@@ -36,11 +36,25 @@ pub(crate) struct Took {
 }
 
 impl Took {
-    /// By frame.
-    pub(crate) fn figures(self) -> Vec<(&'static str, f64)> {
+    /// Nothing yet.
+    pub(crate) const NONE: Took = Took {
+        time: Duration::ZERO,
+        cpu: Duration::ZERO,
+    };
+
+    /// One after the other.
+    pub(crate) fn and(self, other: Took) -> Took {
+        Took {
+            time: self.time + other.time,
+            cpu: self.cpu + other.cpu,
+        }
+    }
+
+    /// By frame, of so many.
+    pub(crate) fn figures(self, frames: u32) -> Vec<(&'static str, f64)> {
         vec![
-            ("rate", f64::from(FRAMES) / self.time.as_secs_f64()),
-            ("CPU time", self.cpu.as_nanos() as f64 / f64::from(FRAMES)),
+            ("rate", f64::from(frames) / self.time.as_secs_f64()),
+            ("CPU time", self.cpu.as_nanos() as f64 / f64::from(frames)),
         ]
     }
 }
@@ -57,7 +71,20 @@ impl Live {
         let program = programs.program_mut(names::UPLINK).context("the program")?;
         let uplink: &mut Xdp = program.try_into()?;
         uplink.load()?;
+        let program = programs.program_mut(names::ONTO_WIRE).context("it")?;
+        let onto_wire: &mut Xdp = program.try_into()?;
+        onto_wire.load()?;
         Ok(Live { programs })
+    }
+
+    /// The program that runs for each frame that leaves the node by XDP.
+    ///
+    /// # Errors
+    /// It is not there.
+    pub(crate) fn onto_wire(&self) -> Result<&ProgramFd> {
+        let program = self.programs.program(names::ONTO_WIRE).context("it")?;
+        let onto_wire: &Xdp = program.try_into()?;
+        Ok(onto_wire.fd()?)
     }
 
     /// Has [`FRAMES`] frames come in by the uplink. Inside the node.
@@ -65,16 +92,24 @@ impl Live {
     /// # Errors
     /// The kernel does not make them.
     pub(crate) fn receive(&self, frame: &[u8]) -> Result<Took> {
+        self.receive_by(UPLINK, frame, FRAMES)
+    }
+
+    /// Has `count` frames come in by a device: the program passes what is for no pod. Inside the node.
+    ///
+    /// # Errors
+    /// The kernel does not make them.
+    pub(crate) fn receive_by(&self, device: &str, frame: &[u8], count: u32) -> Result<Took> {
         let program = self.programs.program(names::UPLINK).context("it")?;
         let uplink: &Xdp = program.try_into()?;
         // linux/bpf.h `struct xdp_md`: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
-        let context = [0, frame.len() as u32, 0, if_nametoindex(UPLINK)?, 0, 0];
+        let context = [0, frame.len() as u32, 0, if_nametoindex(device)?, 0, 0];
         let context: Vec<u8> = context.into_iter().flat_map(u32::to_ne_bytes).collect();
         let (begun, before) = (Instant::now(), cpu_time()?);
         uplink.test_run(TestRunOptions {
             data_in: Some(frame),
             ctx_in: Some(&context),
-            repeat: FRAMES,
+            repeat: count,
             attrs: TestRunAttrs::new().xdp_live_frames(BATCH),
             ..TestRunOptions::default()
         })?;

@@ -1,5 +1,5 @@
 //! What happens to frames on a pod's port, measured: an idle gate, a hold with its rollback, a flip, the uplink's two ways,
-//! a tunnel. `cargo xtask bench network`
+//! sending on what is late. `cargo xtask bench network`
 //! runs it once for each case.
 //!
 //! ```text
@@ -32,6 +32,7 @@ use std::time::Duration;
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
 
+use forward::Peer;
 use frames::Kind;
 use plain::Sockets;
 
@@ -68,8 +69,12 @@ enum What {
     Flip,
     /// From the uplink to the TAP, by XDP and by the bridge
     XdpUplink,
-    /// A departed pod's frames into the tunnel, and frames that only pass through
-    Forward,
+    /// A departed pod's frames sent on, and frames that a bridge sends into a tunnel of the kernel's
+    ForwardVxlan,
+    /// The same, and frames that our gate sends into the kernel's tunnel
+    ForwardGate,
+    /// The same, and frames that the kernel routes
+    ForwardRoute,
 }
 
 fn main() -> ExitCode {
@@ -79,7 +84,9 @@ fn main() -> ExitCode {
         What::ParkInject => park_inject::measure(args.frames, args.sockets, args.rate, args.runs),
         What::Flip => flip::measure(args.runs, args.quick),
         What::XdpUplink => xdp_uplink::measure(args.runs),
-        What::Forward => forward::measure(args.runs),
+        What::ForwardVxlan => forward::measure(Peer::Vxlan, args.runs),
+        What::ForwardGate => forward::measure(Peer::Gate, args.runs),
+        What::ForwardRoute => forward::measure(Peer::Route, args.runs),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -53,7 +53,7 @@ fn once(
         _ => now.passed - before.passed,
     };
     ensure!(took_it >= u64::from(FRAMES), "{before:?} {now:?}");
-    Ok(took.figures())
+    Ok(took.figures(FRAMES))
 }
 
 /// Every frame must be in the TAP's queue.

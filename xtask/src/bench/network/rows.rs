@@ -38,7 +38,7 @@ pub(super) fn all(plan: &Plan) -> Vec<Row> {
         ),
         row("flip", paths::flip(), paths::run),
         row("xdp uplink", paths::xdp_uplink(), paths::run),
-        row("forward", paths::forward(), paths::run),
+        row("forward", paths::forward(plan.quick), paths::run),
         row("latency", latency::cases(plan.quick), latency::run),
     ];
     for row in &mut rows {
@@ -75,7 +75,7 @@ mod tests {
                 "park-inject-64",
                 "flip",
                 "xdp-uplink",
-                "forward",
+                "forward-vxlan",
                 "latency-switchover"
             ]
         );

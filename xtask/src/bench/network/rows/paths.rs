@@ -1,4 +1,4 @@
-//! Rows of `packet-path`: an idle gate, a hold with its rollback, a flip, the uplink's two ways, a tunnel.
+//! Rows of `packet-path`: an idle gate, a hold with its rollback, a flip, the uplink's two ways, late frames that are sent on.
 
 use anyhow::{Context, Result};
 
@@ -87,11 +87,11 @@ const XDP_UPLINK: Path = Path {
     ],
 };
 
-const FORWARD: Path = Path {
-    name: "forward",
-    words: &["forward"],
+const FORWARD_VXLAN: Path = Path {
+    name: "forward-vxlan",
+    words: &["forward-vxlan"],
     frames: &[],
-    against: "a bridge passing a frame on",
+    against: "a bridge and the kernel's VXLAN",
     no_peer: None,
     metrics: &[
         metric("rate", "packets/s", &[Aim::RatioAtLeast(1.0)]),
@@ -99,13 +99,32 @@ const FORWARD: Path = Path {
     ],
 };
 
-const PATHS: [Path; 6] = [
+const FORWARD_GATE: Path = Path {
+    name: "forward-gate",
+    words: &["forward-gate"],
+    against: "our gate and the kernel's VXLAN",
+    ..FORWARD_VXLAN
+};
+
+const FORWARD_ROUTE: Path = Path {
+    name: "forward-route",
+    words: &["forward-route"],
+    frames: &[],
+    against: "Linux routing, without a tunnel",
+    no_peer: None,
+    // By the clock it is mostly the kernel's own preparing of frames: see docs/benchmarks.md.
+    metrics: &[metric("CPU time", "ns/packet", &[Aim::RatioAtMost(1.0)])],
+};
+
+const PATHS: [Path; 8] = [
     GATE_IDLE,
     PARK_INJECT,
     PARK_INJECT_XDP,
     FLIP,
     XDP_UPLINK,
-    FORWARD,
+    FORWARD_VXLAN,
+    FORWARD_GATE,
+    FORWARD_ROUTE,
 ];
 
 const fn metric(name: &'static str, unit: &'static str, aims: &'static [Aim]) -> Metric {
@@ -159,8 +178,13 @@ pub(super) fn xdp_uplink() -> Vec<String> {
     XDP_UPLINK.cases(false)
 }
 
-pub(super) fn forward() -> Vec<String> {
-    FORWARD.cases(false)
+pub(super) fn forward(quick: bool) -> Vec<String> {
+    let mut cases = FORWARD_VXLAN.cases(quick);
+    if !quick {
+        cases.extend(FORWARD_GATE.cases(quick));
+        cases.extend(FORWARD_ROUTE.cases(quick));
+    }
+    cases
 }
 
 pub(super) fn run(bench: &mut Bench<'_>, wanted: &[String]) -> Result<()> {
