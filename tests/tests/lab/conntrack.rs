@@ -94,11 +94,12 @@ fn a_connection_lives_on_at_a_node_that_drops_what_it_does_not_know() -> Result<
             failed,
             untracked,
             bound,
+            bound_unserved,
         } = report.conntrack;
         // The connection and the probe.
         ensure!(moved >= 2, "{:?}", report.conntrack);
         ensure!(
-            (failed, untracked, bound) == (0, 0, 0),
+            (failed, untracked, bound, bound_unserved) == (0, 0, 0, 0),
             "{:?}",
             report.conntrack
         );

@@ -80,6 +80,7 @@ pub(crate) fn config(dir: &BpfDir, spool: &TempDir, setup: Setup) -> NodeNetConf
         spool_dir: spool.path().join("spool"),
         tunnel: setup.tunnel,
         park: setup.park,
+        bound_limit: Duration::from_secs(3600),
         cluster: None,
     }
 }
