@@ -8,3 +8,4 @@ pub mod large_pages;
 pub mod netns;
 pub mod packet;
 pub mod registry;
+pub mod stack;

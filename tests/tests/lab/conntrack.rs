@@ -40,7 +40,7 @@ const LATE: usize = 2;
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Runs a command in a node's namespace; what it prints.
-fn run(test: &TestLab, node: Node, words: &str, input: &str) -> Result<String> {
+pub fn run(test: &TestLab, node: Node, words: &str, input: &str) -> Result<String> {
     let mut words = words.split(' ');
     let mut command = Command::new(words.next().context("no command")?);
     command.args(words).stdin(Stdio::piped());

@@ -1,5 +1,6 @@
 //! Nodes and a client in namespaces of their own; [`traffic`] is what crosses them, the other modules have tests.
 
+mod bound;
 mod fast;
 mod flows;
 mod killed;

@@ -1,13 +1,14 @@
 //! Connections whose addresses one node translates: they go on through it wherever the pod is. The guest is a namespace with a TCP stack of its own.
 
-use std::io::{Read, Write};
+use std::io::Write;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use migrator_tests::inbox::Guest;
-use migrator_tests::netns::{Netns, open_tap};
+use migrator_tests::netns::Netns;
+use migrator_tests::stack::{Connection, Stack};
 
 use crate::DEADLINE;
 use crate::cluster::{Body, Lab, POD_MAC, Pod, release};
@@ -23,80 +24,27 @@ add rule inet nat to ip daddr 10.78.0.1 tcp dport 30080 dnat ip to 10.77.0.10:80
 ";
 /// What has an answer at all has one within this: milliseconds, but on a busy machine.
 const ANSWER: Duration = Duration::from_secs(2);
-/// Longest silence of a socket on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(15);
-/// More than any queue on the way holds.
-const MUCH: usize = 300_000;
 
-/// The guest: a namespace behind a TAP.
-struct Stack {
-    netns: Netns,
-    tap: OwnedFd,
-}
-
-impl Stack {
-    fn new() -> anyhow::Result<Self> {
-        let netns = Netns::new()?;
-        let tap = netns.spawn(|| open_tap("eth0")).join().expect("a thread")?;
-        netns.ip(&format!("link set eth0 address {POD_MAC} mtu 1450 up"))?;
-        netns.ip("addr add 10.77.0.10/32 dev eth0")?;
-        netns.ip("addr add fd77::10/128 dev eth0 nodad")?;
-        for (family, gateway) in [("-4", "169.254.1.1"), ("-6", "fe80::1")] {
-            netns.ip(&format!(
-                "neigh add {gateway} lladdr ee:ee:ee:ee:ee:ee dev eth0 nud permanent"
-            ))?;
-            netns.ip(&format!(
-                "{family} route add default via {gateway} dev eth0 onlink"
-            ))?;
-        }
-        Ok(Self { netns, tap })
+/// The guest's addresses, as a routed pod has them.
+fn guest() -> anyhow::Result<Stack> {
+    let stack = Stack::new(&POD_MAC.to_string(), 1450)?;
+    let netns = &stack.netns;
+    netns.ip("addr add 10.77.0.10/32 dev eth0")?;
+    netns.ip("addr add fd77::10/128 dev eth0 nodad")?;
+    for (family, gateway) in [("-4", "169.254.1.1"), ("-6", "fe80::1")] {
+        netns.ip(&format!(
+            "neigh add {gateway} lladdr ee:ee:ee:ee:ee:ee dev eth0 nud permanent"
+        ))?;
+        netns.ip(&format!(
+            "{family} route add default via {gateway} dev eth0 onlink"
+        ))?;
     }
+    Ok(stack)
 }
 
 impl Body for Stack {
     fn start(&self, tap: OwnedFd) -> anyhow::Result<Guest> {
         Ok(Guest::wired(tap, self.tap.try_clone()?))
-    }
-}
-
-/// Both ends of a connection.
-struct Connection(TcpStream, TcpStream);
-
-impl Connection {
-    /// From one namespace to another, whose end listens at `at`, and is asked for at `to`.
-    fn open(from: &Netns, to: &str, there: &Netns, at: &str) -> anyhow::Result<Self> {
-        let (to, at): (SocketAddr, SocketAddr) = (to.parse()?, at.parse()?);
-        let listener = there.spawn(move || TcpListener::bind(at)).join();
-        let listener = listener.expect("a thread")?;
-        let asks = from.spawn(move || TcpStream::connect_timeout(&to, PATIENCE));
-        let asks = asks
-            .join()
-            .expect("a thread")
-            .with_context(|| format!("to {to}"))?;
-        let (answers, _) = listener.accept()?;
-        for end in [&asks, &answers] {
-            end.set_read_timeout(Some(PATIENCE))?;
-            end.set_write_timeout(Some(PATIENCE))?;
-        }
-        Ok(Self(asks, answers))
-    }
-
-    /// Much goes from each end to the other.
-    fn lives_on(&self) -> anyhow::Result<()> {
-        for (from, to) in [(&self.0, &self.1), (&self.1, &self.0)] {
-            let mut from = from.try_clone()?;
-            let sends = std::thread::spawn(move || from.write_all(&[7; MUCH]));
-            let mut came = vec![0; MUCH];
-            let mut to = to;
-            to.read_exact(&mut came)?;
-            ensure!(came.iter().all(|byte| *byte == 7));
-            sends.join().expect("a thread")?;
-        }
-        Ok(())
-    }
-
-    fn peer(&self) -> anyhow::Result<SocketAddr> {
-        Ok(self.1.peer_addr()?)
     }
 }
 
@@ -157,7 +105,7 @@ impl Open {
 /// A pod with connections, on node a, which translates them.
 fn translated() -> anyhow::Result<(Lab, Netns, Stack, Pod, Open)> {
     let lab = Lab::new()?;
-    let (world, stack) = (world(&lab)?, Stack::new()?);
+    let (world, stack) = (world(&lab)?, guest()?);
     let a = &lab.nodes[0].netns;
     for rule in RULES.lines().filter(|line| !line.is_empty()) {
         a.run("nft", rule)?;
@@ -230,7 +178,7 @@ fn a_flow_that_its_node_has_forgotten_goes_out_where_the_pod_is() -> anyhow::Res
     lab.nodes[0].netns.run("conntrack", "-D -f ipv4 -p tcp")?;
     has_homes(&lab, 1)?;
     // Each end sends, and neither gets an answer: node b has no part in it.
-    let mut end = &open.out.0;
+    let mut end = open.out.asker();
     end.write_all(b"lost")?;
     let until = Instant::now() + DEADLINE;
     while pod.port.flows_elsewhere().len() != 2 {
