@@ -9,7 +9,8 @@ pub const LOGGED_WORD: usize = COUNTERS_LEN - 1;
 
 /// Index of a counter in a row. Each frame that reaches the gate is booked by exactly one of the
 /// counters up to [`Counter::RefusedNoSlot`], or by [`Counter::SentOut`], [`Counter::ForwardedTunnel`] or [`Counter::RefusedGroup`]; each one
-/// that the uplink's program takes past it by [`Counter::Fast`] or [`Counter::ForwardedXdp`]; each frame from the guest by [`Counter::Sent`] or [`Counter::Blocked`].
+/// that the uplink's program takes past it by [`Counter::Fast`] or [`Counter::ForwardedXdp`]; each frame from the guest by [`Counter::Sent`], [`Counter::SentBound`] or
+/// [`Counter::Blocked`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u32)]
 pub enum Counter {
@@ -45,15 +46,19 @@ pub enum Counter {
     RefusedGroup = 14,
     /// TUNNEL: went to the other node through the tunnel.
     ForwardedTunnel = 15,
+    /// From the guest, of a flow that another node translates: sent there through the tunnel.
+    SentBound = 16,
+    /// Came out of the tunnel from a pod that has left, of a flow that this node translates: taken for this node's own. In the row of no slot.
+    Homed = 17,
     /// TUNNEL: went to the other node straight from the uplink, past bridge and gate.
-    ForwardedXdp = 16,
+    ForwardedXdp = 18,
     /// Of those, what the device did not take that they were to leave by. In the row of no slot: a batch may be of several pods.
-    ForwardedXdpLost = 17,
+    ForwardedXdpLost = 19,
 }
 
 impl Counter {
     /// All of them, in order.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 20] = [
         Self::Passed,
         Self::ParkedLocal,
         Self::ParkedHold,
@@ -70,6 +75,8 @@ impl Counter {
         Self::Landed,
         Self::RefusedGroup,
         Self::ForwardedTunnel,
+        Self::SentBound,
+        Self::Homed,
         Self::ForwardedXdp,
         Self::ForwardedXdpLost,
     ];

@@ -5,6 +5,7 @@
 
 #![no_std]
 
+mod bound;
 mod checksum;
 mod counter;
 mod endpoint;
@@ -17,6 +18,9 @@ mod trace;
 mod tunnel;
 mod uplink;
 
+pub use bound::{
+    Home, Lead, MAX_BOUND, Mark, NO_SLOT, OWN_VNI, SentKey, has_ports, mark_of, marked, sent_key,
+};
 pub use checksum::{UdpSegment, fold, udp_segment};
 pub use counter::{COUNTERS_LEN, Counter, CounterRow, LOGGED_WORD};
 pub use endpoint::{
@@ -76,6 +80,12 @@ pub mod names {
     pub const LANDINGS: &str = "LANDINGS";
     /// Array of `u64`, by slot: the number of the last [`crate::Probe`] that was answered. Memory-mappable.
     pub const PROBED: &str = "PROBED";
+    /// Hash of [`crate::Lead`], by [`crate::SentKey`]: flows of pods of this node that are translated at another one.
+    pub const LEADS: &str = "LEADS";
+    /// Hash of [`crate::Home`], by [`crate::SentKey`]: flows of pods that have left which are translated here.
+    pub const HOMES: &str = "HOMES";
+    /// Array of `u64`, by slot: 1 if it may have any in [`LEADS`]; then, at [`crate::OWN_VNI`], this node's own. Memory-mappable.
+    pub const LED: &str = "LED";
     /// XDP program of the node's uplink.
     pub const UPLINK: &str = "uplink";
     /// XDP program of the entries of [`TAPS`].
@@ -197,6 +207,12 @@ mod user {
     unsafe impl aya::Pod for super::Landing {}
     // SAFETY: `repr(C)`, 4 + 6 + 2 bytes without padding, every bit pattern valid.
     unsafe impl aya::Pod for super::Endpoint {}
+    // SAFETY: `repr(C)`, 16 + 16 + 4 + 2 + 1 + 1 bytes without padding, every bit pattern valid.
+    unsafe impl aya::Pod for super::SentKey {}
+    // SAFETY: `repr(C)`, a `Tunnel` and a `u32` without padding, every bit pattern valid.
+    unsafe impl aya::Pod for super::Lead {}
+    // SAFETY: `repr(C)`, two `u32`, then 6 + 2 bytes without padding, every bit pattern valid.
+    unsafe impl aya::Pod for super::Home {}
     // SAFETY: `repr(C)`, 2 + 2 bytes without padding, every bit pattern valid.
     unsafe impl aya::Pod for super::Local {}
     // SAFETY: `repr(C)`, four `u32` and 72 bytes, a multiple of its alignment of 8: no padding, every bit pattern valid.

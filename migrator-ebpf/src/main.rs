@@ -8,6 +8,7 @@
 #![allow(internal_features)]
 #![feature(core_intrinsics)]
 
+mod home;
 mod observe;
 mod onward;
 mod overlay;
@@ -265,9 +266,13 @@ fn guard(ctx: TcContext) -> i32 {
     };
     let word = read(&GATES, u32::from(device.slot));
     let gate = Gate::from_word(word);
-    let (counter, action) = match gate.slot == device.slot && gate.may_send {
-        true => (Counter::Sent, TCX_NEXT),
-        false => (Counter::Blocked, TCX_DROP),
+    let (counter, action) = if gate.slot != device.slot || !gate.may_send {
+        (Counter::Blocked, TCX_DROP)
+    } else {
+        match home::lead(&ctx, device.slot) {
+            Some(action) => (Counter::SentBound, action),
+            None => (Counter::Sent, TCX_NEXT),
+        }
     };
     book(&ctx, device.slot, word, counter);
     observe::trace(&ctx, device.slot, word, counter, || 0, Direction::Out);

@@ -22,6 +22,8 @@ impl Counter {
             Self::Landed => "landed",
             Self::RefusedGroup => "refused_group",
             Self::ForwardedTunnel => "forwarded_tunnel",
+            Self::SentBound => "sent_bound",
+            Self::Homed => "homed",
             Self::ForwardedXdp => "forwarded_xdp",
             Self::ForwardedXdpLost => "forwarded_xdp_lost",
         }
@@ -57,6 +59,12 @@ impl Counter {
             }
             Self::ForwardedTunnel => {
                 "for the guest, sent through the tunnel to the node it has moved to"
+            }
+            Self::SentBound => {
+                "from the guest, sent through the tunnel to the node that translates its flow"
+            }
+            Self::Homed => {
+                "from a pod that has left, came out of the tunnel to be translated by this node"
             }
             Self::ForwardedXdp => {
                 "for the guest, sent straight from the uplink to the node it has moved to"

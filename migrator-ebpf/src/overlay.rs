@@ -16,7 +16,7 @@ use migrator_ebpf::{
     destination_mac, landing_key,
 };
 
-use super::{BPF_F_MMAPABLE, DEVICES, Skb, TCX_DROP, count, steer};
+use super::{BPF_F_MMAPABLE, DEVICES, Skb, TCX_DROP, count, home, steer};
 
 #[map]
 static TUNNELS: Array<Tunnel> = Array::pinned(MAX_SLOTS, 0);
@@ -137,15 +137,21 @@ fn land(ctx: &TcContext) -> Option<i32> {
         }
         return Some(TCX_DROP);
     }
+    // Not an `Option` any more: the verifier refuses the undefined half of a `None`.
+    let asks = matches!(probe, Some((Probe::ASK, _)));
     let mac = destination_mac(&skb)?;
     // SAFETY: the map value is only read.
-    let Some(landing) = (unsafe { LANDINGS.get(&landing_key(mac)) }) else {
-        return steer::follow(ctx, &key);
+    let landing = match unsafe { LANDINGS.get(&landing_key(mac)) } {
+        Some(landing) if landing.vni == key.tunnel_id => landing,
+        Some(_) => return home::land(ctx, key, v6),
+        None => {
+            return match home::land(ctx, key, v6) {
+                Some(action) => Some(action),
+                None => steer::follow(ctx, &key),
+            };
+        }
     };
-    if landing.vni != key.tunnel_id {
-        return None;
-    }
-    if let Some((Probe::ASK, _)) = probe {
+    if asks {
         return Some(answer(ctx, key, v6));
     }
     if EndMarker::of(&skb).is_some() {
@@ -164,14 +170,23 @@ fn land(ctx: &TcContext) -> Option<i32> {
     Some(unsafe { bpf_redirect(landing.tap, 0) as i32 })
 }
 
-/// Sends a probe back to where it came from.
+/// Answers a probe.
 #[inline(always)]
 fn answer(ctx: &TcContext, key: bpf_tunnel_key, v6: bool) -> i32 {
+    if ctx.store(Probe::KIND_AT, &Probe::ANSWER, 0).is_err() {
+        return TCX_DROP;
+    }
+    send_back(ctx, key, key.tunnel_id, v6)
+}
+
+/// Sends a frame back to the node that it came from.
+#[inline(always)]
+pub(super) fn send_back(ctx: &TcContext, key: bpf_tunnel_key, vni: u32, v6: bool) -> i32 {
     let mut back = zero_key();
-    back.tunnel_id = key.tunnel_id;
+    back.tunnel_id = vni;
     back.tunnel_ttl = TTL;
     back.__bindgen_anon_1 = key.__bindgen_anon_1;
-    if ctx.store(Probe::KIND_AT, &Probe::ANSWER, 0).is_err() || !set_key(ctx, &mut back, v6) {
+    if !set_key(ctx, &mut back, v6) {
         return TCX_DROP;
     }
     // SAFETY: reads a field of the context that the kernel passed in; then a helper without memory arguments.

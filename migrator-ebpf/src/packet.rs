@@ -12,7 +12,7 @@ const ETH_P_8021AD: u16 = 0x88a8;
 /// RFC 791, RFC 8200: offsets of the next protocol, and the length of IPv6's fixed header.
 const IPV4_PROTOCOL: usize = HEADER + 9;
 const IPV6_NEXT: usize = HEADER + 6;
-const IPV6_LEN: usize = 40;
+pub(crate) const IPV6_LEN: usize = 40;
 /// Where the packet of an untagged frame begins.
 pub(crate) const HEADER: usize = ETHERTYPE + 2;
 /// IANA's protocol numbers.

@@ -106,13 +106,15 @@ impl TraceEvent {
 /// What became of a frame, by the counter that booked it.
 pub const fn verdict_of(counter: Counter) -> Verdict {
     match counter {
-        Counter::Passed | Counter::Sent => Verdict::Pass(counter),
+        Counter::Passed | Counter::Sent | Counter::Homed => Verdict::Pass(counter),
         Counter::ParkedLocal | Counter::ParkedHold | Counter::ParkedForward => {
             Verdict::Park(counter)
         }
         Counter::RefusedEcho => Verdict::Show(counter),
         Counter::SentOut => Verdict::Out(counter),
-        Counter::ForwardedTunnel | Counter::ForwardedXdp => Verdict::Tunnel(counter),
+        Counter::ForwardedTunnel | Counter::ForwardedXdp | Counter::SentBound => {
+            Verdict::Tunnel(counter)
+        }
         Counter::Landed | Counter::Fast => Verdict::Pass(counter),
         Counter::RefusedShut
         | Counter::RefusedNoSlot

@@ -15,6 +15,7 @@
 //! guest: { kernel: vmlinuz, initramfs: guest.img }
 //! qemu: { binary: /usr/bin/qemu-system-x86_64, accel: auto }   # optional
 //! tunnel: { kind: vxlan, vni: 7077, port: 4789, mtu: 1500 }    # optional: off
+//! forwarding: { bound_limit_s: 3600 }                           # optional
 //! limits: { pods: 64, log_bytes: 16777216, park_bytes: 1073741824, park_bytes_per_pod: 268435456 }   # optional
 //! migration: { connections: 2, compress: auto, max_downtime_ms: 300, on_overflow: abort }   # optional
 //! registries: { mirrors: { docker.io: ["https://mirror.example"] }, auth_file: auth.json, ca: registry-ca.pem }   # optional
@@ -25,6 +26,7 @@
 //!
 //! Relative paths are taken from the file's own folder. An unknown key is an error that names it.
 
+mod forwarding;
 mod names;
 mod registries;
 mod topology;
@@ -41,6 +43,7 @@ use crate::memory::compress::Compress;
 use crate::network::{Ground, OnOverflow, ParkLimits, XdpChoice};
 use crate::wire::preamble::MAX_DATA_CONNECTIONS;
 
+pub use forwarding::Forwarding;
 pub use names::{BadInterfaceName, BadNodeName, InterfaceName, NodeName};
 pub use registries::Registries;
 pub use topology::Topology;
@@ -95,6 +98,9 @@ pub struct Config {
     /// What late frames of a departed pod go through to the other node.
     #[serde(default)]
     pub tunnel: Tunnel,
+    /// What goes on for pods that have left.
+    #[serde(default)]
+    pub forwarding: Forwarding,
     /// Bounds.
     #[serde(default)]
     pub limits: Limits,
@@ -331,6 +337,7 @@ impl Config {
                 return Err(("tunnel.mtu", "must be between 1280 and 65535".to_owned()));
             }
         }
+        self.forwarding.check()?;
         if self.limits.pods == 0 || self.limits.pods > 4096 {
             return Err(("limits.pods", "must be between 1 and 4096".to_owned()));
         }

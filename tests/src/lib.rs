@@ -9,4 +9,5 @@ pub mod large_pages;
 pub mod netns;
 pub mod packet;
 pub mod registry;
+pub mod stack;
 pub mod xsk;

@@ -255,8 +255,12 @@ pub(super) fn summary(report: &MigrationReport) -> String {
             (flows.failed, "refused by the destination's kernel"),
             (flows.untracked, "not tracked there"),
             (
-                flows.bound,
-                "bound to the source by address translation, which break",
+                flows.bound.saturating_sub(flows.bound_unserved),
+                "go on through the node that translates their addresses",
+            ),
+            (
+                flows.bound_unserved,
+                "break, bound to the source by address translation (its log says why)",
             ),
         ] {
             if count > 0 {

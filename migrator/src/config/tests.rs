@@ -222,3 +222,23 @@ fn networks_of_pods_are_checked_against_each_other_and_against_the_nodes() {
         assert!(text.contains(says), "{says}: {text}");
     }
 }
+
+#[test]
+fn bound_flows_live_for_an_hour_unless_it_is_said_otherwise() {
+    let with = |key: &str| format!("{FULL}forwarding: {{ {key} }}\n");
+    let limit = |config: Config| config.forwarding.bound_limit().as_secs();
+    assert_eq!(limit(parse(FULL).unwrap()), 3600);
+    assert_eq!(limit(parse(&with("bound_limit_s: 60")).unwrap()), 60);
+    for (key, says) in [
+        (
+            "bound_limit_s: 0",
+            "`forwarding.bound_limit_s` must be between 1",
+        ),
+        ("bound_limit_s: 31536001", "`forwarding.bound_limit_s`"),
+        ("bound_limit_s: 1h", "bound_limit_s"),
+        ("bound: 1", "bound"),
+    ] {
+        let text = message(&with(key));
+        assert!(text.contains(says), "{key}: {text}");
+    }
+}

@@ -138,6 +138,7 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
             Tunnel::Vxlan { vni, port, mtu } => Some(TunnelConfig { vni, port, mtu }),
         },
         park: config.park_limits(),
+        bound_limit: config.forwarding.bound_limit(),
         cluster: cluster(&config),
     })
     .await

@@ -150,8 +150,11 @@ pub struct ConntrackReport {
     pub failed: u64,
     /// Entries that were not made because its kernel does not track connections.
     pub untracked: u64,
-    /// Entries whose translation needs the source: they do not move.
+    /// Entries whose translation needs the source, or a node before it: they do not move, and their packets go on through that node.
     pub bound: u64,
+    /// How many of them do not, so that their connections break; the log says why.
+    #[serde(default)]
+    pub bound_unserved: u64,
 }
 
 /// The final report of one migration.

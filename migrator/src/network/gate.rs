@@ -4,6 +4,7 @@
 //! no service runs, and the next service finds them. Loading replaces the programs under live links in
 //! place, so a new version of the service brings its programs with it.
 
+mod bound;
 mod endpoints;
 mod facts;
 mod maps;
@@ -31,6 +32,7 @@ use super::pins::{mount_bpffs, remove_pin};
 use super::sys::MappedWords;
 use super::uplink::{FastWay, UplinkPath, XdpChoice};
 use super::watch::Watchers;
+pub(crate) use bound::address_of;
 pub use facts::{HookFacts, MapFacts, ProgramFacts};
 use maps::Taker;
 pub(crate) use settle::keep_settled;
@@ -58,6 +60,7 @@ pub(crate) struct Gates {
     injected: MappedWords,
     tunnel: tunnel::Maps,
     endpoints: endpoints::Maps,
+    bound: bound::Maps,
     pub(crate) watchers: Arc<Watchers>,
     flips: facts::Flips,
     pub(crate) fast: FastWay,
@@ -114,6 +117,7 @@ impl Gates {
         let missed = maps.words(names::TRACE_MISSED, MAX_SLOTS)?;
         let tunnel = tunnel::Maps::take(&mut maps)?;
         let endpoints = endpoints::Maps::take(&mut maps)?;
+        let bound = bound::Maps::take(&mut maps)?;
         let devices = maps.map(names::DEVICES, HashMap::try_from)?;
         let counters = maps.map(names::COUNTERS, PerCpuArray::try_from)?;
         let ring = maps.map(names::TRACE_RING, RingBuf::try_from)?;
@@ -130,6 +134,7 @@ impl Gates {
             injected,
             tunnel,
             endpoints,
+            bound,
             watchers,
             flips: facts::Flips::default(),
             fast,
@@ -225,6 +230,7 @@ impl Gates {
             let shut = Gate::from_word(word.load(Ordering::Acquire)).shut(slot);
             word.store(shut.to_word(), Ordering::Release);
         }
+        self.forget_leads(slot)?;
         self.forget_tunnel(slot)
     }
 

@@ -98,6 +98,9 @@ pub struct Reasons {
     pub lost_removed: u64,
     /// Frames from the guest that went out.
     pub guest_sent: u64,
+    /// Of flows that another node translates: frames from the guest that went there. Not part of `guest_sent`.
+    #[serde(default)]
+    pub guest_sent_bound: u64,
     /// Frames from the guest that the guard stopped.
     pub guest_blocked: u64,
     /// The destination went on without an end marker.
@@ -134,6 +137,7 @@ impl Reasons {
             lost_crash: less(self.lost_crash, base.lost_crash),
             lost_removed: less(self.lost_removed, base.lost_removed),
             guest_sent: less(self.guest_sent, base.guest_sent),
+            guest_sent_bound: less(self.guest_sent_bound, base.guest_sent_bound),
             guest_blocked: less(self.guest_blocked, base.guest_blocked),
             end_timeouts: less(self.end_timeouts, base.end_timeouts),
             mark_timeouts: less(self.mark_timeouts, base.mark_timeouts),
@@ -221,6 +225,7 @@ pub(crate) fn book(row: &CounterRow, tally: &Tally, park_dropped: u64, tap_dropp
         lost_crash: tally.crash,
         lost_removed: tally.removed,
         guest_sent: row.get(Counter::Sent),
+        guest_sent_bound: row.get(Counter::SentBound),
         guest_blocked: row.get(Counter::Blocked),
         end_timeouts: tally.end_timeouts,
         mark_timeouts: tally.mark_timeouts,

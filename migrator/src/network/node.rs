@@ -7,11 +7,13 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use migrator_ebpf::{Gate, Mode};
 use vm_runtime::units::MacAddress;
 
 use super::allowance::{Allowance, ParkLimits};
+use super::conntrack;
 use super::endpoints::Endpoints;
 use super::error::{AttachError, GateError, NetlinkError, OpenError};
 use super::gate::{Gates, keep_settled};
@@ -40,6 +42,8 @@ pub struct NodeNetConfig {
     pub tunnel: Option<TunnelConfig>,
     /// What is kept of those packets at most.
     pub park: ParkLimits,
+    /// How long this node goes on translating a flow of a pod that has left, at most.
+    pub bound_limit: Duration,
     /// The other nodes, where pods are routed.
     pub cluster: Option<Cluster>,
 }
@@ -180,6 +184,9 @@ impl NodeNetwork {
         let routed = config.cluster.is_some();
         let tunnel = NodeTunnel::open(&netlink, &gates, config.tunnel, routed).await?;
         leave_lost_tunnels(&gates, tunnel.device())?;
+        let way = tunnel.way().ok();
+        gates.set_own_vni(way.map_or(0, |(config, _)| config.vni));
+        gates.keep_leads(way.map(|(_, device)| device));
         let endpoints = endpoints(&gates, &tunnel, &config)?;
         let ways = (config.uplink.as_str(), tunnel.device(), config.tunnel);
         let routed_mtu = config.ground.prepare(&netlink, ways).await?;
@@ -194,9 +201,9 @@ impl NodeNetwork {
             uplink: path,
             routed_mtu,
         };
-        Ok(Self {
-            inner: Arc::new(inner),
-        })
+        let inner = Arc::new(inner);
+        tokio::spawn(conntrack::keep(Arc::downgrade(&inner)));
+        Ok(Self { inner })
     }
 
     /// The tunnel, and why it was not used.

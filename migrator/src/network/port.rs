@@ -19,7 +19,7 @@ use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::AbortHandle;
 use vm_runtime::units::{Epoch, MacAddress};
 
-use super::conntrack::Made;
+use super::conntrack::{Homeward, Made};
 use super::dataplane::{Command, Stage};
 use super::error::PortError;
 use super::gate::SlotGate;
@@ -71,6 +71,8 @@ pub(crate) struct Inner {
     base: Mutex<Ledger>,
     /// Entries of connection tracking that were made for it.
     pub(super) made: Made,
+    /// Where its flows go that another node translates.
+    pub(super) homeward: Homeward,
     /// In a routed cluster: the epoch in which this node has the pod, as other nodes are told.
     claimed: Mutex<Option<Epoch>>,
 }
@@ -150,6 +152,7 @@ impl Port {
             leaver: Mutex::new(None),
             base: Mutex::new(Ledger::default()),
             made: Made::default(),
+            homeward: Homeward::default(),
             claimed: Mutex::new(None),
         };
         let inner = Arc::new(inner);

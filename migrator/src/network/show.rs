@@ -1,6 +1,7 @@
 //! What there is of the network, for people: one pod's port, and the node's own part.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use migrator_ebpf::{ABI, Counter, MAX_SLOTS};
 use serde::{Deserialize, Serialize};
@@ -127,6 +128,9 @@ pub struct ConntrackFacts {
     pub entries: u64,
     /// Those whose translation needs this node.
     pub bound: u64,
+    /// Flows that are translated at a node that the pod has left, and led there. They have no entry here.
+    #[serde(default)]
+    pub elsewhere: u64,
 }
 
 /// The node's own part.
@@ -150,6 +154,9 @@ pub struct NodeFacts {
     pub maps: Vec<MapFacts>,
     /// Pods that the maps have room for.
     pub slots: u32,
+    /// Flows of pods that have left which this node goes on translating, by the pod's address; without those that have none.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub bound_flows: BTreeMap<IpAddr, u64>,
     /// The other nodes and the pods of all, where pods are routed.
     #[serde(default)]
     pub cluster: Option<ClusterFacts>,
@@ -231,6 +238,7 @@ impl Port {
         Some(ConntrackFacts {
             entries: (flows.free.len() + flows.bound.len()) as u64,
             bound: flows.bound.len() as u64,
+            elsewhere: self.flows_elsewhere().len() as u64,
         })
     }
 }
@@ -259,6 +267,7 @@ impl NodeNetwork {
             programs: inner.gates.program_facts(),
             maps: inner.gates.map_facts(),
             slots: MAX_SLOTS,
+            bound_flows: self.homes(),
             cluster: match inner.endpoints.as_ref().map(|endpoints| endpoints.facts()) {
                 Some(Ok(facts)) => Some(facts),
                 Some(Err(error)) => {

@@ -266,6 +266,15 @@ impl NodeTunnel {
         gates.land(mac, landing)
     }
 
+    /// The tunnel and its device.
+    pub(crate) fn way(&self) -> Result<(TunnelConfig, u32), NoTunnel> {
+        match self.state {
+            State::Off => Err(NoTunnel::Off),
+            State::Broken(_) => Err(NoTunnel::Broken(self.problem().unwrap_or_default())),
+            State::Up { config, index } => Ok((config, index)),
+        }
+    }
+
     /// Finds out whether the frames of a pod of this MTU get through the tunnel to another node; what says where they go.
     pub(crate) async fn aim(
         &self,
@@ -274,11 +283,7 @@ impl NodeTunnel {
         mtu: u32,
         remote: IpAddr,
     ) -> Result<Tunnel, NoTunnel> {
-        let (config, index) = match self.state {
-            State::Off => return Err(NoTunnel::Off),
-            State::Broken(_) => return Err(NoTunnel::Broken(self.problem().unwrap_or_default())),
-            State::Up { config, index } => (config, index),
-        };
+        let (config, index) = self.way()?;
         let remote = remote.to_canonical();
         let mtu = config.mtu.map_or(mtu, |longest| longest.min(mtu));
         probe(gate, config, (mac, mtu), remote).await?;
@@ -350,7 +355,7 @@ impl NodeTunnel {
     }
 }
 
-fn chain(error: &dyn std::error::Error) -> String {
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

@@ -5,7 +5,7 @@ use vm_runtime::units::{PAGE_SIZE, PageIndex};
 
 use crate::wire::codec::{DecodeError, Message, split_u8, split_u32, split_u64};
 use crate::wire::frame::Lane;
-use crate::wire::message::Flows;
+use crate::wire::message::{Bound, Flows};
 
 /// Pages that one `Pages` frame may hold: 1 MiB.
 pub const MAX_PAGES: u32 = 256;
@@ -18,6 +18,7 @@ pub(super) const PACKED: u8 = 0x45;
 const PACKET: u8 = 0x61;
 const PACKET_ACK: u8 = 0x62;
 const FLOWS: u8 = 0x63;
+const BOUND: u8 = 0x64;
 
 /// Bytes before the raw pages of a `Pages` frame: first page and count.
 pub(super) const PAGES_HEAD: usize = 8 + 4;
@@ -243,6 +244,8 @@ pub enum Urgent {
     },
     /// Flows that have begun since: before their first packets. Raw. From version 2 on.
     Flows(Flows),
+    /// The same of flows that the source translates. Raw. From version 3 on.
+    Bound(Bound),
 }
 
 impl Message for Urgent {
@@ -253,6 +256,7 @@ impl Message for Urgent {
             Self::Packet { .. } => PACKET,
             Self::PacketAck { .. } => PACKET_ACK,
             Self::Flows(_) => FLOWS,
+            Self::Bound(_) => BOUND,
         }
     }
 
@@ -268,7 +272,7 @@ impl Message for Urgent {
                 });
             }
             Self::PacketAck { seq } => out.extend_from_slice(&seq.to_le_bytes()),
-            Self::Flows(_) => {}
+            Self::Flows(_) | Self::Bound(_) => {}
         }
     }
 
@@ -276,7 +280,7 @@ impl Message for Urgent {
         match self {
             Self::Packet { frame, .. } => frame,
             Self::PacketAck { .. } => &[],
-            Self::Flows(Flows(raw)) => raw,
+            Self::Flows(Flows(raw)) | Self::Bound(Bound(raw)) => raw,
         }
     }
 
@@ -305,6 +309,7 @@ impl Message for Urgent {
                     .ok_or(DecodeError::Malformed("PacketAck"))
             }
             FLOWS => Ok(Self::Flows(Flows(payload))),
+            BOUND => Ok(Self::Bound(Bound(payload))),
             kind => Err(DecodeError::UnknownType {
                 lane: Lane::Urgent,
                 kind,

@@ -402,6 +402,14 @@ fn data_and_urgent_messages_have_these_bytes() {
         untracked: 2,
     };
     control(taken, "05000000 21 ac02 01 02");
+    let bound = Bound(Bytes::from_static(b"xyz"));
+    golden::<Urgent>(Urgent::Bound(bound.clone()), "04000000 64 78797a");
+    control(bound, "04000000 24 78797a");
+    let taken = BoundTaken {
+        served: 300,
+        unserved: 1,
+    };
+    control(taken, "04000000 25 ac02 01");
 }
 
 #[test]

@@ -12,7 +12,7 @@ use vm_runtime::spec::VmSpec;
 use vm_runtime::units::{self, Epoch, PageIndex};
 
 pub use control::Control;
-pub use flows::{Flows, FlowsTaken};
+pub use flows::{Bound, BoundTaken, Flows, FlowsTaken};
 pub use places::{EndWanted, Places, PlacesAck, PodPlace};
 pub use postcopy::{FaultFigures, MemoryComplete, PageBits, StaleAck, StaleEnd, Wanted};
 

@@ -26,12 +26,12 @@
 //!
 //! | lane | types | payload |
 //! |---|---|---|
-//! | control | `0x01`-`0x1e`, `0x20`, `0x21`, `0x31`-`0x33` ([`message`]) | postcard; `StateChunk`, `PageHashes`, `PageBits` and `Flows` raw |
+//! | control | `0x01`-`0x1e`, `0x20`, `0x21`, `0x24`, `0x25`, `0x31`-`0x33` ([`message`]) | postcard; `StateChunk`, `PageHashes`, `PageBits`, `Flows` and `Bound` raw |
 //! | data | `0x41` Pages, `0x42` Zeros, `0x43` Barrier, `0x44` Chunk, `0x45` Packed ([`bulk`]) | fixed header, raw bytes |
-//! | urgent | `0x61` Packet, `0x62` PacketAck, `0x63` Flows ([`bulk`]) | fixed header, raw bytes |
+//! | urgent | `0x61` Packet, `0x62` PacketAck, `0x63` Flows, `0x64` Bound ([`bulk`]) | fixed header, raw bytes |
 //! | fault | `0x71` Request, `0x72` Pages ([`mod@fault`]) | fixed header, raw bytes |
 //!
-//! Version 2 adds `Flows` (both lanes) and `FlowsTaken`; over a session of version 1 they are not sent.
+//! Version 2 adds `Flows` (both lanes) and `FlowsTaken`, version 3 `Bound` (both lanes) and `BoundTaken`; over a session of an earlier version they are not sent.
 //!
 //! # A migration
 //!
@@ -48,6 +48,7 @@
 //!   |<-------------------------------------- VmWaits |  some time after Prepared: the VM waits, its gate is shut
 //!   | gate to HOLD, stop: Packet* (urgent) --------->|  the log flows from here to the end, PacketAck comes back
 //!   | Flows* --------------------------------------->|  the pod's entries of connection tracking
+//!   | Bound* --------------------------------------->|  its flows that the source goes on translating
 //!   | Handover ------------------------------------->|
 //!   | Pages* Zeros* Barrier(last) (data) ----------->|  in parallel with
 //!   | StateBegin StateChunk* StateEnd -------------->|  the device state
@@ -58,9 +59,9 @@
 //!   | Grant ---------------------------------------->|  journal Owner; gate opens; the guest resumes
 //!   |<------------------------------------- Running  |
 //!   | Packet* until End (urgent) ------------------->|  the source's node forwards until the neighbours have learned;
-//!   |                                                |  Flows (urgent) go before the first packet of a flow that is new
+//!   |                                                |  Flows, Bound (urgent) go before the first packet of a flow that is new
 //!   | Released ------------------------------------->|  nothing is left at the source
-//!   |<------------------------------------FlowsTaken |
+//!   |<------------------------ FlowsTaken, BoundTaken |
 //!   |<------------------------------------------ Bye |  the journal entry may be forgotten
 //! ```
 //!

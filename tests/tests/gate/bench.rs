@@ -5,8 +5,8 @@ use aya::maps::{Array, HashMap, MapData, PerCpuArray, RingBuf};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
 use migrator_ebpf::{
-    BUCKETS, Counter, CounterRow, Device, Endpoint, FrameBytes, Gate, Landing, Mode, Steered,
-    TraceEvent, Tunnel, bucket, bucket_index, names, settle,
+    BUCKETS, Counter, CounterRow, Device, Endpoint, FrameBytes, Gate, Landing, Lead, Mode, SentKey,
+    Steered, TraceEvent, Tunnel, bucket, bucket_index, names, settle,
 };
 use migrator_tests::netns::{BpfDir, require_root};
 use nix::mount::{MsFlags, mount};
@@ -38,6 +38,8 @@ pub(crate) struct Bench {
     pub(crate) briefs: Array<MapData, u64>,
     pub(crate) tunnels: Array<MapData, Tunnel>,
     pub(crate) landings: HashMap<MapData, u64, Landing>,
+    pub(crate) leads: HashMap<MapData, SentKey, Lead>,
+    pub(crate) led: Array<MapData, u64>,
     pub(crate) endpoints: HashMap<MapData, [u8; 16], Endpoint>,
     pub(crate) places: Array<MapData, u64>,
     pub(crate) nodes: Array<MapData, Tunnel>,
@@ -87,6 +89,8 @@ impl Bench {
             briefs: Array::try_from(take(names::BRIEFS)?)?,
             tunnels: Array::try_from(take(names::TUNNELS)?)?,
             landings: HashMap::try_from(take(names::LANDINGS)?)?,
+            leads: HashMap::try_from(take(names::LEADS)?)?,
+            led: Array::try_from(take(names::LED)?)?,
             endpoints: HashMap::try_from(take(names::ENDPOINTS)?)?,
             places: Array::try_from(take(names::PLACES)?)?,
             nodes: Array::try_from(take(names::NODES)?)?,

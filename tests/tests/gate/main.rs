@@ -5,6 +5,7 @@
 #![allow(missing_docs, unreachable_pub)]
 
 mod bench;
+mod bound;
 mod frames;
 mod matrix;
 mod observe;

@@ -25,6 +25,11 @@ pub struct Connection {
 
 impl Connection {
     pub fn open(test: &TestLab) -> Result<Self> {
+        Self::open_by(test, TCP_ECHO)
+    }
+
+    /// By an address that some node translates into that of the guest.
+    pub fn open_by(test: &TestLab, address: &str) -> Result<Self> {
         let port = TCP_ECHO.rsplit_once(':').context("no port")?.1;
         let serve = format!("exec nc -l -p {port} -e /bin/cat");
         let command = test
@@ -35,7 +40,7 @@ impl Connection {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()?;
-        let address: SocketAddr = TCP_ECHO.parse()?;
+        let address: SocketAddr = address.parse()?;
         let mut connected = None;
         poll_until(SOON, || {
             let connect = || Ok(TcpStream::connect_timeout(&address, PATIENCE)?);

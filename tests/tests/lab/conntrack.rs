@@ -40,7 +40,7 @@ const LATE: usize = 2;
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Runs a command in a node's namespace; what it prints.
-fn run(test: &TestLab, node: Node, words: &str, input: &str) -> Result<String> {
+pub fn run(test: &TestLab, node: Node, words: &str, input: &str) -> Result<String> {
     let mut words = words.split(' ');
     let mut command = Command::new(words.next().context("no command")?);
     command.args(words).stdin(Stdio::piped());
@@ -94,11 +94,12 @@ fn a_connection_lives_on_at_a_node_that_drops_what_it_does_not_know() -> Result<
             failed,
             untracked,
             bound,
+            bound_unserved,
         } = report.conntrack;
         // The connection and the probe.
         ensure!(moved >= 2, "{:?}", report.conntrack);
         ensure!(
-            (failed, untracked, bound) == (0, 0, 0),
+            (failed, untracked, bound, bound_unserved) == (0, 0, 0, 0),
             "{:?}",
             report.conntrack
         );

@@ -12,6 +12,7 @@ use xtask::process::poll_until;
 use xtask::{cmd, netns};
 
 use super::connection::Connection;
+use super::conntrack;
 
 sockopt_impl!(
     /// ip(7).
@@ -34,6 +35,16 @@ sockopt_impl!(
 const ECHO6: &str = "[fd77::10]:7000";
 /// The longest packet of the lab's pods: what its nodes' 1500 bytes leave of the tunnel.
 const POD_MTU: u32 = 1450;
+
+/// A port of the node that leads to the pod.
+const PUBLISHED: &str = "
+table ip published {
+    chain to {
+        type nat hook prerouting priority -100;
+        ip daddr 10.78.0.1 tcp dport 30900 dnat to 10.77.0.10:9000
+    }
+}
+";
 
 fn ip(namespace: &str, words: &str) -> Result<String> {
     let words = ["-n", namespace].into_iter().chain(words.split(' '));
@@ -236,13 +247,24 @@ fn a_routed_pod_moves_and_whoever_sends_from_anywhere_loses_nothing() -> Result<
 fn a_routed_pod_moves_while_the_world_sends_by_its_source_or_by_its_destination() -> Result<()> {
     let mut test = TestLab::up_as(Topology::Routed)?;
     test.run_pod()?;
+    // One connection to a port of node a, which knows the way to the pod.
+    conntrack::run(&test, Node::A, "nft -f -", PUBLISHED)?;
+    let published = format!("{}:30900", Node::A.address());
+    let mut connection = Connection::open_by(&test, &published)?;
     for (from, via) in [(Node::A, Node::A), (Node::B, Node::A)] {
         // The probe sends by one node from its first packet on.
         test.probe_is_perfect()?;
         test.lab().lead_client_to(via)?;
         test.start_probe()?;
-        test.moves(from)?;
+        let report = test.moves(from)?;
         test.nothing_is_left_on(from)?;
+        let flows = report.conntrack;
+        ensure!((flows.bound, flows.bound_unserved) == (1, 0), "{flows:?}");
+        connection.lives_on()?;
+        let shown = test.succeeds(Node::A, &["net", "show"])?;
+        let told = shown.contains("1 of 10.77.0.10, which has left, are translated here");
+        ensure!(told || from == Node::B, "{shown}");
     }
+    connection.abandon()?;
     test.end()
 }

@@ -173,6 +173,16 @@ fn flows_that_the_nodes_own_address_is_translated_to_are_bound_to_it() -> anyhow
     ensure!(found.free.len() == ENTRIES.len() - 1, "{found:?}");
     ensure!(found.bound.len() == 2, "{found:?}");
 
+    // Without a tunnel they break, and it is said why.
+    let (port, bound) = (at_a.clone(), found.bound.clone());
+    let (kept, problem) = lab.a.call(async move {
+        let keeper = port.keeper().await?;
+        let problem = keeper.problem().unwrap_or_default().to_owned();
+        Ok::<_, migrator::network::PortError>((keeper.keep(&bound), problem))
+    })??;
+    ensure!(kept.bound.is_empty() && kept.unserved == 2, "{kept:?}");
+    ensure!(problem.contains("`tunnel` is off"), "{problem}");
+
     // And nobody can make a node translate packets that are its own.
     let at_b = lab.b.attach(&dual_stack(), 7, Role::Incoming, None)?;
     lab.b.netns.ip("addr add 10.77.0.99/24 dev br0")?;

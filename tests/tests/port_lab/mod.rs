@@ -1,5 +1,6 @@
 //! Nodes and a client in namespaces of their own; [`traffic`] is what crosses them, the other modules have tests.
 
+mod bound;
 mod fast;
 mod flows;
 mod killed;
@@ -81,6 +82,7 @@ pub(crate) fn config(dir: &BpfDir, spool: &TempDir, setup: Setup) -> NodeNetConf
         spool_dir: spool.path().join("spool"),
         tunnel: setup.tunnel,
         park: setup.park,
+        bound_limit: Duration::from_secs(3600),
         cluster: None,
     }
 }

@@ -4,15 +4,17 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use migrator::directory::Directory;
+use migrator::network::conntrack::{Bound, Known, Led};
 use migrator::network::{
     Cluster, ClusterFacts, Ground, Ledger, LogItem, NodeNetConfig, NodeNetwork, ParkLimits,
-    PodNetId, PodNetwork, PodNetworks, Port, Role, TunnelConfig, XdpChoice,
+    PodNetId, PodNetwork, PodNetworks, Port, PortError, Role, TunnelConfig, XdpChoice,
 };
 use migrator::wire::preamble::Shape;
 use migrator::wire::session::{Limits, Listener};
@@ -95,8 +97,8 @@ pub(crate) struct Node {
     number: u8,
     /// Ends what the nodes tell each other, here.
     service: CancellationToken,
-    _dir: BpfDir,
-    _spool: TempDir,
+    dir: BpfDir,
+    spool: TempDir,
     pub(crate) netns: Netns,
 }
 
@@ -105,6 +107,27 @@ fn peers(name: &str) -> BTreeMap<String, IpAddr> {
     others
         .map(|(number, other)| (other.to_owned(), address(number)))
         .collect()
+}
+
+fn config(name: &str, dir: &BpfDir, spool: &TempDir) -> anyhow::Result<NodeNetConfig> {
+    let networks: Vec<PodNetwork> = vec!["10.77.0.0/24".parse()?, "fd77::/64".parse()?];
+    Ok(NodeNetConfig {
+        ground: Ground::Routed(PodNetworks::try_from(networks)?),
+        uplink: "eth0".into(),
+        xdp: XdpChoice::Off,
+        bpffs: dir.path().to_owned(),
+        spool_dir: spool.path().join("spool"),
+        tunnel: Some(TUNNEL),
+        park: ParkLimits {
+            bytes: 1 << 30,
+            bytes_per_pod: 1 << 30,
+        },
+        bound_limit: Duration::from_secs(3600),
+        cluster: Some(Cluster {
+            name: name.to_owned(),
+            peers: peers(name),
+        }),
+    })
 }
 
 impl Node {
@@ -122,23 +145,7 @@ impl Node {
         netns.ip(&format!("addr add fd78::{number}/64 dev eth0 nodad"))?;
         let jobs = Jobs::start(&netns);
         let (dir, spool) = (BpfDir::new()?, tempfile::tempdir()?);
-        let networks: Vec<PodNetwork> = vec!["10.77.0.0/24".parse()?, "fd77::/64".parse()?];
-        let config = NodeNetConfig {
-            ground: Ground::Routed(PodNetworks::try_from(networks)?),
-            uplink: "eth0".into(),
-            xdp: XdpChoice::Off,
-            bpffs: dir.path().to_owned(),
-            spool_dir: spool.path().join("spool"),
-            tunnel: Some(TUNNEL),
-            park: ParkLimits {
-                bytes: 1 << 30,
-                bytes_per_pod: 1 << 30,
-            },
-            cluster: Some(Cluster {
-                name: name.to_owned(),
-                peers: peers(name),
-            }),
-        };
+        let config = config(name, &dir, &spool)?;
         let network = jobs.call(NodeNetwork::open(config))??;
         let mut node = Self {
             jobs,
@@ -147,12 +154,21 @@ impl Node {
             tls,
             number,
             service: CancellationToken::new(),
-            _dir: dir,
-            _spool: spool,
+            dir,
+            spool,
             netns,
         };
         node.start_service()?;
         Ok(node)
+    }
+
+    /// The service ends, and a new one starts.
+    pub(crate) fn restart(&mut self) -> anyhow::Result<()> {
+        self.stop_service();
+        self.jobs = Jobs::start(&self.netns);
+        let config = config(self.name, &self.dir, &self.spool)?;
+        self.network = self.call(NodeNetwork::open(config))??;
+        self.start_service()
     }
 
     /// Listens, and tells the other nodes.
@@ -247,7 +263,7 @@ impl Node {
 pub(crate) struct Lab {
     pub(crate) nodes: [Node; 3],
     pub(crate) client: Netns,
-    _switch: Netns,
+    pub(crate) switch: Netns,
 }
 
 impl Lab {
@@ -279,7 +295,7 @@ impl Lab {
         let lab = Self {
             nodes,
             client,
-            _switch: switch,
+            switch,
         };
         for node in &lab.nodes {
             node.until(|facts| facts.peers.iter().all(|peer| peer.up && peer.tells))?;
@@ -295,12 +311,25 @@ pub(crate) struct Pod {
     pub(crate) epoch: u64,
     guest: Guest,
     slot: u16,
+    /// What became of the flows that nodes translate which it has left.
+    pub(crate) led: Led,
+}
+
+/// What runs in the pod.
+pub(crate) trait Body {
+    fn start(&self, tap: OwnedFd) -> anyhow::Result<Guest>;
+}
+
+impl Body for Inbox {
+    fn start(&self, tap: OwnedFd) -> anyhow::Result<Guest> {
+        Ok(Guest::start(tap, self))
+    }
 }
 
 impl Pod {
-    pub(crate) fn start(lab: &Lab, inbox: &Inbox) -> anyhow::Result<Self> {
+    pub(crate) fn start(lab: &Lab, body: &impl Body) -> anyhow::Result<Self> {
         let port = lab.nodes[0].attach(1, Role::Local)?;
-        let guest = Guest::start(port.tap_fd()?, inbox);
+        let guest = body.start(port.tap_fd()?)?;
         port.claim(Epoch(1))?;
         for node in &lab.nodes {
             node.knows("a", 1)?;
@@ -311,6 +340,7 @@ impl Pod {
             epoch: 1,
             guest,
             slot: 1,
+            led: Led::default(),
         })
     }
 
@@ -319,7 +349,7 @@ impl Pod {
         self,
         lab: &Lab,
         to: usize,
-        inbox: &Inbox,
+        body: &impl Body,
     ) -> anyhow::Result<(Self, Port)> {
         let (from, target) = (&lab.nodes[self.at], &lab.nodes[to]);
         let (slot, epoch) = (self.slot + 1, self.epoch + 1);
@@ -336,12 +366,13 @@ impl Pod {
         self.guest.stop();
         let port = source.clone();
         from.call(async move { port.residue().await })??;
+        let led = carry_flows((from, &source), (target, &destination))?;
         let port = destination.clone();
         target.call(async move {
             port.open().await?;
             port.claim(Epoch(epoch))
         })??;
-        let guest = Guest::start(destination.tap_fd()?, inbox);
+        let guest = body.start(destination.tap_fd()?)?;
         let (port, remote) = (source.clone(), address(target.number));
         let name = target.name;
         from.call(async move {
@@ -359,6 +390,7 @@ impl Pod {
             epoch,
             guest,
             slot,
+            led,
         };
         Ok((pod, source))
     }
@@ -384,6 +416,31 @@ pub(crate) fn release(node: &Node, port: Port) -> anyhow::Result<Ledger> {
         std::thread::yield_now();
     }
     Ok(node.call(async move { port.release().await })??)
+}
+
+/// While the guest stands still: what connection tracking knows of its flows.
+fn carry_flows((from, source): (&Node, &Port), (to, port): (&Node, &Port)) -> anyhow::Result<Led> {
+    let source = source.clone();
+    let (free, bound) = from.call(async move {
+        let keeper = source.keeper().await?;
+        let flows = source.flows().await?;
+        let mut kept = keeper.keep(&flows.bound);
+        assert_eq!(kept.unserved, 0, "{:?}", keeper.problem());
+        kept.bound.extend(source.flows_elsewhere());
+        Ok::<_, PortError>((flows.free, kept.bound))
+    })??;
+    let (port, source) = (port.clone(), address(from.number));
+    let nodes = peers(to.name).into_values().collect();
+    to.call(async move {
+        port.comes_from(source, nodes);
+        port.take_flows(free, Known::Update).await?;
+        let bound = port
+            .read_bound(&Bound::encode_all(&bound))
+            .expect("the pod's");
+        port.lead_bound(&bound).await?;
+        Ok::<_, PortError>(port.led_flows())
+    })?
+    .map_err(Into::into)
 }
 
 /// The wire: hands items over, and acknowledgements back.

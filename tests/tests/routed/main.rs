@@ -1,6 +1,7 @@
 //! A routed cluster: three nodes, a pod that moves between two of them, and senders everywhere. Each datagram carries its flow and its number, so that a lost,
 //! doubled or overtaken one is seen.
 
+mod bound;
 mod cluster;
 mod traffic;
 

@@ -133,8 +133,8 @@ pub(super) fn pod(net: &PodNet) -> String {
     );
     if let Some(flows) = port.conntrack {
         let text = format!(
-            "{} entries of connection tracking, {} of them bound to this node",
-            flows.entries, flows.bound
+            "{} entries of connection tracking, {} of them bound to this node; {} led to other nodes",
+            flows.entries, flows.bound, flows.elsewhere
         );
         row(&mut out, "flows", &text);
     }
@@ -204,6 +204,10 @@ pub(super) fn node(net: &NodeNet) -> String {
         .map(|map| format!("{} {}", map.name, map.id))
         .collect();
     row(&mut out, "maps", &maps.join(", "));
+    for (i, (pod, flows)) in facts.bound_flows.iter().enumerate() {
+        let text = format!("{flows} of {pod}, which has left, are translated here until they end");
+        row(&mut out, if i == 0 { "flows" } else { "" }, &text);
+    }
     if let Some(known) = &facts.cluster {
         cluster(&mut out, known);
     }

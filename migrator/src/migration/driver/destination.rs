@@ -229,6 +229,10 @@ impl Run {
                 self.take_flows(frame);
                 None
             }
+            LinkEvent::Message(Control::Bound(frame)) => {
+                self.take_bound(frame);
+                None
+            }
             LinkEvent::Message(Control::PageBits(bits)) => match self.take_stale(&bits) {
                 Ok(()) => None,
                 Err(reason) => Some(Input::Failed { reason }),
@@ -280,6 +284,7 @@ impl Run {
     /// Starts to take the packet log from the urgent connection.
     pub(super) fn pump(&mut self) {
         let Some(port) = self.port() else { return };
+        self.expect_bound(&port);
         if let Some(urgent) = self.urgent.take() {
             let target = Arc::clone(&self.target);
             self.runner.helpers.spawn(async move {

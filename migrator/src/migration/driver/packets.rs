@@ -37,7 +37,7 @@ async fn send_items(
     news: Option<NewFlows>,
 ) -> Result<(), LinkError> {
     for flows in news.as_ref().map(NewFlows::again).unwrap_or_default() {
-        writer.feed(&Urgent::Flows(flows)).await?;
+        writer.feed(&flows).await?;
     }
     let mut batch = Vec::with_capacity(BATCH);
     let mut looks = interval(LOOK_EVERY);
@@ -78,7 +78,7 @@ async fn send_news(
     let frames = news.map(NewFlows::take).unwrap_or_default();
     let any = !frames.is_empty();
     for flows in frames {
-        writer.feed(&Urgent::Flows(flows)).await?;
+        writer.feed(&flows).await?;
     }
     Ok(any)
 }
@@ -88,7 +88,9 @@ async fn read_acks(mut reader: Reader<Urgent>, port: Port) -> LinkError {
         match reader.next().await {
             Ok(Urgent::PacketAck { seq }) => port.ack(seq),
             // Only the source logs packets; a peer that sends some is not one of ours.
-            Ok(Urgent::Packet { .. } | Urgent::Flows(_)) => return LinkError::Closed,
+            Ok(Urgent::Packet { .. } | Urgent::Flows(_) | Urgent::Bound(_)) => {
+                return LinkError::Closed;
+            }
             Err(error) => return error,
         }
     }
@@ -115,6 +117,12 @@ async fn receive_items(mut reader: Reader<Urgent>, port: Port) -> LinkError {
             // Before the packets behind it.
             Ok(Urgent::Flows(frame)) => {
                 if let Err(reason) = flows::take(&port, &frame, Known::Keep).await {
+                    tracing::warn!(reason, "the packet log's connection is given up");
+                    return LinkError::Closed;
+                }
+            }
+            Ok(Urgent::Bound(frame)) => {
+                if let Err(reason) = flows::take_bound(&port, &frame).await {
                     tracing::warn!(reason, "the packet log's connection is given up");
                     return LinkError::Closed;
                 }

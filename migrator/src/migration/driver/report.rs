@@ -7,7 +7,7 @@ use crate::migration::status::{
     ConntrackReport, FaultReport, MemoryReport, MigrationReport, Outcome, PacketReport,
 };
 use crate::network;
-use crate::wire::message::{FaultFigures, FlowsTaken, Ledger, Running};
+use crate::wire::message::{BoundTaken, FaultFigures, FlowsTaken, Ledger, Running};
 
 /// The source's own books, with every reason; the wire has only their sums.
 pub(super) type Books = Arc<OnceLock<network::Ledger>>;
@@ -68,6 +68,13 @@ impl Figures {
         self.conntrack.moved = moved;
         self.conntrack.failed = failed;
         self.conntrack.untracked = untracked;
+    }
+
+    /// Takes in what became of the bound flows there. `late`: those that began while the pod moved, and how many of these this node does not serve.
+    pub(super) fn bound_taken(&mut self, taken: BoundTaken, late: (u64, u64)) {
+        let (begun, unserved) = late;
+        self.conntrack.bound += begun;
+        self.conntrack.bound_unserved += unserved + taken.unserved;
     }
 
     /// The final report; the two ledgers are the two nodes' own.

@@ -281,6 +281,10 @@ impl Side for Run {
             self.figures.flows_taken(*taken);
             return Vec::new();
         }
+        if let Input::Peer(Control::BoundTaken(taken)) = &input {
+            self.figures.bound_taken(*taken, self.news.bound());
+            return Vec::new();
+        }
         self.note(&input);
         self.machine.handle(self.runner.now(), input)
     }
@@ -339,8 +343,12 @@ impl Side for Run {
             }
             Output::SendFlows => {
                 let news = self.news.clone();
-                self.runner
-                    .step(flows::send(self.parts(), self.control(), news));
+                self.runner.step(flows::send(
+                    self.parts(),
+                    self.control(),
+                    news,
+                    self.version,
+                ));
             }
             Output::ReadResidue => self.runner.step(steps::read_residue(self.parts())),
             Output::SendLastPages { round } => {

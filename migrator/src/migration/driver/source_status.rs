@@ -45,7 +45,10 @@ impl Run {
                     ..RoundReport::default()
                 });
             }
-            Input::FlowsSent { bound } => self.figures.conntrack.bound = *bound,
+            Input::FlowsSent { bound, unserved } => {
+                self.figures.conntrack.bound = *bound;
+                self.figures.conntrack.bound_unserved = *unserved;
+            }
             Input::StaleSent { .. } => self.figures.postcopy = true,
             Input::Peer(Control::MemoryComplete(complete)) => {
                 self.figures.total = Some(self.figures.started.elapsed());

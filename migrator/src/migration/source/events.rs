@@ -111,8 +111,10 @@ pub enum Input {
     ResidueRead,
     /// [`Output::SendFlows`] is done, `Flows` are queued; also if some could not be read, which is no reason to end a migration.
     FlowsSent {
-        /// Those whose translation needs this node: they stay.
+        /// Those whose translation needs this node, or one that the pod has left before: they stay.
         bound: u64,
+        /// How many of them break for a reason that is known here.
+        unserved: u64,
     },
     /// [`Output::SendLastPages`] is done: every page and a barrier are on each data connection.
     LastPagesSent {

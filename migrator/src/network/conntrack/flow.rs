@@ -180,7 +180,7 @@ impl Tuple {
         }
     }
 
-    fn check(&self) -> Result<(), FlowError> {
+    pub(super) fn check(&self) -> Result<(), FlowError> {
         let same_family = self.source.is_ipv4() == self.destination.is_ipv4();
         same_family
             .then_some(())

@@ -2,9 +2,13 @@
 //! at the source. See docs/conntrack.md for what moves, when, and what does not.
 //!
 //! [`flow`] is what an entry is, [`codec`] how ctnetlink writes it, [`socket`] the conversation. The files above know no sockets.
+//! What cannot move is led back: [`home`] is the node that translates, [`lead`] the one where the pod is, [`bound`] what the one tells the other.
 
+mod bound;
 mod codec;
 mod flow;
+mod home;
+mod lead;
 mod port;
 mod socket;
 
@@ -15,7 +19,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
 
+pub use bound::Bound;
 pub use flow::{Flow, FlowError, Key, SeqAdj, State, Tuple};
+pub(super) use home::keep;
+pub use home::{Keeper, Kept};
+pub(super) use lead::Homeward;
+pub use lead::Led;
+use port::blocking;
 pub use port::{FlowNews, Flows};
 use socket::{Change, Socket};
 

@@ -20,6 +20,13 @@ pub struct Flows {
     pub bound: Vec<Flow>,
 }
 
+impl Flows {
+    fn split(flows: Vec<Flow>, node: &[IpAddr]) -> Self {
+        let (bound, free) = flows.into_iter().partition(|flow| flow.is_bound_to(node));
+        Self { free, bound }
+    }
+}
+
 /// Flows that begin while the pod moves.
 #[derive(Debug)]
 pub struct FlowNews {
@@ -29,28 +36,27 @@ pub struct FlowNews {
 }
 
 impl FlowNews {
-    /// Those that have begun since the last call, or since it was opened; without those that are bound to this node. A packet whose flow is new has
+    /// Those that have begun since the last call, or since it was opened. A packet whose flow is new has
     /// told of it before it comes to the gate. Never waits.
-    pub fn take(&mut self) -> Vec<Flow> {
+    pub fn take(&mut self) -> Flows {
         match self.news.take(&self.pod) {
-            Ok((mut flows, whole)) => {
+            Ok((flows, whole)) => {
                 if !whole {
                     tracing::warn!(
                         "so many flows begin at once that some do not move with the pod"
                     );
                 }
-                flows.retain(|flow| !flow.is_bound_to(&self.node));
-                flows
+                Flows::split(flows, &self.node)
             }
             Err(error) => {
                 tracing::warn!(%error, "flows that begin while the pod moves do not move with it");
-                Vec::new()
+                Flows::default()
             }
         }
     }
 }
 
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     call: impl FnOnce() -> Result<T, ConntrackError> + Send + 'static,
 ) -> Result<T, PortError> {
     let ran = tokio::task::spawn_blocking(call).await;
@@ -60,7 +66,7 @@ async fn blocking<T: Send + 'static>(
 }
 
 impl Port {
-    fn addresses(&self) -> Vec<IpAddr> {
+    pub(super) fn addresses(&self) -> Vec<IpAddr> {
         let pod = &self.inner.pod;
         let v4 = pod.v4.map(IpAddr::V4);
         v4.into_iter().chain(pod.v6.map(IpAddr::V6)).collect()
@@ -77,8 +83,7 @@ impl Port {
             return Ok(Flows::default());
         }
         let node = self.inner.node.netlink.addresses().await?;
-        let (bound, free) = flows.into_iter().partition(|flow| flow.is_bound_to(&node));
-        Ok(Flows { free, bound })
+        Ok(Flows::split(flows, &node))
     }
 
     /// Hears of flows that begin from now on; `None` if the kernel does not track.

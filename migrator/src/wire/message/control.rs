@@ -119,6 +119,7 @@ control! {
         0x1d => MemoryComplete,
         0x1e => VmWaits,
         0x21 => FlowsTaken,
+        0x25 => BoundTaken,
         0x31 => Places,
         0x32 => PlacesAck,
         0x33 => EndWanted,
@@ -131,6 +132,7 @@ control! {
         0x0d => PageHashes,
         0x19 => PageBits,
         0x20 => Flows,
+        0x24 => Bound,
     }
 }
 

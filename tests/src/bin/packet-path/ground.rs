@@ -108,6 +108,7 @@ impl Ground {
                 bytes: 1 << 30,
                 bytes_per_pod: 1 << 30,
             },
+            bound_limit: std::time::Duration::from_secs(3600),
             cluster: None,
         };
         let network = jobs.call(NodeNetwork::open(config))??;

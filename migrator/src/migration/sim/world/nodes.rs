@@ -73,7 +73,10 @@ impl World {
                 assert!(self.setting.flows, "{self:?}");
                 let flows = crate::wire::message::Flows(vec![1].into());
                 self.send(Side::Source, self.s.link, flows.into());
-                Input::FlowsSent { bound: 0 }
+                Input::FlowsSent {
+                    bound: 0,
+                    unserved: 0,
+                }
             }
             Output::SendLastPages { round } => {
                 self.place(round);
