@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 use std::sync::PoisonError;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
 use super::granule::{Extent, GRANULE, extents, place, words};
 
@@ -19,6 +19,8 @@ pub struct StaleGeneration;
 #[derive(Debug)]
 pub(super) struct Dirty {
     words: Box<[AtomicU64]>,
+    /// Marks that are set; for a moment less, while somebody has set one and not counted it.
+    count: AtomicI64,
     /// Of whoever takes; held while he does.
     generation: Mutex<u64>,
 }
@@ -27,6 +29,7 @@ impl Dirty {
     pub(super) fn new(size: u64) -> Self {
         Self {
             words: (0..words(size)).map(|_| AtomicU64::new(0)).collect(),
+            count: AtomicI64::new(0),
             generation: Mutex::new(0),
         }
     }
@@ -38,7 +41,10 @@ impl Dirty {
         for granule in extent.touched() {
             let (word, bit) = place(granule);
             if let Some(word) = self.words.get(word) {
-                word.fetch_or(bit, Ordering::AcqRel);
+                let before = word.fetch_or(bit, Ordering::AcqRel);
+                if before & bit == 0 {
+                    self.count.fetch_add(1, Ordering::Relaxed);
+                }
             }
         }
     }
@@ -47,7 +53,7 @@ impl Dirty {
         let mut generation = self.lock();
         *generation += 1;
         for word in &self.words {
-            word.swap(0, Ordering::AcqRel);
+            self.swap(word);
         }
         Generation(*generation)
     }
@@ -57,15 +63,19 @@ impl Dirty {
         if *current != generation.0 {
             return Err(StaleGeneration);
         }
-        Ok(extents(
-            self.words.iter().map(|word| word.swap(0, Ordering::AcqRel)),
-        ))
+        Ok(extents(self.words.iter().map(|word| self.swap(word))))
     }
 
     /// Bytes that a take would give now.
     pub(super) fn bytes(&self) -> u64 {
-        let ones = |word: &AtomicU64| u64::from(word.load(Ordering::Relaxed).count_ones());
-        self.words.iter().map(ones).sum::<u64>() * GRANULE
+        self.count.load(Ordering::Relaxed).max(0) as u64 * GRANULE
+    }
+
+    fn swap(&self, word: &AtomicU64) -> u64 {
+        let taken = word.swap(0, Ordering::AcqRel);
+        self.count
+            .fetch_sub(i64::from(taken.count_ones()), Ordering::Relaxed);
+        taken
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, u64> {

@@ -12,6 +12,7 @@ use super::admission::{Admission, Admitted, Quiet};
 use super::backing::Backing;
 use super::dirty::{Dirty, Generation, StaleGeneration};
 use super::granule::{Extent, GRANULE, check_size};
+use super::limit::Limit;
 use super::missing::Missing;
 
 /// A writable disk. Its calls block; any number of threads may make them at once.
@@ -21,6 +22,7 @@ pub struct Disk {
     size: u64,
     backing: Backing,
     dirty: Dirty,
+    limit: Limit,
     missing: Missing,
     admission: Arc<Admission>,
     /// A write found the file system full since somebody asked last.
@@ -64,6 +66,7 @@ impl Disk {
             size,
             backing,
             dirty: Dirty::new(size),
+            limit: Limit::none(),
             missing: Missing::none(),
             admission: Arc::default(),
             starved: AtomicBool::new(false),
@@ -176,7 +179,14 @@ impl Disk {
     /// # Errors
     /// [`StaleGeneration`]: somebody else tracks by now.
     pub fn take_dirty(&self, generation: Generation) -> Result<Vec<Extent>, StaleGeneration> {
-        self.dirty.take(generation)
+        let taken = self.dirty.take(generation);
+        self.limit.taken();
+        taken
+    }
+
+    /// Has writes wait while the dirty granules have more than so many bytes, until a take, a higher limit, or `None`: none.
+    pub fn limit_dirty(&self, bytes: Option<u64>) {
+        self.limit.set(bytes);
     }
 
     /// Bytes of the granules that a take would give now.
@@ -204,6 +214,7 @@ impl Disk {
     /// Serves no more requests: those that wait, for a granule or in a hold, and new ones, end with [`DiskError::Closed`]. For ever.
     pub fn close(&self) {
         self.admission.close();
+        self.limit.close();
         self.missing.close();
     }
 
@@ -278,6 +289,7 @@ impl Disk {
         extent: Extent,
         change: impl FnOnce() -> Result<(), DiskError>,
     ) -> Result<(), DiskError> {
+        self.limit.wait(|| self.dirty.bytes())?;
         let changed = self.missing.overwrite(extent, change);
         self.dirty.mark(extent);
         if let Err(error) = &changed

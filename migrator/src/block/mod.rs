@@ -16,6 +16,8 @@
 //! later: it comes with the next take. The last take is that after [`Disk::quiesce`], or after the VM stopped: QEMU then has nothing
 //! under way.
 //!
+//! While a mover has trouble to keep up, [`Disk::limit_dirty`] has writes wait for it.
+//!
 //! # Missing granules
 //!
 //! A destination may run the guest before all of a disk is there ([`Disk::expect`]). Requests that need a missing granule wait and
@@ -25,10 +27,12 @@ pub mod disk;
 pub mod error;
 pub mod granule;
 pub mod nbd;
+pub mod transfer;
 
 mod admission;
 mod backing;
 mod dirty;
+mod limit;
 mod missing;
 
 #[cfg(test)]

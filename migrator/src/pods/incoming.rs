@@ -201,3 +201,10 @@ impl PodRegistry {
         self.reserve(spec, limit).map(drop)
     }
 }
+
+impl IncomingPod {
+    /// Its writable disks.
+    pub fn disks(&self) -> Vec<Arc<crate::block::Disk>> {
+        Vec::new()
+    }
+}

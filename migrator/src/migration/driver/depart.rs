@@ -23,7 +23,7 @@ use crate::migration::status;
 use crate::network::{Port, Stage};
 use crate::pods::{MigrationEnd, PodHandle, PodResources};
 use crate::wire::message::Ledger;
-use crate::wire::preamble::VERSION_FLOWS;
+use crate::wire::preamble::{VERSION_DISKS, VERSION_FLOWS};
 use crate::wire::session;
 
 /// For TCP, TLS and the preambles of all connections.
@@ -54,6 +54,13 @@ pub(super) async fn outgoing(node: Arc<Node>, job: Outgoing) {
         let session = session::dial(addr, &node.tls, to.as_str(), count, DIAL_DEADLINE)
             .await
             .map_err(|error| chain(&error))?;
+        if !offer.disks.is_empty() && session.version < VERSION_DISKS {
+            let (pod, version) = (pod.name(), session.version);
+            return Err(format!(
+                "{pod} has writable disks, and {to} speaks version {version} of the protocol, which does not move them: \
+                 upgrade migrator on {to}, or choose another node"
+            ));
+        }
         Ok::<_, String>((offer, session))
     };
     let begun = tokio::select! {
@@ -97,6 +104,7 @@ pub(super) async fn outgoing(node: Arc<Node>, job: Outgoing) {
     run.connections = options.connections;
     run.compress = options.compress;
     run.on_overflow = options.on_overflow;
+    run.content_limit_us = policy(options).memory_limit_us;
     run.attach(session, options.bandwidth);
     run.input(Input::Begin).await;
     run.events().await;
@@ -170,6 +178,7 @@ pub(super) fn figures(node: &Node, ticket: &Ticket, pod: &PodHandle, to: &str) -
             compress: Compress::None,
             ..status::MemoryReport::default()
         },
+        disk: None,
         phases: Vec::new(),
         downtime_us: 0,
         postcopy: false,

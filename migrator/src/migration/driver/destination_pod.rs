@@ -64,7 +64,7 @@ impl Run {
             .offer
             .as_ref()
             .is_some_and(|offer| offer.options.verify);
-        let made = prepare::make_memory(&self.prepared, &self.target, verify).await;
+        let made = prepare::make_memory(&self.prepared, &self.target, &self.disks, verify).await;
         self.hashes = self.target.get().and_then(|target| target.hashes.clone());
         self.runner.tell(match made {
             Ok(()) => Input::MemoryPrepared,

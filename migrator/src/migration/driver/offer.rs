@@ -51,6 +51,7 @@ pub(super) async fn offer(
         record: json(&pod.record())?,
         images,
         routed: super::checks::routed(node),
+        disks: Vec::new(),
     })
 }
 

@@ -14,6 +14,7 @@ use std::time::Duration;
 use super::checks::{self, Facts};
 use super::clock::unix_us;
 use super::depart::end_pod;
+use super::destination_disks::{Filling, fill};
 use super::handoff::Handoff;
 use super::steps::blocking;
 use crate::api::error::chain;
@@ -202,13 +203,15 @@ pub(super) async fn receive_images(images: Images, mut chunks: mpsc::Receiver<Ch
 pub(super) async fn make_memory(
     prepared: &Shared,
     target: &OnceLock<Target>,
+    disks: &Filling,
     verify: bool,
 ) -> Result<(), String> {
     let mut prepared = prepared.lock().await;
     let pod = prepared.as_mut().ok_or("the pod is gone")?;
     let memory = pod.make_memory().map_err(|error| chain(&error))?;
     let hashes = verify.then(|| Arc::new(PageHashes::new(memory.pages())));
-    if target.set(Target::new(memory, hashes)).is_err() {
+    let sink = fill(pod.disks(), disks);
+    if target.set(Target::new(memory, hashes, sink)).is_err() {
         return Err("the guest's memory was made twice".to_owned());
     }
     Ok(())
