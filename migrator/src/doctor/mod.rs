@@ -173,6 +173,13 @@ pub fn available_memory() -> Bytes {
     machine::available()
 }
 
+/// What is free on the file system of a folder; 0 if it does not say.
+pub fn available_disk(dir: &std::path::Path) -> Bytes {
+    nix::sys::statvfs::statvfs(dir).map_or(Bytes(0), |stat| {
+        Bytes(stat.blocks_available() * stat.fragment_size())
+    })
+}
+
 fn present(name: &str, required: bool, purpose: &str, found: impl Into<String>) -> Check {
     Check {
         name: name.to_owned(),

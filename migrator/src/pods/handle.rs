@@ -20,6 +20,7 @@ use super::upgrade::{UpgradeOrder, UpgradeReport};
 use crate::api::types::{
     ContainerState, ContainerStatus, PodDetail, PodState, PodSummary, QemuInfo,
 };
+use crate::block::Disk;
 use crate::network::Port;
 
 /// How long a command waits for the agent in a guest that runs.
@@ -333,8 +334,8 @@ pub(super) fn waiting(spec: &PodSpec) -> Vec<ContainerStatus> {
 }
 
 impl PodResources {
-    /// Its writable disks.
-    pub fn disks(&self) -> Vec<std::sync::Arc<crate::block::Disk>> {
+    /// Its writable disks with their names, in the order that the pod's spec gives them on every node. No pod has any yet.
+    pub fn disks(&self) -> Vec<(String, Arc<Disk>)> {
         Vec::new()
     }
 }

@@ -26,6 +26,7 @@ use super::logs::LogStore;
 use super::run::make_folder;
 use super::state::{PodFile, PodRecord};
 use super::{PodRegistry, Reservation};
+use crate::block::Disk;
 use crate::daemon::node::Node;
 use crate::image::{Digest, ImageHold};
 use crate::network::{Port, Role};
@@ -203,8 +204,8 @@ impl PodRegistry {
 }
 
 impl IncomingPod {
-    /// Its writable disks.
-    pub fn disks(&self) -> Vec<Arc<crate::block::Disk>> {
+    /// Its writable disks, empty, in the order of [`PodResources::disks`]. No pod has any yet.
+    pub fn disks(&self) -> Vec<Arc<Disk>> {
         Vec::new()
     }
 }

@@ -22,13 +22,14 @@ impl BlockSink for Incoming {
 
 /// Counts the barriers of rounds of disks.
 #[derive(Debug)]
-pub(super) struct Barriers {
+pub struct Barriers {
     reached: Vec<u32>,
     placed: u32,
 }
 
 impl Barriers {
-    pub(super) fn new(lanes: usize) -> Self {
+    /// For so many data connections.
+    pub fn new(lanes: usize) -> Self {
         Self {
             reached: vec![0; lanes],
             placed: 0,
@@ -36,7 +37,7 @@ impl Barriers {
     }
 
     /// A connection has delivered one: the round that is complete by it, if there is one.
-    pub(super) fn reached(&mut self, lane: usize, round: u32) -> Option<u32> {
+    pub fn reached(&mut self, lane: usize, round: u32) -> Option<u32> {
         *self.reached.get_mut(lane)? = round;
         let all = self.reached.iter().copied().min().unwrap_or(0);
         (all > self.placed).then(|| {

@@ -53,6 +53,8 @@ mod source_throttle;
 mod steps;
 
 pub use arrive::Arrivals;
+pub use destination_disks::Barriers;
+pub use source_disks::{Disks, RoundOfDisks};
 
 /// How a migration is to go, nothing left open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,10 +7,11 @@ use vm_runtime::units::Epoch;
 use super::Options;
 use super::steps::blocking;
 use crate::api::error::chain;
+use crate::block::Disk;
 use crate::daemon::node::Node;
 use crate::pods::{PodHandle, PodResources};
 use crate::wire::id::MigrationId;
-use crate::wire::message::{ImageOffer, Offer, OfferOptions};
+use crate::wire::message::{DiskOffer, ImageOffer, Offer, OfferOptions};
 
 /// What the destination is asked to take.
 pub(super) async fn offer(
@@ -51,8 +52,24 @@ pub(super) async fn offer(
         record: json(&pod.record())?,
         images,
         routed: super::checks::routed(node),
-        disks: Vec::new(),
+        disks: writable_disks(resources).await?,
     })
+}
+
+/// The pod's writable disks.
+async fn writable_disks(resources: &PodResources) -> Result<Vec<DiskOffer>, String> {
+    let disks = resources.disks();
+    blocking(move || {
+        let offer = |(name, disk): (String, Arc<Disk>)| {
+            Ok(DiskOffer {
+                name,
+                size: disk.size(),
+                allocated: disk.allocated_bytes().map_err(|error| chain(&error))?,
+            })
+        };
+        disks.into_iter().map(offer).collect()
+    })
+    .await
 }
 
 /// `7.2.22`.

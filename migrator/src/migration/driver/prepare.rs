@@ -74,6 +74,7 @@ pub(super) async fn check(
             memory_available: crate::doctor::available_memory(),
             huge_available: vm_runtime::memory::huge_pages_available(),
             vmm_overhead: VMM_OVERHEAD,
+            disk_available: crate::doctor::available_disk(&node.config.state_dir),
             missing_features: crate::doctor::missing_kernel_features(),
             routed: checks::routed(node),
         },

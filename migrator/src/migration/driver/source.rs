@@ -93,7 +93,10 @@ impl Run {
         let pages = pod.spec().memory.pages();
         let defaults = &node.config.migration;
         let (connections, compress) = (defaults.connections, defaults.compress);
-        let disks = resources.as_ref().map(|resources| resources.disks());
+        let disks = resources.as_ref().map(|resources| {
+            let disks = resources.disks().into_iter();
+            disks.map(|(_, disk)| disk).collect()
+        });
         let mut runner = Runner::new(node, pod.name().to_owned(), ticket.cancel.clone());
         if let Some(resources) = &resources {
             runner.watch_vm(Arc::clone(&resources.vm));

@@ -21,21 +21,22 @@ const AHEAD: usize = 4;
 
 /// The disks of a pod that leaves, and what is known of their course. Without any, each call is nothing.
 #[derive(Clone, Debug)]
-pub(super) struct Disks {
+pub struct Disks {
     outgoing: Outgoing,
     report: Arc<Mutex<DiskReport>>,
 }
 
 /// What one round has sent.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct RoundOfDisks {
+pub struct RoundOfDisks {
     round: u32,
     /// Bytes of disks, holes included.
     bytes: u64,
 }
 
 impl Disks {
-    pub(super) fn new(outgoing: Outgoing) -> Self {
+    /// The disks of one migration.
+    pub fn new(outgoing: Outgoing) -> Self {
         let report = DiskReport {
             disks: outgoing.count(),
             bytes_size: outgoing.size(),
@@ -52,16 +53,18 @@ impl Disks {
         self.outgoing.left().div_ceil(PAGE_SIZE as u64)
     }
 
-    pub(super) fn bytes_left(&self) -> u64 {
+    /// What is to be sent again, in bytes.
+    pub fn bytes_left(&self) -> u64 {
         self.outgoing.left()
     }
 
     /// What the report says of them; nothing if there are none.
-    pub(super) fn report(&self) -> Option<DiskReport> {
+    pub fn report(&self) -> Option<DiskReport> {
         (!self.outgoing.is_empty()).then(|| *self.lock())
     }
 
-    pub(super) fn acknowledge(&self, round: u32) {
+    /// The destination has acknowledged a round.
+    pub fn acknowledge(&self, round: u32) {
         self.outgoing.acknowledge(round);
     }
 
@@ -105,8 +108,16 @@ impl Disks {
         Ok(RoundOfDisks { round, bytes })
     }
 
-    /// A round, until it is durable at the destination.
-    async fn round(&self, sender: &Arc<PageSender>) -> Result<RoundOfDisks, String> {
+    /// Notes from here on what is written.
+    pub fn start(&self) {
+        self.outgoing.start();
+    }
+
+    /// A round, until it is durable at the destination: the first is what is allocated, each other what was written since.
+    ///
+    /// # Errors
+    /// In words: a disk cannot be read, or a connection is lost.
+    pub async fn round(&self, sender: &Arc<PageSender>) -> Result<RoundOfDisks, String> {
         let turn = self.turn().await?;
         let sent = self.send(sender, turn).await?;
         // Meanwhile: what QEMU would otherwise have to flush in the freeze.
@@ -127,13 +138,18 @@ impl Disks {
 }
 
 impl RoundOfDisks {
+    /// From 1.
+    pub fn number(self) -> u32 {
+        self.round
+    }
+
     /// As pages of memory.
     pub(super) fn pages(self) -> u64 {
         self.bytes.div_ceil(PAGE_SIZE as u64)
     }
 
-    /// Bytes of disks.
-    pub(super) fn bytes(self) -> u64 {
+    /// Bytes of disks, holes included.
+    pub fn bytes(self) -> u64 {
         self.bytes
     }
 }
@@ -176,7 +192,7 @@ impl Run {
         let limit_us = self.content_limit_us;
         self.runner.step(async move {
             let sender = sender.ok_or("the link is gone")?;
-            disks.outgoing.start();
+            disks.start();
             let mut rounds = Rounds::default();
             loop {
                 let began = Instant::now();
