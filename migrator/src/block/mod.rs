@@ -24,6 +24,7 @@
 pub mod disk;
 pub mod error;
 pub mod granule;
+pub mod mkfs;
 pub mod nbd;
 
 mod admission;
