@@ -24,4 +24,5 @@ pub mod migration;
 pub mod network;
 pub mod pods;
 pub mod registry;
+pub mod volumes;
 pub mod wire;

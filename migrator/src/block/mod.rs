@@ -26,6 +26,7 @@
 pub mod disk;
 pub mod error;
 pub mod granule;
+pub mod mkfs;
 pub mod nbd;
 pub mod transfer;
 

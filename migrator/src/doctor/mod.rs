@@ -123,6 +123,7 @@ pub async fn examine(subject: &Subject) -> Report {
     }
     checks.push(machine::ram());
     checks.push(machine::erofs());
+    checks.push(machine::mke2fs());
     checks.extend(machine::qemu(subject).await);
     checks.extend(machine::configured(subject));
     Report {

@@ -9,6 +9,7 @@ use vm_runtime::units::Bytes;
 use super::upgrade::UpgradeError;
 use crate::api::error::{ApiError, chain};
 use crate::api::types::{ErrorCode, PodState};
+use crate::volumes::VolumeError;
 
 /// Any error, as the cause of another.
 pub type Cause = Box<dyn Error + Send + Sync>;
@@ -38,6 +39,26 @@ pub enum PodError {
         /// Whose it is.
         by: String,
     },
+    /// A volume of it is another pod's.
+    #[error("volume `{volume}` is used by pod `{by}` on this node")]
+    VolumeTaken {
+        /// The volume.
+        volume: String,
+        /// Whose it is.
+        by: String,
+    },
+    /// A volume of it is not here, or cannot be used.
+    #[error("pod `{pod}` cannot have its volumes")]
+    Volume {
+        /// The pod.
+        pod: String,
+        /// Why not.
+        #[source]
+        source: VolumeError,
+    },
+    /// It has disks that cannot be moved.
+    #[error("pod `{0}` has disks that it writes to, and those are not moved yet")]
+    HasDisks(String),
     /// No slot is free.
     #[error("this node holds {0} pods already, as many as its configuration allows")]
     TooMany(u16),
@@ -180,7 +201,15 @@ impl PodError {
     pub(super) fn code(&self) -> ErrorCode {
         match self {
             Self::Spec(_) | Self::NameTooLong { .. } | Self::Plan { .. } => ErrorCode::Invalid,
-            Self::NameTaken(_) | Self::AddressTaken { .. } => ErrorCode::Conflict,
+            Self::NameTaken(_) | Self::AddressTaken { .. } | Self::VolumeTaken { .. } => {
+                ErrorCode::Conflict
+            }
+            Self::Volume {
+                source: VolumeError::NotFound(_),
+                ..
+            } => ErrorCode::NotFound,
+            Self::Volume { .. } => ErrorCode::Internal,
+            Self::HasDisks(_) => ErrorCode::Refused,
             Self::TooMany(_) | Self::Memory { .. } | Self::HugePages { .. } => ErrorCode::Exhausted,
             Self::NoImage { .. } | Self::NotFound(_) | Self::NoContainer { .. } => {
                 ErrorCode::NotFound
@@ -209,6 +238,15 @@ impl PodError {
             }
             Self::AddressTaken { .. } => {
                 "give the pod another address in its annotations".to_owned()
+            }
+            Self::VolumeTaken { .. } => {
+                "a volume is one pod's at a time: stop the other, or claim another volume".to_owned()
+            }
+            Self::Volume { .. } => {
+                "`migrator volume ls` lists those of this node, `migrator volume create NAME --size SIZE` makes one".to_owned()
+            }
+            Self::HasDisks(_) => {
+                "only pods without `ephemeral-storage` limits and volumes can be moved".to_owned()
             }
             Self::TooMany(_) => "stop a pod, or raise limits.pods".to_owned(),
             Self::Memory { .. } => {

@@ -19,7 +19,8 @@ use vm_runtime::vm::Vm;
 
 use super::actor::{self, Birth};
 use super::agent::{AgentSlot, attach_later};
-use super::boot::{self, Parts, check_memory, disk_paths};
+use super::boot::{self, Parts, check_memory, image_paths};
+use super::disks::{self, Origin, PodDisk};
 use super::error::PodError;
 use super::handle::{Facts, PodHandle, PodResources};
 use super::logs::LogStore;
@@ -40,6 +41,7 @@ pub struct IncomingPod {
     facts: Facts,
     record: PodRecord,
     memory: Option<Arc<GuestMemory>>,
+    disks: Vec<Arc<PodDisk>>,
     parts: Parts,
     /// Its images, which come while it does.
     _hold: ImageHold,
@@ -86,9 +88,19 @@ impl IncomingPod {
             facts,
             record,
             memory: None,
+            disks: Vec::new(),
             parts: Parts::default(),
             _hold: hold,
         })
+    }
+
+    /// Makes its disks, one hole each; named volumes too, which must not be here. They are served from [`IncomingPod::build`] on.
+    ///
+    /// # Errors
+    /// A volume is here already, or a file cannot be made.
+    pub async fn make_disks(&mut self) -> Result<&[Arc<PodDisk>], PodError> {
+        self.disks = boot::open_disks(&self.node, &self.facts, Origin::Incoming).await?;
+        Ok(&self.disks)
     }
 
     /// Makes guest memory, all zeros. Pages may be placed in it from now on, also while the VM is being built: a VMM that awaits a
@@ -112,11 +124,12 @@ impl IncomingPod {
             Some(memory) => Arc::clone(memory),
             None => boot::memory(&self.facts.vm_spec)?,
         };
-        let disks = disk_paths(&self.node, name, &self.facts.vm_spec).await?;
+        disks::serve(name, &self.disks)?;
+        let images = image_paths(&self.node, name, &self.facts.vm_spec).await?;
         let (port, res) = boot::resources(
             &self.node,
             &self.facts,
-            &disks,
+            &images,
             memory,
             Role::Incoming,
             &mut self.parts,
@@ -160,6 +173,7 @@ impl IncomingPod {
             vm_spec: self.facts.vm_spec.clone(),
             vm,
             port,
+            disks: std::mem::take(&mut self.disks),
             agent: AgentSlot::default(),
             logs: Arc::clone(&self.facts.logs),
         });

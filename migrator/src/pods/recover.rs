@@ -22,6 +22,7 @@ use vm_runtime::vm::{AttachError, RunState, Vm, VmRecord};
 use super::actor::{self, Birth};
 use super::agent::{AgentSlot, attach_later};
 use super::boot;
+use super::disks::Origin;
 use super::error::PodError;
 use super::handle::{Facts, PodHandle, PodResources};
 use super::lacking::LackingPod;
@@ -294,6 +295,10 @@ pub(super) async fn attach(
     role: Role,
 ) -> Result<Arc<PodResources>, String> {
     let name = facts.spec.name.as_str();
+    // Before the VMM is talked to: it may wait for them.
+    let disks = boot::open_disks(node, facts, Origin::Found).await;
+    let disks = disks.and_then(|disks| super::disks::serve(name, &disks).map(|()| disks));
+    let disks = disks.map_err(|e| format!("its disks are not served: {}", chain(&e)))?;
     let vm = match Vm::find(&facts.dir).await {
         Ok(vm) => Arc::new(vm),
         Err(error) => {
@@ -322,6 +327,7 @@ pub(super) async fn attach(
         vm_spec: facts.vm_spec.clone(),
         vm,
         port,
+        disks,
         agent: AgentSlot::default(),
         logs: Arc::clone(&facts.logs),
     });
@@ -340,6 +346,12 @@ async fn resume(pod: &str, vm: &Vm, port: &Port) {
     match vm.query_status().await {
         Ok(RunState::Paused | RunState::Saved) => {
             tracing::warn!(pod, "its guest stood still: it goes on");
+            if let Err(error) = vm.cont().await {
+                tracing::error!(pod, error = chain(&error), "its guest does not go on");
+            }
+        }
+        // It found the node's file system full: it finds out whether it still is.
+        Ok(RunState::Other(state)) if state == "io-error" => {
             if let Err(error) = vm.cont().await {
                 tracing::error!(pod, error = chain(&error), "its guest does not go on");
             }

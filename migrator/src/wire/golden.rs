@@ -268,6 +268,7 @@ pub(crate) fn offer() -> Offer {
             memory: units::Bytes::mib(512),
             hugepages: false,
             vcpus: 1,
+            volumes: Vec::new(),
             containers: Vec::new(),
         },
         vm: VmSpec {
@@ -280,6 +281,7 @@ pub(crate) fn offer() -> Offer {
             vcpus: 1,
             mac,
             disks: Vec::new(),
+            writable: Vec::new(),
             free_page_reporting: true,
             hugepages: false,
             cmdline: "quiet".to_owned(),

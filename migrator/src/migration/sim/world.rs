@@ -151,6 +151,7 @@ fn offer(verify: bool) -> Offer {
             memory: Bytes::mib(64),
             hugepages: false,
             vcpus: 1,
+            volumes: Vec::new(),
             containers: Vec::new(),
         },
         vm: VmSpec {
@@ -163,6 +164,7 @@ fn offer(verify: bool) -> Offer {
             vcpus: 1,
             mac,
             disks: Vec::new(),
+            writable: Vec::new(),
             free_page_reporting: true,
             hugepages: false,
             cmdline: String::new(),
