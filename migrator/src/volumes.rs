@@ -208,6 +208,20 @@ impl Volumes {
         }
     }
 
+    /// Takes a file of this file system as the volume of that name. It is there after a power cut, in the one place or the other.
+    ///
+    /// # Errors
+    /// There is one already.
+    pub(crate) fn take_in(&self, name: &str, file: &Path) -> Result<(), VolumeError> {
+        let path = self.path(name)?;
+        self.make_dir()?;
+        if path.exists() {
+            return Err(VolumeError::Taken(name.to_owned()));
+        }
+        fs::rename(file, &path).map_err(folder("make", &path))?;
+        self.sync()
+    }
+
     fn make_dir(&self) -> Result<(), VolumeError> {
         fs::DirBuilder::new()
             .recursive(true)

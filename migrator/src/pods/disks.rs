@@ -1,7 +1,8 @@
 //! A pod's disks that can be written: which there are, their files, and serving them to its VMM.
 //!
 //! Disk `N` of the VM's specification has its socket at `pods/NAME/dN.nbd`, and its file at `pods/NAME/dN.img`, or, if it is a named
-//! volume, at `volumes/CLAIM.img`.
+//! volume, at `volumes/CLAIM.img`. A named volume that a migration fills is in the pod's folder until the pod is this node's: so
+//! what removes the folder removes all of a pod that has not come.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -41,7 +42,7 @@ pub struct PodDisk {
 pub(super) enum Origin {
     /// With empty file systems; named volumes are there.
     New,
-    /// As holes, to be filled by a migration; named volumes too, which must not be there.
+    /// As holes, to be filled by a migration; named volumes too, which must not be there, and are in the pod's folder until [`settle`].
     Incoming,
     /// They are there.
     Found,
@@ -66,7 +67,7 @@ impl PodDisk {
     /// Whether there is room again on the file system that it is on.
     pub(super) fn has_room(&self) -> bool {
         let room = |stat: nix::sys::statvfs::Statvfs| {
-            u64::from(stat.blocks_available()).saturating_mul(stat.fragment_size())
+            stat.blocks_available().saturating_mul(stat.fragment_size())
         };
         statvfs(self.disk.path()).is_ok_and(|stat| room(stat) >= ROOM_TO_GO_ON)
     }
@@ -147,14 +148,20 @@ pub(super) fn open(
             Some(VolumeSource::EmptyDir { .. }) | None => None,
         };
         let path = match &volume {
-            Some(volume) => volumes.path(volume)?,
-            None => dir.join(format!("d{at}.img")),
+            Some(volume) if origin != Origin::Incoming => volumes.path(volume)?,
+            Some(_) | None => dir.join(format!("d{at}.img")),
         };
+        if let (Origin::Found, Some(volume)) = (origin, &volume) {
+            // A service that was killed after the grant has not come to it.
+            settle(dir, at, volume, volumes)?;
+        }
         let disk = match (origin, &volume) {
             (Origin::Found, _) | (Origin::New, Some(_)) => Disk::open(&path)?,
             (Origin::Incoming, _) => {
-                if let (Some(_), Some(dir)) = (&volume, path.parent()) {
-                    std::fs::create_dir_all(dir)?;
+                if let Some(volume) = &volume
+                    && volumes.find(volume).is_ok()
+                {
+                    return Err(Box::new(VolumeError::Taken(volume.clone())));
                 }
                 Disk::create(&path, wanted.size.0)?
             }
@@ -178,6 +185,30 @@ pub(super) fn open(
     };
     let disks = vm.writable.iter().enumerate().map(open);
     disks.collect::<Result<_, _>>().map_err(failed)
+}
+
+/// Puts a named volume that came with a pod where named volumes are; nothing if it is there.
+fn settle(dir: &Path, at: usize, volume: &str, volumes: &Volumes) -> Result<(), VolumeError> {
+    let came = dir.join(format!("d{at}.img"));
+    match came.exists() {
+        true => volumes.take_in(volume, &came),
+        false => Ok(()),
+    }
+}
+
+/// The pod is this node's: puts the named volumes among its disks where they outlive it. Blocks for a moment.
+pub(super) fn settle_all(dir: &Path, disks: &[Arc<PodDisk>], volumes: &Volumes) {
+    for (at, disk) in disks.iter().enumerate() {
+        if let Some(volume) = &disk.volume
+            && let Err(error) = settle(dir, at, volume, volumes)
+        {
+            tracing::error!(
+                volume,
+                error = crate::api::error::chain(&error),
+                "a volume that came stays in its pod's folder until the service is started again"
+            );
+        }
+    }
 }
 
 /// Serves them all. Blocks for a moment.

@@ -56,9 +56,6 @@ pub enum PodError {
         #[source]
         source: VolumeError,
     },
-    /// It has disks that cannot be moved.
-    #[error("pod `{0}` has disks that it writes to, and those are not moved yet")]
-    HasDisks(String),
     /// No slot is free.
     #[error("this node holds {0} pods already, as many as its configuration allows")]
     TooMany(u16),
@@ -209,7 +206,6 @@ impl PodError {
                 ..
             } => ErrorCode::NotFound,
             Self::Volume { .. } => ErrorCode::Internal,
-            Self::HasDisks(_) => ErrorCode::Refused,
             Self::TooMany(_) | Self::Memory { .. } | Self::HugePages { .. } => ErrorCode::Exhausted,
             Self::NoImage { .. } | Self::NotFound(_) | Self::NoContainer { .. } => {
                 ErrorCode::NotFound
@@ -244,9 +240,6 @@ impl PodError {
             }
             Self::Volume { .. } => {
                 "`migrator volume ls` lists those of this node, `migrator volume create NAME --size SIZE` makes one".to_owned()
-            }
-            Self::HasDisks(_) => {
-                "only pods without `ephemeral-storage` limits and volumes can be moved".to_owned()
             }
             Self::TooMany(_) => "stop a pod, or raise limits.pods".to_owned(),
             Self::Memory { .. } => {

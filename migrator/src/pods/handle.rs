@@ -21,7 +21,6 @@ use super::upgrade::{UpgradeOrder, UpgradeReport};
 use crate::api::types::{
     ContainerState, ContainerStatus, PodDetail, PodState, PodSummary, QemuInfo,
 };
-use crate::block::Disk;
 use crate::network::Port;
 
 /// How long a command waits for the agent in a guest that runs.
@@ -332,11 +331,4 @@ pub(super) fn waiting(spec: &PodSpec) -> Vec<ContainerStatus> {
             state: ContainerState::Waiting,
         })
         .collect()
-}
-
-impl PodResources {
-    /// Its writable disks with their names, in the order that the pod's spec gives them on every node. No pod has any yet.
-    pub fn disks(&self) -> Vec<(String, Arc<Disk>)> {
-        Vec::new()
-    }
 }

@@ -94,13 +94,25 @@ impl IncomingPod {
         })
     }
 
-    /// Makes its disks, one hole each; named volumes too, which must not be here. They are served from [`IncomingPod::build`] on.
+    /// Makes its disks, one hole each; named volumes too, which must not be here: they are in the pod's folder until
+    /// [`IncomingPod::keep_volumes`]. They are served from [`IncomingPod::build`] on.
     ///
     /// # Errors
     /// A volume is here already, or a file cannot be made.
-    pub async fn make_disks(&mut self) -> Result<&[Arc<PodDisk>], PodError> {
+    pub async fn make_disks(&mut self) -> Result<(), PodError> {
         self.disks = boot::open_disks(&self.node, &self.facts, Origin::Incoming).await?;
-        Ok(&self.disks)
+        Ok(())
+    }
+
+    /// Its disks, once they are made.
+    pub fn disks(&self) -> Vec<Arc<Disk>> {
+        let disks = self.disks.iter();
+        disks.map(|disk| Arc::clone(&disk.disk)).collect()
+    }
+
+    /// The pod is this node's, for good or ill: its named volumes are, too.
+    pub fn keep_volumes(&self) {
+        disks::settle_all(&self.facts.dir, &self.disks, &self.node.volumes);
     }
 
     /// Makes guest memory, all zeros. Pages may be placed in it from now on, also while the VM is being built: a VMM that awaits a
@@ -168,6 +180,7 @@ impl IncomingPod {
         let (Some(vm), Some(port)) = (self.parts.vm.take(), self.parts.port.take()) else {
             return Err(Box::new(self));
         };
+        self.keep_volumes();
         let resources = Arc::new(PodResources {
             spec: self.facts.spec.clone(),
             vm_spec: self.facts.vm_spec.clone(),
@@ -203,6 +216,7 @@ impl IncomingPod {
     pub async fn discard(self) -> Result<(), PodError> {
         let name = self.facts.spec.name.clone();
         self.parts.undo(&name).await;
+        self.disks.iter().for_each(|disk| disk.close());
         super::run::remove_folder(&self.facts.dir).await
     }
 }
@@ -214,12 +228,5 @@ impl PodRegistry {
     /// What is taken, and by whom.
     pub fn check_free(&self, spec: &PodSpec, limit: u16) -> Result<(), PodError> {
         self.reserve(spec, limit).map(drop)
-    }
-}
-
-impl IncomingPod {
-    /// Its writable disks, empty, in the order of [`PodResources::disks`]. No pod has any yet.
-    pub fn disks(&self) -> Vec<Arc<Disk>> {
-        Vec::new()
     }
 }

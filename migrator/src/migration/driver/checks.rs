@@ -144,6 +144,18 @@ pub(super) fn check(offer: &Offer, here: &Facts) -> Result<(), Refuse> {
 fn disks(offer: &Offer, here: &Facts) -> Option<Refuse> {
     let node = &here.node;
     let none = |disk: &DiskOffer| check_size(disk.size).is_err() || disk.allocated > 2 * disk.size;
+    let same = offer.disks.len() == offer.vm.writable.len()
+        && offer
+            .disks
+            .iter()
+            .zip(&offer.vm.writable)
+            .all(|(disk, vm)| disk.name == vm.name && disk.size == vm.size.0);
+    if !same {
+        return Some(Refuse {
+            code: RefuseCode::Internal,
+            reason: "the offer contradicts itself: its disks are not those of its VM".to_owned(),
+        });
+    }
     if let Some(disk) = offer.disks.iter().find(|disk| none(disk)) {
         return Some(Refuse {
             code: RefuseCode::Internal,
@@ -204,6 +216,8 @@ fn major_minor(version: &str) -> (u32, u32) {
 
 #[cfg(test)]
 mod tests {
+    use vm_runtime::spec::WritableDisk;
+
     use super::*;
     use crate::wire::golden::offer;
 
@@ -290,9 +304,21 @@ mod tests {
             size: size << 20,
             allocated: allocated << 20,
         };
-        offer.disks = vec![disk(1 << 10, 4), disk(1 << 10, 6)];
+        let set = |offer: &mut Offer, disks: Vec<DiskOffer>| {
+            let vm = |disk: &DiskOffer| WritableDisk {
+                serial: "w0".to_owned(),
+                name: disk.name.clone(),
+                size: Bytes(disk.size),
+            };
+            offer.vm.writable = disks.iter().map(vm).collect();
+            offer.disks = disks;
+        };
+        set(&mut offer, vec![disk(1 << 10, 4), disk(1 << 10, 6)]);
         check(&offer, &here).unwrap();
-        offer.disks.push(disk(1 << 10, 1));
+        offer.vm.writable.pop();
+        assert!(check(&offer, &here).is_err(), "not the VM's");
+        let three = [disk(1 << 10, 4), disk(1 << 10, 6), disk(1 << 10, 1)];
+        set(&mut offer, three.into());
         let refused = check(&offer, &here).unwrap_err();
         assert_eq!(refused.code, RefuseCode::Disk);
         for word in ["hold 11", "b has 10", "free some"] {
@@ -300,7 +326,7 @@ mod tests {
         }
         // Sums that wrap, and sizes that are none.
         for bad in [disk(1, u64::MAX >> 20), disk(0, 0), disk(1 << 40, 0)] {
-            offer.disks = vec![bad.clone(), bad];
+            set(&mut offer, vec![bad.clone(), bad]);
             assert!(check(&offer, &here).is_err(), "{:?}", offer.disks);
         }
     }

@@ -219,6 +219,9 @@ impl Run {
             return;
         }
         // Before its adoption nobody else knows the pod; afterwards its own task sees the end of its VM.
+        if let Some(pod) = self.prepared.lock().await.as_ref() {
+            pod.keep_volumes();
+        }
         if let Some(problem) = prepare::discard(&self.prepared).await {
             tracing::error!(reason = problem, "something of the pod is left behind");
         }

@@ -7,8 +7,8 @@ use vm_runtime::units::Epoch;
 use super::Options;
 use super::steps::blocking;
 use crate::api::error::chain;
-use crate::block::Disk;
 use crate::daemon::node::Node;
+use crate::pods::disks::PodDisk;
 use crate::pods::{PodHandle, PodResources};
 use crate::wire::id::MigrationId;
 use crate::wire::message::{DiskOffer, ImageOffer, Offer, OfferOptions};
@@ -58,13 +58,14 @@ pub(super) async fn offer(
 
 /// The pod's writable disks.
 async fn writable_disks(resources: &PodResources) -> Result<Vec<DiskOffer>, String> {
-    let disks = resources.disks();
+    let disks = resources.disks.clone();
     blocking(move || {
-        let offer = |(name, disk): (String, Arc<Disk>)| {
+        let offer = |pod: Arc<PodDisk>| {
+            let allocated = pod.disk.allocated_bytes();
             Ok(DiskOffer {
-                name,
-                size: disk.size(),
-                allocated: disk.allocated_bytes().map_err(|error| chain(&error))?,
+                name: pod.name.clone(),
+                size: pod.disk.size(),
+                allocated: allocated.map_err(|error| chain(&error))?,
             })
         };
         disks.into_iter().map(offer).collect()

@@ -89,19 +89,23 @@ pub(super) async fn check(
                 format!("{}: {}", node.name(), chain(&error)),
             )
         })?;
-    match images(node, offer).await {
+    let mut pod = pod;
+    let checked = match pod.make_disks().await {
+        Ok(()) => images(node, offer)
+            .await
+            .map_err(|reason| (RefuseCode::Image, reason)),
+        Err(error) => Err((RefuseCode::Disk, chain(&error))),
+    };
+    match checked {
         Ok((images, wants)) => Ok((pod, images, wants)),
-        Err(reason) => {
+        Err((code, reason)) => {
             if let Err(error) = pod.discard().await {
                 tracing::error!(
                     error = chain(&error),
                     "something of a refused pod is left behind"
                 );
             }
-            Err(refuse(
-                RefuseCode::Image,
-                format!("{}: {reason}", node.name()),
-            ))
+            Err(refuse(code, format!("{}: {reason}", node.name())))
         }
     }
 }

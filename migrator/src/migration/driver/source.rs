@@ -94,8 +94,8 @@ impl Run {
         let defaults = &node.config.migration;
         let (connections, compress) = (defaults.connections, defaults.compress);
         let disks = resources.as_ref().map(|resources| {
-            let disks = resources.disks().into_iter();
-            disks.map(|(_, disk)| disk).collect()
+            let disks = resources.disks.iter();
+            disks.map(|disk| Arc::clone(&disk.disk)).collect()
         });
         let mut runner = Runner::new(node, pod.name().to_owned(), ticket.cancel.clone());
         if let Some(resources) = &resources {

@@ -27,6 +27,7 @@ use crate::memory::verify::hash_all;
 use crate::migration::source::{Input, Rollback};
 use crate::network::Stage;
 use crate::pods::{MigrationEnd, PodHandle, PodResources};
+use crate::volumes::{VolumeError, Volumes};
 use crate::wire::bulk::Data;
 use crate::wire::conn::Reader;
 use crate::wire::control::ControlSender;
@@ -317,15 +318,24 @@ pub(super) async fn forwarded(parts: Arc<PodResources>) -> Step {
     Ok(Input::Forwarded)
 }
 
-pub(super) async fn release(parts: Parts, pod: PodHandle, to: String, books: Books) -> Step {
+pub(super) async fn release(
+    parts: Parts,
+    pod: PodHandle,
+    to: String,
+    books: Books,
+    volumes: Volumes,
+) -> Step {
     let mut ledger = Ledger::default();
     if let Some(parts) = parts {
         parts.vm.kill().await.map_err(|error| chain(&error))?;
+        parts.disks.iter().for_each(|disk| disk.close());
         let booked = parts.port.release().await.map_err(|error| chain(&error))?;
         ledger = wire_ledger(&booked);
         // Once: this step runs once.
         let _ = books.set(booked);
     }
+    // The destination has them, durably. Before the folder goes: a service that is killed in between finds the pod, and does it again.
+    remove_volumes(&pod, volumes).await;
     let end = MigrationEnd::MovedAway { to };
     if let Err(error) = pod.end_migration(end).await {
         tracing::error!(
@@ -335,4 +345,24 @@ pub(super) async fn release(parts: Parts, pod: PodHandle, to: String, books: Boo
         );
     }
     Ok(Input::Released { ledger })
+}
+
+async fn remove_volumes(pod: &PodHandle, volumes: Volumes) {
+    let claims: Vec<String> = pod.spec().claims().map(str::to_owned).collect();
+    let removed = blocking(move || {
+        for claim in &claims {
+            match volumes.remove(claim) {
+                Ok(()) | Err(VolumeError::NotFound(_)) => {}
+                Err(error) => return Err(chain(&error)),
+            }
+        }
+        Ok(())
+    });
+    if let Err(reason) = removed.await {
+        tracing::error!(
+            pod = pod.name(),
+            reason,
+            "a volume that moved is left behind"
+        );
+    }
 }

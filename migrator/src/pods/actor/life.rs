@@ -137,10 +137,6 @@ impl Actor {
                     let _ = reply.send(Err(self.busy("migrate")));
                     return None;
                 }
-                if let Err(error) = movable(resources) {
-                    let _ = reply.send(Err(error));
-                    return None;
-                }
                 self.view.send_modify(|view| {
                     view.state = PodState::Migrating;
                     view.migration = Some(id);
@@ -310,14 +306,6 @@ impl Actor {
                 known.state = state;
             }
         });
-    }
-}
-
-/// Refuses a pod whose disks a migration would leave behind.
-fn movable(resources: &PodResources) -> Result<(), PodError> {
-    match resources.disks.is_empty() {
-        true => Ok(()),
-        false => Err(PodError::HasDisks(resources.spec.name.clone())),
     }
 }
 
