@@ -7,6 +7,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use vm_runtime::pod::PodSpec;
 use vm_runtime::units::Bytes;
 
 use crate::block::mkfs::{MkfsError, mkfs};
@@ -234,6 +235,24 @@ impl Volumes {
         File::open(&self.dir)
             .and_then(|dir| dir.sync_all())
             .map_err(folder("write to", &self.dir))
+    }
+}
+
+/// Removes the volumes of a pod that runs elsewhere and has them there. What cannot be removed is logged. Blocks for a moment.
+pub(crate) fn remove_moved(volumes: &Volumes, pod: &PodSpec) {
+    for claim in pod.claims() {
+        match volumes.remove(claim) {
+            Ok(()) | Err(VolumeError::NotFound(_)) => {}
+            Err(error) => {
+                let error = crate::api::error::chain(&error);
+                tracing::error!(
+                    pod = pod.name,
+                    volume = claim,
+                    error,
+                    "a volume that moved is left behind"
+                );
+            }
+        }
     }
 }
 

@@ -31,7 +31,9 @@ use super::open::{close, decisive, departing};
 use super::state::{self, PodFile};
 use crate::api::error::chain;
 use crate::daemon::node::Node;
-use crate::migration::journal::{DestinationRecord, OwnerState, Recovery, SourceRecord};
+use crate::migration::journal::{
+    DestinationRecord, OwnerRecord, OwnerState, Recovery, SourceRecord,
+};
 use crate::network::{Port, Role, Stage};
 
 /// A migration that an earlier service left open, for the driver to end.
@@ -192,6 +194,11 @@ async fn find(
         .as_ref()
         .filter(|o| o.state == OwnerState::Owner || handed_over);
     let Some(owner) = mine else {
+        let released = |o: &OwnerRecord| matches!(o.state, OwnerState::Released { .. });
+        if source.is_some() && owner.as_ref().is_some_and(released) {
+            // They have moved, and a service that was killed had not come to it.
+            crate::volumes::remove_moved(&node.volumes, &file.spec);
+        }
         remove(node, dir, Some(&file)).await?;
         drop(reservation);
         let departed = source.map(|record| OpenMigration::Departed {

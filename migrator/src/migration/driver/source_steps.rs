@@ -27,7 +27,7 @@ use crate::memory::verify::hash_all;
 use crate::migration::source::{Input, Rollback};
 use crate::network::Stage;
 use crate::pods::{MigrationEnd, PodHandle, PodResources};
-use crate::volumes::{VolumeError, Volumes};
+use crate::volumes::{Volumes, remove_moved};
 use crate::wire::bulk::Data;
 use crate::wire::conn::Reader;
 use crate::wire::control::ControlSender;
@@ -335,7 +335,12 @@ pub(super) async fn release(
         let _ = books.set(booked);
     }
     // The destination has them, durably. Before the folder goes: a service that is killed in between finds the pod, and does it again.
-    remove_volumes(&pod, volumes).await;
+    let spec = pod.spec().clone();
+    blocking(move || {
+        remove_moved(&volumes, &spec);
+        Ok(())
+    })
+    .await?;
     let end = MigrationEnd::MovedAway { to };
     if let Err(error) = pod.end_migration(end).await {
         tracing::error!(
@@ -345,24 +350,4 @@ pub(super) async fn release(
         );
     }
     Ok(Input::Released { ledger })
-}
-
-async fn remove_volumes(pod: &PodHandle, volumes: Volumes) {
-    let claims: Vec<String> = pod.spec().claims().map(str::to_owned).collect();
-    let removed = blocking(move || {
-        for claim in &claims {
-            match volumes.remove(claim) {
-                Ok(()) | Err(VolumeError::NotFound(_)) => {}
-                Err(error) => return Err(chain(&error)),
-            }
-        }
-        Ok(())
-    });
-    if let Err(reason) = removed.await {
-        tracing::error!(
-            pod = pod.name(),
-            reason,
-            "a volume that moved is left behind"
-        );
-    }
 }
