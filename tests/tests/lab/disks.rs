@@ -93,7 +93,7 @@ fn is_whole_after_a_cut(image: &Path, least: u64) -> Result<()> {
         "{replayed:?}"
     );
     cmd::output(Command::new("e2fsck").args(["-f", "-n"]).arg(&copy))?;
-    let file = cmd::output(Command::new("debugfs").args(["-R", "cat /log"]).arg(&copy))?;
+    let file = cmd::output(Command::new("debugfs").args(["-R", "cat /volume/log"]).arg(&copy))?;
     is_whole(&file, least)
 }
 
