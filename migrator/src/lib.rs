@@ -12,6 +12,7 @@
 )]
 
 pub mod api;
+pub mod block;
 pub mod cli;
 pub mod config;
 pub mod daemon;
@@ -23,4 +24,5 @@ pub mod migration;
 pub mod network;
 pub mod pods;
 pub mod registry;
+pub mod volumes;
 pub mod wire;

@@ -18,17 +18,23 @@ use crate::spec::{Accel, MAX_DISKS, SpecError, VmSpec};
 /// Name of the virtio-serial port that the guest agent opens.
 pub const AGENT_PORT: &str = "migrator.agent";
 
-/// PCI slots on the root bus. 0x1f is the chipset's own; disks start at [`slot::DISK`].
+/// How long QEMU waits for a disk's server that has gone, in seconds, until the guest sees an error: a day. A service that is
+/// restarted is back within seconds; a guest that waits can be saved yet, one that saw an error has its file system read-only.
+const RECONNECT_DELAY: u32 = 86_400;
+
+/// PCI slots on the root bus. 0x1f is the chipset's own; images start at [`slot::DISK`] and go up, writable disks at
+/// [`slot::WRITABLE`] and go down.
 mod slot {
     pub(super) const SERIAL: usize = 0x02;
     pub(super) const NET: usize = 0x03;
     pub(super) const RNG: usize = 0x04;
     pub(super) const BALLOON: usize = 0x05;
     pub(super) const DISK: usize = 0x08;
+    pub(super) const WRITABLE: usize = 0x1b;
 }
 
-// The last disk stays clear of the chipset.
-const _: () = assert!(slot::DISK + MAX_DISKS <= 0x1c);
+// The last disk stays clear of the chipset, and images of writable disks.
+const _: () = assert!(slot::DISK + MAX_DISKS == slot::WRITABLE + 1);
 
 /// How the VM begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,7 +69,7 @@ pub struct Local<'a> {
     pub kernel: &'a Path,
     /// The initramfs.
     pub initramfs: &'a Path,
-    /// One read-only file a disk of the spec, in its order.
+    /// One read-only file an image of the spec, in its order, then the socket of each writable disk.
     pub disks: &'a [PathBuf],
     /// `-L` folders.
     pub data_dirs: &'a [PathBuf],
@@ -76,15 +82,12 @@ pub struct Local<'a> {
 /// The spec is not right, or the disks are not as many as the spec says.
 pub fn build(spec: &VmSpec, local: &Local<'_>) -> Result<Vec<OsString>, SpecError> {
     spec.check()?;
-    if spec.disks.len() != local.disks.len() {
+    let wanted = spec.disks.len() + spec.writable.len();
+    if wanted != local.disks.len() {
         return Err(SpecError {
             name: spec.name.clone(),
             field: "disks",
-            problem: format!(
-                "are {}, but {} files are given",
-                spec.disks.len(),
-                local.disks.len()
-            ),
+            problem: format!("are {wanted}, but {} files are given", local.disks.len()),
         });
     }
     let mut args = Args::default();
@@ -92,8 +95,12 @@ pub fn build(spec: &VmSpec, local: &Local<'_>) -> Result<Vec<OsString>, SpecErro
     args.machine(spec, local.fds.memory);
     args.guest_code(spec, local);
     args.devices(spec, local.fds);
-    for (index, path) in local.disks.iter().enumerate() {
-        args.disk(index, &spec.disks[index].serial, path);
+    let (images, sockets) = local.disks.split_at(spec.disks.len());
+    for (index, (disk, path)) in spec.disks.iter().zip(images).enumerate() {
+        args.disk(index, &disk.serial, path);
+    }
+    for (index, (disk, socket)) in spec.writable.iter().zip(sockets).enumerate() {
+        args.writable(index, &disk.serial, socket);
     }
     match local.mode {
         BootMode::Boot => {}
@@ -231,6 +238,25 @@ impl Args {
         );
     }
 
+    /// A disk that the service serves. Where it says that its file system is full, the guest stops until there is room again
+    /// (`werror=enospc`); any other error is the guest's to see.
+    fn writable(&mut self, index: usize, serial: &str, socket: &Path) {
+        let node = serde_json::json!({
+            "driver": "nbd",
+            "server": { "type": "unix", "path": socket.to_string_lossy() },
+            "reconnect-delay": RECONNECT_DELAY,
+            "discard": "unmap",
+            "node-name": format!("writable{index}"),
+        });
+        self.pair("-blockdev", node.to_string());
+        self.device(
+            &format!(
+                "virtio-blk-pci,drive=writable{index},serial={serial},discard=on,write-zeroes=on,werror=enospc,rerror=report"
+            ),
+            slot::WRITABLE - index,
+        );
+    }
+
     /// A PCI device on the root bus, of today's virtio only: no I/O ports, no legacy layout.
     fn device(&mut self, text: &str, slot: usize) {
         self.pair(
@@ -243,7 +269,9 @@ impl Args {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::spec::WritableDisk;
     use crate::spec::tests::example;
+    use crate::units::Bytes;
 
     const FDS: FdNumbers = FdNumbers {
         memory: 200,
@@ -314,6 +342,27 @@ mod tests {
     fn the_command_line_is_pinned() {
         let disks = [PathBuf::from("/i/a,b.erofs")];
         assert_eq!(text(&example(), &local(BootMode::Boot, &disks)), GOLDEN);
+    }
+
+    #[test]
+    fn a_writable_disk_is_pinned_too() {
+        let mut spec = example();
+        spec.writable.push(WritableDisk {
+            serial: "w0".to_owned(),
+            name: "root".to_owned(),
+            size: Bytes::mib(64),
+        });
+        let disks = [
+            PathBuf::from("/i/a,b.erofs"),
+            PathBuf::from("/p/web/d0.nbd"),
+        ];
+        let with = text(&spec, &local(BootMode::Boot, &disks));
+        let more = "
+-blockdev {\"discard\":\"unmap\",\"driver\":\"nbd\",\"node-name\":\"writable0\",\"reconnect-delay\":86400,\"server\":{\"path\":\"/p/web/d0.nbd\",\"type\":\"unix\"}}
+-device virtio-blk-pci,drive=writable0,serial=w0,discard=on,write-zeroes=on,werror=enospc,rerror=report,bus=pcie.0,addr=0x1b,disable-legacy=on,disable-modern=off";
+        assert_eq!(with, format!("{GOLDEN}{more}"));
+        spec.writable.push(spec.writable[0].clone());
+        assert_eq!(spec.check().unwrap_err().field, "disk serial");
     }
 
     #[test]

@@ -85,8 +85,11 @@ pub struct VmSpec {
     pub vcpus: u32,
     /// MAC of the one network device.
     pub mac: MacAddress,
-    /// Block devices in order.
+    /// Block devices with images in order.
     pub disks: Vec<DiskSpec>,
+    /// Block devices that can be written, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub writable: Vec<WritableDisk>,
     /// Whether the guest tells which memory it has freed, which then becomes holes: a virtio balloon that only does that. Absent in
     /// specs of VMs that were started before there was one.
     #[serde(default)]
@@ -110,6 +113,17 @@ pub struct DiskSpec {
     pub serial: String,
     /// Digest of the image that backs it; each node maps it to a path of its own.
     pub image_digest: String,
+    /// Size in bytes.
+    pub size: Bytes,
+}
+
+/// One block device that can be written. Each node serves it at a socket of its own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WritableDisk {
+    /// virtio-blk serial, such as `w0`: how the agent finds it.
+    pub serial: String,
+    /// What it is to the pod: `root`, or the name of a volume.
+    pub name: String,
     /// Size in bytes.
     pub size: Bytes,
 }
@@ -172,17 +186,26 @@ impl VmSpec {
         if self.vcpus == 0 || self.vcpus > MAX_VCPUS {
             return bad("vcpus", "must be 1 to 64");
         }
-        if self.disks.len() > MAX_DISKS {
-            return bad("disks", "must be 20 at most");
+        if self.disks.len() + self.writable.len() > MAX_DISKS {
+            return bad(
+                "disks",
+                "must be 20 at most, images and writable ones together",
+            );
         }
         let alnum = |c: u8| c.is_ascii_alphanumeric();
-        for (at, disk) in self.disks.iter().enumerate() {
-            if !only(&disk.serial, MAX_SERIAL, alnum) {
+        let images = self.disks.iter().map(|disk| &disk.serial);
+        let writable = self.writable.iter().map(|disk| &disk.serial);
+        let serials: Vec<&String> = images.chain(writable).collect();
+        for (at, serial) in serials.iter().enumerate() {
+            if !only(serial, MAX_SERIAL, alnum) {
                 return bad("disk serial", "must be 1 to 20 letters and digits");
             }
-            if self.disks[..at].iter().any(|d| d.serial == disk.serial) {
+            if serials[..at].contains(serial) {
                 return bad("disk serial", "must be unique");
             }
+        }
+        if self.writable.iter().any(|disk| !only(&disk.name, 63, dns)) {
+            return bad("disk name", "must be 1 to 63 of a-z, 0-9 and `-`");
         }
         let printable = |c: u8| (b' '..=b'~').contains(&c);
         if !only(&self.cmdline, MAX_CMDLINE, printable) {
@@ -215,6 +238,7 @@ pub(crate) mod tests {
                 image_digest: "sha256:00".to_owned(),
                 size: Bytes::mib(8),
             }],
+            writable: Vec::new(),
             free_page_reporting: true,
             hugepages: false,
             cmdline: "console=ttyS0 panic=-1".to_owned(),

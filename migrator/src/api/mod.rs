@@ -17,3 +17,4 @@ mod net;
 mod pods;
 mod registry;
 mod registry_errors;
+mod volumes;

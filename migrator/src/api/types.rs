@@ -186,6 +186,54 @@ pub struct PodDetail {
     pub dir: PathBuf,
     /// Its slot on this node, which names its links.
     pub slot: u16,
+    /// Its disks that can be written, while it has a VM.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskInfo>,
+}
+
+/// A disk of a pod that can be written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskInfo {
+    /// `root`, or the name of the pod's volume.
+    pub name: String,
+    /// The named volume that it is; absent if it ends with the pod.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub volume: Option<String>,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// What it takes on the node, in bytes.
+    pub allocated_bytes: u64,
+}
+
+/// The body of `POST /v1/volumes`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeRequest {
+    /// Its name.
+    pub name: String,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+}
+
+/// A named volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeInfo {
+    /// Its name.
+    pub name: String,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// What it takes on the node, in bytes.
+    pub allocated_bytes: u64,
+    /// The pod that uses it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub used_by: Option<String>,
+}
+
+/// `GET /v1/volumes`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VolumeList {
+    /// By name.
+    pub volumes: Vec<VolumeInfo>,
 }
 
 /// `GET /v1/pods`.

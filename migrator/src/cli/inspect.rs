@@ -93,5 +93,18 @@ fn describe(pod: &PodDetail) -> String {
             container.name, container.image
         ));
     }
+    if !pod.disks.is_empty() {
+        out.push_str("Disks\n");
+    }
+    for disk in &pod.disks {
+        let volume = disk.volume.as_ref();
+        out.push_str(&format!(
+            "  {}  {}, {} of it allocated{}\n",
+            disk.name,
+            Bytes(disk.size_bytes),
+            Bytes(disk.allocated_bytes),
+            volume.map_or_else(String::new, |name| format!(", volume {name}"))
+        ));
+    }
     out
 }

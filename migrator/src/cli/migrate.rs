@@ -238,6 +238,17 @@ pub(super) fn summary(report: &MigrationReport) -> String {
             faults.max_us,
         ));
     }
+    if let Some(disk) = &report.disk {
+        out.push_str(&format!(
+            "\ndisks    {} of {}, {} sent in {} rounds ({} on the wire), {} of it in the freeze",
+            disk.disks,
+            Bytes(disk.bytes_size),
+            Bytes(disk.bytes),
+            disk.rounds,
+            Bytes(disk.bytes_sent),
+            Bytes(disk.frozen_bytes),
+        ));
+    }
     out.push_str(&format!(
         "\npackets  {} seen, {} delivered, {} held, {} forwarded ({} by tunnel), {} refused, {} lost\n",
         packets.seen,

@@ -17,6 +17,7 @@ mod status;
 mod stop;
 mod tty;
 mod upgrade;
+mod volume;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -101,6 +102,8 @@ enum Verb {
     Net(net::NetArgs),
     /// Import, list and remove images
     Image(image::ImageArgs),
+    /// Make, list and remove volumes that outlive pods
+    Volume(volume::VolumeArgs),
     /// Check what the kernel and the machine must have
     Doctor(doctor::DoctorArgs),
 }
@@ -144,6 +147,7 @@ pub fn main() -> ExitCode {
         | Verb::Cancel(_)
         | Verb::Net(_)
         | Verb::Image(_)
+        | Verb::Volume(_)
         | Verb::Doctor(_) => tokio::runtime::Builder::new_current_thread(),
     };
     let runtime = match builder.enable_all().build() {
@@ -176,6 +180,7 @@ async fn dispatch(verb: Verb, context: &Context) -> Result<ExitCode, Failure> {
         Verb::Cancel(args) => args.run(context).await,
         Verb::Net(args) => args.run(context).await,
         Verb::Image(args) => args.run(context).await,
+        Verb::Volume(args) => args.run(context).await,
         Verb::Doctor(args) => args.run(context).await,
     }
 }

@@ -143,6 +143,13 @@ pub(super) fn progress(status: &MigrationStatus) -> String {
             Bytes(status.dirty_bytes_per_s),
             status.predicted_downtime_ms,
         ));
+        if status.disk_bytes_sent > 0 {
+            text.push_str(&format!(
+                ", {} of disks sent and {} left",
+                Bytes(status.disk_bytes_sent),
+                Bytes(status.disk_bytes_left),
+            ));
+        }
     }
     text
 }

@@ -17,6 +17,7 @@ use crate::migration::journal::Journal;
 use crate::network::NodeNetwork;
 use crate::pods::PodRegistry;
 use crate::registry::Registries;
+use crate::volumes::Volumes;
 use crate::wire::tls::TlsConfig;
 
 /// A node's service.
@@ -26,6 +27,8 @@ pub struct Node {
     pub config: Config,
     /// Images. Its calls block.
     pub images: Arc<ImageStore>,
+    /// Named volumes. Its calls block.
+    pub volumes: Volumes,
     /// Where images come from.
     pub registries: Registries,
     /// The bridge, the gates.

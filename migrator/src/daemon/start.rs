@@ -30,6 +30,7 @@ use crate::migration::journal::{Journal, Recovery};
 use crate::network::{Cluster, NodeNetConfig, NodeNetwork, TunnelConfig};
 use crate::pods::PodRegistry;
 use crate::registry::Registries;
+use crate::volumes::Volumes;
 use crate::wire::tls::TlsConfig;
 
 /// Keeps other services out of the state folder until it is dropped, or the process ends however it ends.
@@ -156,6 +157,7 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
     let node = Node {
         registries: Registries::new(config.registries.clone(), Arc::clone(&images)),
         images,
+        volumes: Volumes::new(config.state_dir.join("volumes")),
         network,
         qemu,
         machine,

@@ -68,6 +68,21 @@ pub(super) fn erofs() -> Check {
     }
 }
 
+/// mke2fs, for pods with disks.
+pub(super) fn mke2fs() -> Check {
+    let purpose = "pods with disks that they write to, and volumes";
+    match crate::block::mkfs::find_mke2fs() {
+        Some(path) => present("mke2fs", false, purpose, path.display().to_string()),
+        None => missing(
+            "mke2fs",
+            false,
+            purpose,
+            "not in PATH",
+            "apt-get install e2fsprogs",
+        ),
+    }
+}
+
 /// QEMU, its machine type, and what would run guests.
 pub(super) async fn qemu(subject: &Subject) -> Vec<Check> {
     let config = vm_runtime::qemu::QemuConfig {

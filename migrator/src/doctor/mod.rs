@@ -123,6 +123,7 @@ pub async fn examine(subject: &Subject) -> Report {
     }
     checks.push(machine::ram());
     checks.push(machine::erofs());
+    checks.push(machine::mke2fs());
     checks.extend(machine::qemu(subject).await);
     checks.extend(machine::configured(subject));
     Report {
@@ -195,6 +196,13 @@ pub fn missing_kernel_features() -> Vec<String> {
 /// Memory that a new guest can have: `MemAvailable`; 0 if the kernel does not say.
 pub fn available_memory() -> Bytes {
     machine::available()
+}
+
+/// What is free on the file system of a folder; 0 if it does not say.
+pub fn available_disk(dir: &std::path::Path) -> Bytes {
+    nix::sys::statvfs::statvfs(dir).map_or(Bytes(0), |stat| {
+        Bytes(stat.blocks_available() * stat.fragment_size())
+    })
 }
 
 fn present(name: &str, required: bool, purpose: &str, found: impl Into<String>) -> Check {

@@ -164,6 +164,8 @@ mod tests {
             working_dir: None,
             memory_limit: None,
             cpu_limit_milli: None,
+            disk_limit: None,
+            volume_mounts: Vec::new(),
         }
     }
 

@@ -9,11 +9,12 @@ use tokio::io::AsyncWrite;
 use tokio::sync::mpsc;
 use vm_runtime::units::{PAGE_SIZE, PageIndex, PageRange};
 
-use super::compress::Packer;
+use super::compress::{Compressor, Packer};
 use super::postcopy::PushQueue;
 use super::send::{Job, SendError, Sent, Shared};
 use crate::wire::batch::Batch;
-use crate::wire::bulk::{Codec, Data};
+use crate::wire::bulk::{Blocks, Codec, Data};
+use crate::wire::codec;
 use crate::wire::conn::Writer;
 
 /// Bytes that are gathered before they are written. What was copied is still in the processor's cache when it is encrypted.
@@ -26,6 +27,8 @@ pub(super) struct Lane<W> {
     writer: Writer<Data, W>,
     batch: Batch,
     packer: Packer,
+    /// For disks, whose content says nothing about how pages compress.
+    compressor: Compressor,
 }
 
 impl<W: AsyncWrite + Unpin> Lane<W> {
@@ -35,6 +38,7 @@ impl<W: AsyncWrite + Unpin> Lane<W> {
             writer,
             batch: Batch::new(),
             packer: Packer::default(),
+            compressor: Compressor::default(),
         }
     }
 
@@ -49,6 +53,7 @@ impl<W: AsyncWrite + Unpin> Lane<W> {
                     done,
                 } => (self.round(round, &pieces, skip_zeros).await, done),
                 Job::Push { queue, done } => (self.push(&queue).await, done),
+                Job::Disk { frames, done } => (self.disk(frames).await, done),
                 Job::Chunk { digest, raw, done } => (self.chunk(digest, raw).await, done),
             };
             let failed = result.is_err();
@@ -92,6 +97,23 @@ impl<W: AsyncWrite + Unpin> Lane<W> {
     async fn chunk(&mut self, digest: [u8; 32], raw: Bytes) -> Result<Sent, SendError> {
         self.writer.send(&Data::Chunk { digest, raw }).await?;
         Ok(Sent::default())
+    }
+
+    async fn disk(&mut self, frames: Vec<Blocks>) -> Result<Sent, SendError> {
+        let mut sent = Sent::default();
+        for frame in frames {
+            let frame = match self.shared.choice.codec() {
+                Some(codec) => pack(&mut self.compressor, codec, frame),
+                None => frame,
+            };
+            let message = Data::Disk(frame);
+            let bytes = codec::size(&message) as u64;
+            self.shared.pace.wait(bytes).await;
+            self.writer.send(&message).await?;
+            self.shared.disk_bytes.fetch_add(bytes, Ordering::Relaxed);
+            sent.bytes += bytes;
+        }
+        Ok(sent)
     }
 
     /// Appends the pages of one piece to the batch, and writes it whenever it is full.
@@ -161,6 +183,26 @@ impl<W: AsyncWrite + Unpin> Lane<W> {
         self.shared.bytes.fetch_add(bytes, Ordering::Relaxed);
         sent.bytes += bytes;
         Ok(())
+    }
+}
+
+/// The same content in fewer bytes, where it gets smaller.
+fn pack(compressor: &mut Compressor, codec: Codec, frame: Blocks) -> Blocks {
+    let Blocks::Raw { at, raw } = frame else {
+        return frame;
+    };
+    let mut out = vec![0; Compressor::room(codec, raw.len())];
+    match compressor.pack(codec, &raw, &mut out) {
+        Some(packed) => {
+            out.truncate(packed);
+            Blocks::Packed {
+                at,
+                len: raw.len() as u32,
+                codec,
+                raw: out.into(),
+            }
+        }
+        None => Blocks::Raw { at, raw },
     }
 }
 

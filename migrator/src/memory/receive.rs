@@ -12,7 +12,7 @@ use vm_runtime::units::{PAGE_SIZE, PageIndex, PageRange};
 use super::compress::{Decompressor, UnpackError};
 use super::postcopy::{Pager, PagerError};
 use super::verify::PageHashes;
-use crate::wire::bulk::Data;
+use crate::wire::bulk::{Blocks, Data};
 use crate::wire::conn::{LinkError, Reader};
 
 /// A data connection ended, and the migration cannot go on over it.
@@ -27,6 +27,14 @@ pub enum ReceiveError {
     /// Packed pages that are not what they should be.
     #[error(transparent)]
     Unpack(#[from] UnpackError),
+    /// Content of a disk could not be put in place.
+    #[error("what came of the pod's disks is not in place")]
+    Disk(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// Content of a disk for a pod that has none.
+    #[error(
+        "the source sent content of a disk, and the pod has none here: the peer is broken or not ours"
+    )]
+    NoDisk,
     /// The data connection is lost.
     #[error("a data connection from the source is lost")]
     Link(#[from] LinkError),
@@ -52,6 +60,13 @@ pub enum Arrival {
         /// The round.
         round: u32,
     },
+    /// Every block of a disk up to this round of disks has been placed from this connection.
+    DiskBarrier {
+        /// Which connection.
+        lane: usize,
+        /// The round of disks.
+        round: u32,
+    },
     /// A chunk of an image, not verified yet.
     Chunk {
         /// Claimed digest.
@@ -63,6 +78,15 @@ pub enum Arrival {
     Ended(ReceiveError),
 }
 
+/// Where content of disks goes.
+pub trait BlockSink: std::fmt::Debug + Send + Sync {
+    /// Puts it in place; blocks.
+    ///
+    /// # Errors
+    /// It does not belong there, or there is no room for it.
+    fn place(&self, blocks: &Blocks) -> Result<(), Box<dyn std::error::Error + Send + Sync>>;
+}
+
 /// Where pages go, once the destination has made the RAM file.
 #[derive(Debug)]
 pub struct Target {
@@ -72,15 +96,22 @@ pub struct Target {
     pub hashes: Option<Arc<PageHashes>>,
     /// From post-copy on pages go this way: the guest may run.
     pub pager: OnceLock<Arc<Pager>>,
+    /// Where content of disks goes, if the pod has any.
+    pub disks: Option<Arc<dyn BlockSink>>,
 }
 
 impl Target {
     /// A RAM file whose guest does not run yet.
-    pub fn new(memory: Arc<GuestMemory>, hashes: Option<Arc<PageHashes>>) -> Self {
+    pub fn new(
+        memory: Arc<GuestMemory>,
+        hashes: Option<Arc<PageHashes>>,
+        disks: Option<Arc<dyn BlockSink>>,
+    ) -> Self {
         Self {
             memory,
             hashes,
             pager: OnceLock::new(),
+            disks,
         }
     }
 
@@ -90,6 +121,7 @@ impl Target {
             memory,
             hashes: None,
             pager: OnceLock::from(pager),
+            disks: None,
         }
     }
 }
@@ -140,6 +172,13 @@ async fn run<R: AsyncRead + Unpin>(
                 .map_err(ReceiveError::from)
                 .and_then(|pages| place(target, first, u64::from(count), Some(pages))),
             Ok(Data::Zeros { first, count }) => place(target, first, count, None),
+            Ok(Data::Disk(Blocks::Barrier { round })) => {
+                report(arrivals, Arrival::DiskBarrier { lane, round }).await
+            }
+            Ok(Data::Disk(blocks)) => match unpacked(&mut decompressor, blocks) {
+                Ok(blocks) => place_blocks(target, blocks).await,
+                Err(error) => Err(error.into()),
+            },
             Ok(Data::Barrier { round }) => report(arrivals, Arrival::Barrier { lane, round }).await,
             Ok(Data::Chunk { digest, raw }) => {
                 report(arrivals, Arrival::Chunk { digest, raw }).await
@@ -155,6 +194,37 @@ async fn report(arrivals: &mpsc::Sender<Arrival>, arrival: Arrival) -> Result<()
     // A closed channel ends the task through the select in `start`.
     let told = arrivals.send(arrival).await;
     told.map_err(|_| LinkError::Closed.into())
+}
+
+/// As it was before it was packed.
+fn unpacked(decompressor: &mut Decompressor, blocks: Blocks) -> Result<Blocks, UnpackError> {
+    let Blocks::Packed {
+        at,
+        len,
+        codec,
+        raw,
+    } = blocks
+    else {
+        return Ok(blocks);
+    };
+    // A block of a disk has the size of a page.
+    let content = decompressor.unpack(codec, len / PAGE_SIZE as u32, &raw)?;
+    let raw = Bytes::copy_from_slice(content);
+    Ok(Blocks::Raw { at, raw })
+}
+
+/// A disk takes its time, in which other connections go on.
+async fn place_blocks(
+    target: &std::sync::OnceLock<Target>,
+    blocks: Blocks,
+) -> Result<(), ReceiveError> {
+    let disks = target.get().and_then(|target| target.disks.clone());
+    let disks = disks.ok_or(ReceiveError::NoDisk)?;
+    let placed = tokio::task::spawn_blocking(move || disks.place(&blocks)).await;
+    // A panic of it is one of ours, and this node's to report.
+    placed
+        .map_err(|panicked| ReceiveError::Disk(panicked.into()))?
+        .map_err(ReceiveError::Disk)
 }
 
 /// Writes pages, or makes a hole where they are zero.

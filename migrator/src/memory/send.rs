@@ -16,7 +16,7 @@ use super::lane::Lane;
 use super::pace::Pace;
 use super::postcopy::PushQueue;
 use super::shard;
-use crate::wire::bulk::Data;
+use crate::wire::bulk::{Blocks, Data};
 use crate::wire::conn::{LinkError, Writer};
 
 /// Pages or chunks could not be sent.
@@ -67,6 +67,8 @@ pub struct PageSender {
 pub(super) struct Shared {
     pub(super) reader: PageReader,
     pub(super) bytes: AtomicU64,
+    /// Of disks.
+    pub(super) disk_bytes: AtomicU64,
     pub(super) pace: Pace,
     pub(super) choice: Choice,
 }
@@ -82,6 +84,10 @@ pub(super) enum Job {
     Chunk {
         digest: [u8; 32],
         raw: Bytes,
+        done: oneshot::Sender<Result<Sent, SendError>>,
+    },
+    Disk {
+        frames: Vec<Blocks>,
         done: oneshot::Sender<Result<Sent, SendError>>,
     },
     Push {
@@ -105,6 +111,7 @@ impl PageSender {
         let shared = Arc::new(Shared {
             reader: PageReader::new(memory),
             bytes: AtomicU64::new(0),
+            disk_bytes: AtomicU64::new(0),
             pace: Pace::new(limit),
             choice: Choice::new(compress, writers.len()),
         });
@@ -132,6 +139,16 @@ impl PageSender {
     /// Frame bytes written since the start, for progress.
     pub fn bytes_sent(&self) -> u64 {
         self.shared.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Frame bytes of disks written since the start, for progress. They are not among [`Self::bytes_sent`].
+    pub fn disk_bytes_sent(&self) -> u64 {
+        self.shared.disk_bytes.load(Ordering::Relaxed)
+    }
+
+    /// How many data connections there are.
+    pub fn lanes(&self) -> usize {
+        self.lanes.len()
     }
 
     /// Bytes of the pages that were sent and are not zero: what would have been sent without compression, but for headers.
@@ -213,5 +230,33 @@ impl PageSender {
             .map_err(|_| SendError::Ended)?;
         wait.await.map_err(|_| SendError::Ended)??;
         Ok(())
+    }
+
+    /// Queues frames of a disk on the connection that `turn` picks; they are written in the order of these calls. What comes back tells when.
+    ///
+    /// # Errors
+    /// The connection failed before.
+    pub async fn disk(&self, turn: usize, frames: Vec<Blocks>) -> Result<Written, SendError> {
+        let (done, wait) = oneshot::channel();
+        self.lanes[turn % self.lanes.len()]
+            .send(Job::Disk { frames, done })
+            .await
+            .map_err(|_| SendError::Ended)?;
+        Ok(Written(wait))
+    }
+}
+
+/// Frames on their way into a connection.
+#[derive(Debug)]
+pub struct Written(oneshot::Receiver<Result<Sent, SendError>>);
+
+impl Written {
+    /// Until they are written: how many bytes they had.
+    ///
+    /// # Errors
+    /// See [`SendError`].
+    pub async fn bytes(self) -> Result<u64, SendError> {
+        let sent = self.0.await.map_err(|_| SendError::Ended)??;
+        Ok(sent.bytes)
     }
 }

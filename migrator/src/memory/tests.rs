@@ -99,7 +99,8 @@ impl Pair {
                 .set(Target {
                     memory,
                     hashes: None,
-                    pager: OnceLock::new()
+                    pager: OnceLock::new(),
+                    disks: None,
                 })
                 .is_ok()
         );

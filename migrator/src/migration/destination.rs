@@ -36,6 +36,8 @@ pub struct Destination {
     state: State,
     link: bool,
     handover: Option<Handover>,
+    /// The pod has writable disks.
+    disks: Option<Disks>,
     /// The source asked over a new link while the guest was being resumed.
     asked: bool,
     /// The guest lacks pages, or will when it runs.
@@ -76,6 +78,19 @@ struct Receiving {
     hashes: bool,
 }
 
+/// What has come of the disks. They load nothing and wait for nothing, but there is no Ready before all of it is durable.
+#[derive(Clone, Copy, Debug, Default)]
+struct Disks {
+    placed: u32,
+    last: Option<u32>,
+}
+
+impl Disks {
+    fn complete(self) -> bool {
+        self.last.is_some_and(|last| last <= self.placed)
+    }
+}
+
 /// What is still missing once memory and state are there. The device state loads while pages are compared.
 #[derive(Clone, Copy, Debug)]
 struct Loading {
@@ -98,6 +113,7 @@ impl Destination {
         };
         Self {
             verify: offer.options.verify,
+            disks: (!offer.disks.is_empty()).then(Disks::default),
             offer: Some(offer),
             link: true,
             ..Self::blank(record)
@@ -112,6 +128,7 @@ impl Destination {
             state: State::New,
             link: false,
             handover: None,
+            disks: None,
             asked: false,
             wants_pages: false,
             pod_failed: None,

@@ -46,10 +46,12 @@ fn settings() -> [Setting; 4] {
             late: true,
             postcopy: false,
             flows: true,
+            disks: true,
         },
         Setting {
             postcopy: true,
             flows: true,
+            disks: true,
             ..Setting::default()
         },
         Setting {
@@ -59,6 +61,7 @@ fn settings() -> [Setting; 4] {
             late: true,
             postcopy: true,
             flows: false,
+            disks: false,
         },
     ]
 }
@@ -92,6 +95,7 @@ fn any_two_crashes_or_cuts_leave_exactly_one_running() {
     for postcopy in [false, true] {
         let setting = Setting {
             postcopy,
+            disks: postcopy,
             ..Setting::default()
         };
         two_accidents(setting);
@@ -185,7 +189,7 @@ proptest! {
         postcopy in any::<bool>(),
         accidents in proptest::collection::vec((0usize..200, proptest::sample::select(&EVERY)), 0..6),
     ) {
-        let setting = Setting { seed, images, verify, late, postcopy, flows: images };
+        let setting = Setting { seed, images, verify, late, postcopy, flows: images, disks: verify != late };
         run(setting, &accidents);
     }
 }

@@ -1,9 +1,9 @@
 //! The source's side of a migration, pure: events in, actions out, time as an argument.
 //!
 //! ```text
-//! Offered -> Images -> Preparing -> Tracking -> Round <-> Scanning -> (Marking) -> Holding -> Draining -> Stopping -> Sending
-//!    |          |          |           |          |          |           |          |           |          |
-//!    +----------+----------+-----------+----------+----------+---- any failure -----+-----------+----------+--> RollingBack
+//! Offered -> Images -> Preparing -> (Disks) -> Tracking -> Round <-> Scanning -> (Marking) -> Holding -> Draining -> Stopping -> Sending
+//!    |          |          |           |            |          |          |           |          |           |          |
+//!    +----------+----------+-----------+------------+----------+----------+---- any failure -----+-----------+----------+--> RollingBack
 //!                                                                                                          |
 //!                          the right is given away: only the destination's word decides from here on       v
 //!   RollingBack <-- Discarded -- Doubt <-- link lost -- Granted <----------------- Grant ------------------+
@@ -13,6 +13,9 @@
 //!
 //! Marking is the way of post-copy: the destination is told which pages it will lack. Then Forwarding lasts until it has them, the source's copy
 //! lives until then, and HandedOver stays in the journal.
+//!
+//! Disks is the bulk of writable disks, if there are any. What is written to them afterwards crosses beside the rounds of memory and counts to
+//! their decision; the last of it crosses in the freeze, with post-copy too.
 //!
 //! HandedOver is journaled before the grant is sent, and early: while the destination still loads. Until the grant has been sent this machine knows
 //! that it was not, and rolls back by itself. A restarted service cannot know, and asks.
@@ -51,6 +54,8 @@ pub struct Source {
     force: bool,
     /// The destination takes entries of connection tracking.
     flows: bool,
+    /// The pod has writable disks.
+    disks: bool,
     freeze_limit_us: u64,
     relink_limit_us: u64,
     rounds: Convergence,
@@ -89,11 +94,12 @@ enum State {
     Offered,
     Images,
     Preparing,
+    Disks,
     Tracking,
     Round {
         round: u32,
         started: u64,
-        sent: Option<(u64, u64)>,
+        sent: Option<Sent>,
         /// The acknowledgement may be heard of before the end of our own sending: they come from different tasks.
         acked_at: Option<u64>,
     },
@@ -135,6 +141,15 @@ enum State {
     Done,
 }
 
+/// What a round has sent.
+#[derive(Clone, Copy, Debug)]
+struct Sent {
+    pages: u64,
+    bytes: u64,
+    /// When.
+    at: u64,
+}
+
 /// What has left the frozen guest.
 #[derive(Clone, Debug)]
 struct Sending {
@@ -143,6 +158,7 @@ struct Sending {
     state: bool,
     residue: bool,
     flows: bool,
+    disks: bool,
     hashes: bool,
     ready: bool,
 }
@@ -176,6 +192,7 @@ impl Source {
             on_stall: plan.on_stall,
             force: plan.policy.force,
             flows: plan.flows,
+            disks: !plan.offer.disks.is_empty(),
             freeze_limit_us: plan.freeze_limit_us,
             relink_limit_us: plan.relink_limit_us,
             offer: Some(Box::new(plan.offer)),
@@ -197,6 +214,7 @@ impl Source {
             on_stall: OnStall::default(),
             force: false,
             flows: false,
+            disks: false,
             freeze_limit_us: 0,
             relink_limit_us: 30_000_000,
             rounds: Convergence::new(policy),

@@ -72,6 +72,23 @@ fn uncompressed() -> Compress {
     Compress::None
 }
 
+/// What became of the pod's writable disks. All of it crosses before the grant.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskReport {
+    /// How many.
+    pub disks: u32,
+    /// Their size in bytes.
+    pub bytes_size: u64,
+    /// Bytes of them that were sent, holes and repetitions included.
+    pub bytes: u64,
+    /// Bytes on the wire, headers included.
+    pub bytes_sent: u64,
+    /// Rounds, the bulk and the last one included.
+    pub rounds: u32,
+    /// Of the bytes, those that crossed while the guest stood still.
+    pub frozen_bytes: u64,
+}
+
 /// One round.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RoundReport {
@@ -180,6 +197,9 @@ pub struct MigrationReport {
     pub frozen_at_unix_us: u64,
     /// Memory figures.
     pub memory: MemoryReport,
+    /// Writable disks; absent if the pod has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<DiskReport>,
     /// Packet figures.
     pub packets: PacketReport,
     /// Connection tracking.
@@ -208,6 +228,12 @@ pub struct MigrationStatus {
     pub bytes_sent: u64,
     /// Pages still to send, as last counted.
     pub pages_left: u64,
+    /// Frame bytes of writable disks sent so far.
+    #[serde(default)]
+    pub disk_bytes_sent: u64,
+    /// Bytes of writable disks that were written since they were sent.
+    #[serde(default)]
+    pub disk_bytes_left: u64,
     /// Measured bandwidth, bytes a second.
     pub bandwidth_bytes_per_s: u64,
     /// Measured dirty rate, bytes a second.

@@ -14,6 +14,7 @@ use vm_runtime::vm::{Vm, VmExit, VmResources};
 
 use super::agent::AgentSlot;
 use super::console;
+use super::disks::{self, Origin, PodDisk};
 use super::error::PodError;
 use super::handle::{Facts, PodResources};
 use super::plan::{VMM_OVERHEAD, ordinary_and_huge};
@@ -25,7 +26,9 @@ use crate::network::{ExistingDevices, PodNetId, Port, Role};
 #[derive(Debug)]
 pub(super) struct BootOrder {
     pub(super) configuration: Configuration,
-    pub(super) disks: Vec<PathBuf>,
+    pub(super) images: Vec<PathBuf>,
+    /// Already made.
+    pub(super) disks: Vec<Arc<PodDisk>>,
     /// From the VMM's start to the last container's.
     pub(super) deadline: Duration,
 }
@@ -70,7 +73,8 @@ pub(super) async fn boot(
 ) -> Result<PodResources, PodError> {
     let name = facts.spec.name.as_str();
     let memory = memory(&facts.vm_spec)?;
-    let (port, res) = resources(node, facts, &order.disks, memory, Role::Local, parts).await?;
+    disks::serve(name, &order.disks)?;
+    let (port, res) = resources(node, facts, &order.images, memory, Role::Local, parts).await?;
     // Its first packets may be answered from anywhere.
     port.claim(epoch)
         .map_err(|e| PodError::step(name, "tell other nodes of it", e))?;
@@ -102,6 +106,7 @@ pub(super) async fn boot(
         vm_spec: facts.vm_spec.clone(),
         vm,
         port,
+        disks: order.disks.clone(),
         agent: AgentSlot::with(agent),
         logs: Arc::clone(&facts.logs),
     })
@@ -145,7 +150,7 @@ pub(super) fn memory(spec: &VmSpec) -> Result<Arc<GuestMemory>, PodError> {
 pub(super) async fn resources(
     node: &Node,
     facts: &Facts,
-    disks: &[PathBuf],
+    images: &[PathBuf],
     memory: Arc<GuestMemory>,
     role: Role,
     parts: &mut Parts,
@@ -166,7 +171,11 @@ pub(super) async fn resources(
         qemu: node.qemu.clone(),
         kernel: node.guest.kernel.clone(),
         initramfs: node.guest.initramfs.clone(),
-        disks: disks.to_vec(),
+        disks: images
+            .iter()
+            .cloned()
+            .chain(disks::sockets(&facts.dir, &facts.vm_spec))
+            .collect(),
     };
     Ok((port, res))
 }
@@ -180,6 +189,22 @@ pub(super) fn existing(vm: &Vm) -> std::io::Result<ExistingDevices> {
     })
 }
 
+/// Opens or makes a pod's disks, off the runtime's threads.
+///
+/// # Errors
+/// As [`disks::open`].
+pub(super) async fn open_disks(
+    node: &Node,
+    facts: &Facts,
+    origin: Origin,
+) -> Result<Vec<Arc<PodDisk>>, PodError> {
+    let (spec, vm) = (facts.spec.clone(), facts.vm_spec.clone());
+    let (dir, volumes) = (facts.dir.clone(), node.volumes.clone());
+    tokio::task::spawn_blocking(move || disks::open(&spec, &vm, &dir, &volumes, origin))
+        .await
+        .map_err(|e| PodError::step(&facts.spec.name, "open its disks", e))?
+}
+
 /// A pod as the network knows it.
 pub(super) fn net_id(spec: &PodSpec) -> PodNetId {
     PodNetId {
@@ -190,11 +215,11 @@ pub(super) fn net_id(spec: &PodSpec) -> PodNetId {
     }
 }
 
-/// The files behind a VM's disks.
+/// The files behind a VM's images.
 ///
 /// # Errors
 /// An image is not on this node.
-pub(super) async fn disk_paths(
+pub(super) async fn image_paths(
     node: &Node,
     pod: &str,
     spec: &VmSpec,

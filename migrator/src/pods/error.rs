@@ -9,6 +9,7 @@ use vm_runtime::units::{Bytes, MacAddress};
 use super::upgrade::UpgradeError;
 use crate::api::error::{ApiError, chain};
 use crate::api::types::{ErrorCode, PodState};
+use crate::volumes::VolumeError;
 
 /// Any error, as the cause of another.
 pub type Cause = Box<dyn Error + Send + Sync>;
@@ -45,6 +46,23 @@ pub enum PodError {
         mac: MacAddress,
         /// Its node.
         node: String,
+    },
+    /// A volume of it is another pod's.
+    #[error("volume `{volume}` is used by pod `{by}` on this node")]
+    VolumeTaken {
+        /// The volume.
+        volume: String,
+        /// Whose it is.
+        by: String,
+    },
+    /// A volume of it is not here, or cannot be used.
+    #[error("pod `{pod}` cannot have its volumes")]
+    Volume {
+        /// The pod.
+        pod: String,
+        /// Why not.
+        #[source]
+        source: VolumeError,
     },
     /// No slot is free.
     #[error("this node holds {0} pods already, as many as its configuration allows")]
@@ -188,9 +206,15 @@ impl PodError {
     pub(super) fn code(&self) -> ErrorCode {
         match self {
             Self::Spec(_) | Self::NameTooLong { .. } | Self::Plan { .. } => ErrorCode::Invalid,
-            Self::NameTaken(_) | Self::AddressTaken { .. } | Self::AddressElsewhere { .. } => {
-                ErrorCode::Conflict
-            }
+            Self::NameTaken(_)
+            | Self::AddressTaken { .. }
+            | Self::AddressElsewhere { .. }
+            | Self::VolumeTaken { .. } => ErrorCode::Conflict,
+            Self::Volume {
+                source: VolumeError::NotFound(_),
+                ..
+            } => ErrorCode::NotFound,
+            Self::Volume { .. } => ErrorCode::Internal,
             Self::TooMany(_) | Self::Memory { .. } | Self::HugePages { .. } => ErrorCode::Exhausted,
             Self::NoImage { .. } | Self::NotFound(_) | Self::NoContainer { .. } => {
                 ErrorCode::NotFound
@@ -223,6 +247,12 @@ impl PodError {
             Self::AddressElsewhere { node, .. } => format!(
                 "give the pod another address in its annotations, or stop the other one on {node}"
             ),
+            Self::VolumeTaken { .. } => {
+                "a volume is one pod's at a time: stop the other, or claim another volume".to_owned()
+            }
+            Self::Volume { .. } => {
+                "`migrator volume ls` lists those of this node, `migrator volume create NAME --size SIZE` makes one".to_owned()
+            }
             Self::TooMany(_) => "stop a pod, or raise limits.pods".to_owned(),
             Self::Memory { .. } => {
                 "stop something, or lower the containers' memory limits".to_owned()

@@ -13,6 +13,7 @@ use vm_runtime::units::Epoch;
 use vm_runtime::vm::Vm;
 
 use super::agent::AgentSlot;
+use super::disks::PodDisk;
 use super::error::PodError;
 use super::logs::LogStore;
 use super::state::PodRecord;
@@ -36,6 +37,8 @@ pub struct PodResources {
     pub vm: Arc<Vm>,
     /// Its place on the network.
     pub port: Port,
+    /// Its disks that can be written, in the order of its VM's specification.
+    pub disks: Vec<Arc<PodDisk>>,
     /// The agent inside.
     pub agent: AgentSlot,
     /// What its containers printed.
@@ -188,12 +191,9 @@ impl PodHandle {
 
     /// In full.
     pub fn detail(&self) -> PodDetail {
-        let vmm = self
-            .view
-            .borrow()
-            .resources
-            .as_ref()
-            .map(|parts| parts.vm.record());
+        let resources = self.view.borrow().resources.clone();
+        let vmm = resources.as_ref().map(|parts| parts.vm.record());
+        let disks = resources.iter().flat_map(|parts| &parts.disks);
         let qemu = vmm.as_ref().map(|record| QemuInfo {
             path: record.qemu.path.clone(),
             version: record.qemu.version_text(),
@@ -207,6 +207,7 @@ impl PodHandle {
             qemu,
             dir: self.facts.dir.clone(),
             slot: self.facts.slot,
+            disks: disks.map(|disk| disk.info()).collect(),
         }
     }
 

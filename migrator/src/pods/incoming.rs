@@ -19,13 +19,15 @@ use vm_runtime::vm::Vm;
 
 use super::actor::{self, Birth};
 use super::agent::{AgentSlot, attach_later};
-use super::boot::{self, Parts, check_memory, disk_paths};
+use super::boot::{self, Parts, check_memory, image_paths};
+use super::disks::{self, Origin, PodDisk};
 use super::error::PodError;
 use super::handle::{Facts, PodHandle, PodResources};
 use super::logs::LogStore;
 use super::run::make_folder;
 use super::state::{PodFile, PodRecord};
 use super::{PodRegistry, Reservation};
+use crate::block::Disk;
 use crate::daemon::node::Node;
 use crate::image::{Digest, ImageHold};
 use crate::network::{Port, Role};
@@ -39,6 +41,7 @@ pub struct IncomingPod {
     facts: Facts,
     record: PodRecord,
     memory: Option<Arc<GuestMemory>>,
+    disks: Vec<Arc<PodDisk>>,
     parts: Parts,
     /// Its images, which come while it does.
     _hold: ImageHold,
@@ -85,9 +88,31 @@ impl IncomingPod {
             facts,
             record,
             memory: None,
+            disks: Vec::new(),
             parts: Parts::default(),
             _hold: hold,
         })
+    }
+
+    /// Makes its disks, one hole each; named volumes too, which must not be here: they are in the pod's folder until
+    /// [`IncomingPod::keep_volumes`]. They are served from [`IncomingPod::build`] on.
+    ///
+    /// # Errors
+    /// A volume is here already, or a file cannot be made.
+    pub async fn make_disks(&mut self) -> Result<(), PodError> {
+        self.disks = boot::open_disks(&self.node, &self.facts, Origin::Incoming).await?;
+        Ok(())
+    }
+
+    /// Its disks, once they are made.
+    pub fn disks(&self) -> Vec<Arc<Disk>> {
+        let disks = self.disks.iter();
+        disks.map(|disk| Arc::clone(&disk.disk)).collect()
+    }
+
+    /// The pod is this node's, for good or ill: its named volumes are, too.
+    pub fn keep_volumes(&self) {
+        disks::settle_all(&self.facts.dir, &self.disks, &self.node.volumes);
     }
 
     /// Makes guest memory, all zeros. Pages may be placed in it from now on, also while the VM is being built: a VMM that awaits a
@@ -111,11 +136,12 @@ impl IncomingPod {
             Some(memory) => Arc::clone(memory),
             None => boot::memory(&self.facts.vm_spec)?,
         };
-        let disks = disk_paths(&self.node, name, &self.facts.vm_spec).await?;
+        disks::serve(name, &self.disks)?;
+        let images = image_paths(&self.node, name, &self.facts.vm_spec).await?;
         let (port, res) = boot::resources(
             &self.node,
             &self.facts,
-            &disks,
+            &images,
             memory,
             Role::Incoming,
             &mut self.parts,
@@ -154,11 +180,13 @@ impl IncomingPod {
         let (Some(vm), Some(port)) = (self.parts.vm.take(), self.parts.port.take()) else {
             return Err(Box::new(self));
         };
+        self.keep_volumes();
         let resources = Arc::new(PodResources {
             spec: self.facts.spec.clone(),
             vm_spec: self.facts.vm_spec.clone(),
             vm,
             port,
+            disks: std::mem::take(&mut self.disks),
             agent: AgentSlot::default(),
             logs: Arc::clone(&self.facts.logs),
         });
@@ -188,6 +216,7 @@ impl IncomingPod {
     pub async fn discard(self) -> Result<(), PodError> {
         let name = self.facts.spec.name.clone();
         self.parts.undo(&name).await;
+        self.disks.iter().for_each(|disk| disk.close());
         super::run::remove_folder(&self.facts.dir).await
     }
 }

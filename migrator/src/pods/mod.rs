@@ -17,6 +17,7 @@
 //! Whose a pod is stands in the node's journal before it is acted upon.
 
 pub mod addressing;
+pub mod disks;
 pub mod error;
 pub mod handle;
 pub mod incoming;
@@ -41,6 +42,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_runtime::pod::PodSpec;
 
 pub use agent::AgentSlot;
+pub use disks::PodDisk;
 pub use error::PodError;
 pub use handle::{MigrationEnd, PodHandle, PodResources, View};
 pub use sink::LogSink;
@@ -140,6 +142,12 @@ impl PodRegistry {
                 });
             }
         }
+        for volume in spec.claims() {
+            if let Some(pod) = user_of(pods, volume) {
+                let volume = volume.to_owned();
+                return Err(PodError::VolumeTaken { volume, by: pod });
+            }
+        }
         pods.insert(
             spec.name.clone(),
             Entry {
@@ -154,6 +162,23 @@ impl PodRegistry {
             slot,
             keep: false,
         })
+    }
+
+    /// The pod that uses a named volume.
+    pub fn user_of(&self, volume: &str) -> Option<String> {
+        user_of(&self.lock(), volume)
+    }
+
+    /// Runs `work`, during which nobody begins to use the volume.
+    ///
+    /// # Errors
+    /// The pod that uses it; nothing is done then.
+    pub fn unused<T>(&self, volume: &str, work: impl FnOnce() -> T) -> Result<T, String> {
+        let pods = self.lock();
+        match user_of(&pods, volume) {
+            Some(pod) => Err(pod),
+            None => Ok(work()),
+        }
     }
 
     fn remove(&self, name: &str) {
@@ -187,6 +212,12 @@ impl Drop for Reservation {
             self.registry.remove(&self.name);
         }
     }
+}
+
+fn user_of(pods: &BTreeMap<String, Entry>, volume: &str) -> Option<String> {
+    let uses = |entry: &Entry| entry.spec.claims().any(|claimed| claimed == volume);
+    let found = pods.iter().find(|(_, entry)| uses(entry));
+    found.map(|(pod, _)| pod.clone())
 }
 
 /// An address that both pods claim.

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use vm_runtime::agent_client as agent;
-use vm_runtime::pod::PodSpec;
-use vm_runtime::spec::{Accel, CPU, DiskSpec, KERNEL_CMDLINE, VmSpec};
+use vm_runtime::pod::{ContainerSpec, PodSpec};
+use vm_runtime::spec::{Accel, CPU, DiskSpec, KERNEL_CMDLINE, VmSpec, WritableDisk};
 use vm_runtime::units::Bytes;
 
 use crate::image::{ImageRecord, resolve};
 
 use super::addressing::interface;
+use super::disks;
 use super::error::{Cause, PodError};
 
 /// What the VMM needs beside guest RAM: QEMU's own heap, its code, and the emulator's translations.
@@ -47,7 +48,7 @@ pub struct Plan {
     pub configuration: agent::Configuration,
 }
 
-/// Plans a pod; `images` has one entry a container, in order, `uuid` is fresh.
+/// Plans a pod; `writable` are the disks that it can write to, `images` has one entry a container, in order, `uuid` is fresh.
 ///
 /// Containers of the same image share one disk: it is read-only.
 ///
@@ -55,6 +56,7 @@ pub struct Plan {
 /// [`PodError::Plan`]: pod and image together name no program, or the VM is beyond what QEMU takes.
 pub fn plan(
     spec: &PodSpec,
+    writable: Vec<WritableDisk>,
     images: &[Arc<ImageRecord>],
     base: &Base<'_>,
     uuid: String,
@@ -65,6 +67,7 @@ pub fn plan(
     };
     let mut disks: Vec<DiskSpec> = Vec::new();
     let mut containers = Vec::new();
+    let mut storage = Vec::new();
     for (container, image) in spec.containers.iter().zip(images) {
         let digest = image.erofs_digest.to_string();
         let serial = match disks.iter().find(|disk| disk.image_digest == digest) {
@@ -79,6 +82,7 @@ pub fn plan(
                 serial
             }
         };
+        storage.extend(storage_of(spec, container, &writable));
         let process = resolve(container, &image.config).map_err(|e| bad(e.into()))?;
         containers.push(agent::Container {
             name: container.name.clone(),
@@ -101,6 +105,7 @@ pub fn plan(
         vcpus: spec.vcpus,
         mac: spec.net.mac,
         disks,
+        writable,
         free_page_reporting: !spec.hugepages,
         hugepages: spec.hugepages,
         cmdline: KERNEL_CMDLINE.to_owned(),
@@ -114,8 +119,35 @@ pub fn plan(
         dns: Vec::new(),
         containers,
         sysctls: Vec::new(),
+        storage,
     };
     Ok(Plan { vm, configuration })
+}
+
+/// The disks of a container; `None` if it has none.
+fn storage_of(
+    spec: &PodSpec,
+    container: &ContainerSpec,
+    writable: &[WritableDisk],
+) -> Option<agent::Storage> {
+    let (layer, volumes) = disks::serials(spec, writable);
+    let mounts: Vec<agent::Mount> = container
+        .volume_mounts
+        .iter()
+        .filter_map(|mount| {
+            let (_, serial) = volumes.iter().find(|(name, _)| *name == mount.volume)?;
+            Some(agent::Mount {
+                disk: (*serial).to_owned(),
+                path: mount.path.clone(),
+                read_only: mount.read_only,
+            })
+        })
+        .collect();
+    (layer.is_some() || !mounts.is_empty()).then(|| agent::Storage {
+        container: container.name.clone(),
+        layer: layer.map(str::to_owned),
+        mounts,
+    })
 }
 
 /// A UUID of version 4 from 16 random bytes (RFC 9562, section 5.4).

@@ -22,6 +22,7 @@ use vm_runtime::vm::{AttachError, RunState, Vm, VmRecord};
 use super::actor::{self, Birth};
 use super::agent::{AgentSlot, attach_later};
 use super::boot;
+use super::disks::Origin;
 use super::error::PodError;
 use super::handle::{Facts, PodHandle, PodResources};
 use super::lacking::LackingPod;
@@ -30,7 +31,9 @@ use super::open::{close, decisive, departing};
 use super::state::{self, PodFile};
 use crate::api::error::chain;
 use crate::daemon::node::Node;
-use crate::migration::journal::{DestinationRecord, OwnerState, Recovery, SourceRecord};
+use crate::migration::journal::{
+    DestinationRecord, OwnerRecord, OwnerState, Recovery, SourceRecord,
+};
 use crate::network::{Port, Role, Stage};
 
 /// A migration that an earlier service left open, for the driver to end.
@@ -191,6 +194,11 @@ async fn find(
         .as_ref()
         .filter(|o| o.state == OwnerState::Owner || handed_over);
     let Some(owner) = mine else {
+        let released = |o: &OwnerRecord| matches!(o.state, OwnerState::Released { .. });
+        if source.is_some() && owner.as_ref().is_some_and(released) {
+            // They have moved, and a service that was killed had not come to it.
+            crate::volumes::remove_moved(&node.volumes, &file.spec);
+        }
         remove(node, dir, Some(&file)).await?;
         drop(reservation);
         let departed = source.map(|record| OpenMigration::Departed {
@@ -294,6 +302,10 @@ pub(super) async fn attach(
     role: Role,
 ) -> Result<Arc<PodResources>, String> {
     let name = facts.spec.name.as_str();
+    // Before the VMM is talked to: it may wait for them.
+    let disks = boot::open_disks(node, facts, Origin::Found).await;
+    let disks = disks.and_then(|disks| super::disks::serve(name, &disks).map(|()| disks));
+    let disks = disks.map_err(|e| format!("its disks are not served: {}", chain(&e)))?;
     let vm = match Vm::find(&facts.dir).await {
         Ok(vm) => Arc::new(vm),
         Err(error) => {
@@ -322,6 +334,7 @@ pub(super) async fn attach(
         vm_spec: facts.vm_spec.clone(),
         vm,
         port,
+        disks,
         agent: AgentSlot::default(),
         logs: Arc::clone(&facts.logs),
     });
@@ -340,6 +353,12 @@ async fn resume(pod: &str, vm: &Vm, port: &Port) {
     match vm.query_status().await {
         Ok(RunState::Paused | RunState::Saved) => {
             tracing::warn!(pod, "its guest stood still: it goes on");
+            if let Err(error) = vm.cont().await {
+                tracing::error!(pod, error = chain(&error), "its guest does not go on");
+            }
+        }
+        // It found the node's file system full: it finds out whether it still is.
+        Ok(RunState::Other(state)) if state == "io-error" => {
             if let Err(error) = vm.cont().await {
                 tracing::error!(pod, error = chain(&error), "its guest does not go on");
             }

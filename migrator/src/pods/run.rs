@@ -6,11 +6,13 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 use vm_runtime::pod::PodSpec;
+use vm_runtime::spec::WritableDisk;
 use vm_runtime::units::Epoch;
 
 use super::actor::{self, Birth};
 use super::addressing;
-use super::boot::{BootOrder, check_memory, disk_paths};
+use super::boot::{BootOrder, check_memory, image_paths, open_disks};
+use super::disks::{self, Origin};
 use super::error::PodError;
 use super::handle::{Facts, PodHandle, waiting};
 use super::logs::LogStore;
@@ -65,13 +67,14 @@ pub async fn run(
         routed_mtu: node.network.routed_mtu(),
     };
     let uuid = plan::uuid(crate::wire::id::MigrationId::random().0);
-    let plan = plan::plan(&spec, &images, &base, uuid)?;
+    let writable = writable(node, &spec).await?;
+    let plan = plan::plan(&spec, writable, &images, &base, uuid)?;
     check_memory(&spec)?;
     // Until the pod is registered, nothing else says that its images are needed.
     let _hold = node
         .images
         .hold(images.iter().map(|image| image.erofs_digest));
-    let disks = disk_paths(node, &spec.name, &plan.vm).await?;
+    let image_files = image_paths(node, &spec.name, &plan.vm).await?;
     let file = PodFile {
         vm: plan.vm,
         slot: reservation.slot(),
@@ -84,9 +87,19 @@ pub async fn run(
     };
     let epoch = own(node, &file.spec.name).await?;
     let facts = make_folder(node, file).await?;
+    let disks = match open_disks(node, &facts, Origin::New).await {
+        Ok(disks) => disks,
+        Err(error) => {
+            // The first error is the one to tell; what stays is removed at the next start.
+            let _ = remove_folder(&facts.dir).await;
+            let _ = node.journal.stop_owner(&facts.spec.name);
+            return Err(error);
+        }
+    };
     let (started, result) = oneshot::channel();
     let order = BootOrder {
         configuration: plan.configuration,
+        images: image_files,
         disks,
         deadline,
     };
@@ -100,6 +113,18 @@ pub async fn run(
         result.await.map_err(|_| PodError::ShuttingDown)??;
     }
     Ok(handle)
+}
+
+/// The disks that it can write to.
+async fn writable(node: &Node, spec: &PodSpec) -> Result<Vec<WritableDisk>, PodError> {
+    let (volumes, wanted) = (node.volumes.clone(), spec.clone());
+    tokio::task::spawn_blocking(move || disks::plan(&wanted, &volumes))
+        .await
+        .map_err(|e| PodError::step(&spec.name, "look up its volumes", e))?
+        .map_err(|source| PodError::Volume {
+            pod: spec.name.clone(),
+            source,
+        })
 }
 
 /// Journals the right to run a new pod.

@@ -17,6 +17,7 @@ fn spec(name: &str, last: u8) -> PodSpec {
         memory: Bytes::mib(128),
         hugepages: false,
         vcpus: 1,
+        volumes: Vec::new(),
         containers: Vec::new(),
     }
 }

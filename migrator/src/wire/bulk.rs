@@ -1,11 +1,15 @@
 //! What crosses the data connections and the urgent one: a fixed little-endian header, then raw bytes that are never copied.
 
+mod blocks;
+
 use bytes::{Buf, Bytes};
 use vm_runtime::units::{PAGE_SIZE, PageIndex};
 
 use crate::wire::codec::{DecodeError, Message, split_u8, split_u32, split_u64};
 use crate::wire::frame::Lane;
 use crate::wire::message::{Bound, Flows};
+
+pub use blocks::{BLOCK, Blocks, MAX_BLOCKS, Place};
 
 /// Pages that one `Pages` frame may hold: 1 MiB.
 pub const MAX_PAGES: u32 = 256;
@@ -94,6 +98,8 @@ pub enum Data {
         /// The content.
         raw: Bytes,
     },
+    /// Content of a writable disk. From version 3 on.
+    Disk(Blocks),
 }
 
 impl Message for Data {
@@ -106,6 +112,7 @@ impl Message for Data {
             Self::Barrier { .. } => BARRIER,
             Self::Chunk { .. } => CHUNK,
             Self::Packed { .. } => PACKED,
+            Self::Disk(blocks) => blocks.kind(),
         }
     }
 
@@ -131,6 +138,7 @@ impl Message for Data {
             }
             Self::Barrier { round } => out.extend_from_slice(&round.to_le_bytes()),
             Self::Chunk { digest, .. } => out.extend_from_slice(digest),
+            Self::Disk(blocks) => blocks.head(out),
         }
     }
 
@@ -138,6 +146,7 @@ impl Message for Data {
         match self {
             Self::Pages { raw, .. } | Self::Chunk { raw, .. } | Self::Packed { raw, .. } => raw,
             Self::Zeros { .. } | Self::Barrier { .. } => &[],
+            Self::Disk(blocks) => blocks.tail(),
         }
     }
 
@@ -196,6 +205,7 @@ impl Message for Data {
                     raw: payload,
                 })
             }
+            blocks::RAW..=blocks::BARRIER => Blocks::decode(kind, payload).map(Self::Disk),
             kind => Err(DecodeError::UnknownType {
                 lane: Lane::Data,
                 kind,

@@ -48,6 +48,13 @@ pub trait Message: Sized + Send {
     fn decode(kind: u8, payload: Bytes) -> Result<Self, DecodeError>;
 }
 
+/// Bytes of the whole frame of `message`.
+pub fn size<M: Message>(message: &M) -> usize {
+    let mut head = Vec::new();
+    message.head(&mut head);
+    frame::HEADER + head.len() + message.tail().len()
+}
+
 /// Appends the whole frame of `message` to `out`.
 pub fn encode<M: Message>(message: &M, out: &mut Vec<u8>) {
     encode_head(message, out);
@@ -95,6 +102,12 @@ pub(crate) fn split_u64(name: &'static str, payload: &mut Bytes) -> Result<u64, 
 pub(crate) fn split_u32(name: &'static str, payload: &mut Bytes) -> Result<u32, DecodeError> {
     payload
         .try_get_u32_le()
+        .map_err(|_| DecodeError::Malformed(name))
+}
+
+pub(crate) fn split_u16(name: &'static str, payload: &mut Bytes) -> Result<u16, DecodeError> {
+    payload
+        .try_get_u16_le()
         .map_err(|_| DecodeError::Malformed(name))
 }
 

@@ -1,5 +1,6 @@
 //! The bytes of every message, pinned; [`properties`] is what must hold for any bytes at all.
 
+mod disks;
 mod pages;
 mod properties;
 
@@ -238,6 +239,7 @@ fn refusal_codes_have_these_numbers() {
         RefuseCode::Version,
         RefuseCode::Internal,
         RefuseCode::Topology,
+        RefuseCode::Disk,
     ];
     for (number, code) in codes.into_iter().enumerate() {
         let reason = String::new();
@@ -266,6 +268,7 @@ pub(crate) fn offer() -> Offer {
             memory: units::Bytes::mib(512),
             hugepages: false,
             vcpus: 1,
+            volumes: Vec::new(),
             containers: Vec::new(),
         },
         vm: VmSpec {
@@ -278,6 +281,7 @@ pub(crate) fn offer() -> Offer {
             vcpus: 1,
             mac,
             disks: Vec::new(),
+            writable: Vec::new(),
             free_page_reporting: true,
             hugepages: false,
             cmdline: "quiet".to_owned(),
@@ -292,6 +296,7 @@ pub(crate) fn offer() -> Offer {
             record: "[1]".to_owned(),
         }],
         routed: None,
+        disks: Vec::new(),
     }
 }
 
@@ -337,14 +342,37 @@ fn the_offer_has_these_bytes() {
     let frame = framed(&payload);
     assert_eq!(bytes(&Control::from(on_a_bridge.clone())), frame);
     assert_eq!(parse::<Control>(&frame).unwrap(), on_a_bridge.into());
+    let short = payload.len();
     payload.push(1);
     text(&mut payload, "10.77.0.0/24");
     payload.extend([0xaa, 0x0b]);
     let frame = framed(&payload);
     assert_eq!(bytes(&Control::from(offer.clone())), frame);
-    assert_eq!(parse::<Control>(&frame).unwrap(), offer.into());
+    assert_eq!(parse::<Control>(&frame).unwrap(), offer.clone().into());
     payload.push(0);
     assert!(parse::<Control>(&framed(&payload)).is_err());
+
+    let disk = DiskOffer {
+        name: "root".to_owned(),
+        size: 1 << 30,
+        allocated: 300,
+    };
+    offer.disks = vec![disk];
+    payload.truncate(short);
+    payload.extend([0, 1, 1]);
+    text(&mut payload, "10.77.0.0/24");
+    payload.extend([0xaa, 0x0b, 1]);
+    text(&mut payload, "root");
+    payload.extend([0x80, 0x80, 0x80, 0x80, 0x04, 0xac, 0x02]);
+    let frame = framed(&payload);
+    assert_eq!(bytes(&Control::from(offer.clone())), frame);
+    assert_eq!(parse::<Control>(&frame).unwrap(), offer.into());
+    payload.truncate(short);
+    payload.extend([0, 0, 0]);
+    assert!(
+        parse::<Control>(&framed(&payload)).is_err(),
+        "one offer has one form"
+    );
 }
 
 #[test]

@@ -20,7 +20,7 @@ use super::bulk::{Data, PacketKind, Urgent};
 use super::conn::{LinkError, Reader, Writer};
 use super::control;
 use super::message::{Control, Grant, StateChunk};
-use super::preamble::{MAX_DATA_CONNECTIONS, Shape, Turned};
+use super::preamble::{MAX_DATA_CONNECTIONS, Shape, Turned, VERSION_MAX};
 use super::session::{DialError, Limits, Listener, Session, dial, dial_shape};
 use super::tls::{TlsConfig, dns_name};
 
@@ -104,7 +104,7 @@ fn fill(batch: &mut Batch, first: u64, byte: u8) {
 async fn a_session_is_put_together_and_carries_every_lane() {
     let (a, b) = pair(2).await;
     assert_eq!((a.peer.as_str(), b.peer.as_str()), ("b", "a"));
-    assert_eq!((a.id, a.version), (b.id, 2));
+    assert_eq!((a.id, a.version), (b.id, VERSION_MAX));
     assert_eq!((a.data.len(), b.data.len()), (2, 2));
 
     let (to_b, mut from_b) = control::start(a.control);

@@ -1,6 +1,7 @@
 //! What crosses the control connection.
 
 mod control;
+mod disks;
 mod flows;
 mod places;
 mod postcopy;
@@ -12,6 +13,7 @@ use vm_runtime::spec::VmSpec;
 use vm_runtime::units::{self, Epoch, PageIndex};
 
 pub use control::Control;
+pub use disks::{DiskAck, DiskOffer, DisksDone};
 pub use flows::{Bound, BoundTaken, Flows, FlowsTaken};
 pub use places::{EndWanted, Places, PlacesAck, PodPlace};
 pub use postcopy::{FaultFigures, MemoryComplete, PageBits, StaleAck, StaleEnd, Wanted};
@@ -67,6 +69,9 @@ pub struct Offer {
     /// How pods are routed at the source; `None` if they are on a bridge.
     #[serde(skip)]
     pub routed: Option<RoutedOffer>,
+    /// Its writable disks. From version 3 on.
+    #[serde(skip)]
+    pub disks: Vec<DiskOffer>,
 }
 
 /// What the destination must have in common with a source whose pods are routed.
@@ -149,6 +154,8 @@ pub enum RefuseCode {
     Internal,
     /// Its pods are on the network in another way, or on another network.
     Topology,
+    /// No room for the pod's writable disks. Only said to a source that offers such.
+    Disk,
 }
 
 /// All chunks that were wanted have been sent.

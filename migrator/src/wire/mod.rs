@@ -26,12 +26,13 @@
 //!
 //! | lane | types | payload |
 //! |---|---|---|
-//! | control | `0x01`-`0x1e`, `0x20`, `0x21`, `0x24`, `0x25`, `0x31`-`0x33` ([`message`]) | postcard; `StateChunk`, `PageHashes`, `PageBits`, `Flows` and `Bound` raw |
-//! | data | `0x41` Pages, `0x42` Zeros, `0x43` Barrier, `0x44` Chunk, `0x45` Packed ([`bulk`]) | fixed header, raw bytes |
+//! | control | `0x01`-`0x1e`, `0x20`-`0x25`, `0x31`-`0x33` ([`message`]) | postcard; `StateChunk`, `PageHashes`, `PageBits`, `Flows` and `Bound` raw |
+//! | data | `0x41` Pages, `0x42` Zeros, `0x43` Barrier, `0x44` Chunk, `0x45` Packed, `0x46`-`0x49` Blocks ([`bulk`]) | fixed header, raw bytes |
 //! | urgent | `0x61` Packet, `0x62` PacketAck, `0x63` Flows, `0x64` Bound ([`bulk`]) | fixed header, raw bytes |
 //! | fault | `0x71` Request, `0x72` Pages ([`mod@fault`]) | fixed header, raw bytes |
 //!
-//! Version 2 adds `Flows` (both lanes) and `FlowsTaken`, version 3 `Bound` (both lanes) and `BoundTaken`; over a session of an earlier version they are not sent.
+//! Version 2 adds `Flows` (both lanes) and `FlowsTaken`. Version 3 adds `Bound` (both lanes) and `BoundTaken`, [`Offer::disks`](message::Offer::disks),
+//! `Blocks`, `DiskAck` and `DisksDone`. Over a session of an earlier version they are not sent; a pod with writable disks does not move over one.
 //!
 //! # A migration
 //!
@@ -79,6 +80,22 @@
 //!   | Pages (fault) -------------------------------->|
 //!   | Pages* Zeros* (data) ------------------------->|  the others, hottest first
 //!   |<------------------------------ MemoryComplete  |  now the source's copy dies
+//! ```
+//!
+//! A pod with writable disks brings them along. Their rounds are counted apart and run before and beside those of memory; the guest's disks
+//! are complete and durable at the destination before there is a grant, also with post-copy:
+//!
+//! ```text
+//! source                                          destination
+//!   | Offer{disks} --------------------------------->|  room for them?
+//!   |<--------------------------------------Prepared |
+//!   | Blocks* Barrier(n) (data) -------------------->|  what is allocated, then what was written since
+//!   |<------------------------------------ DiskAck(n)|  placed and synced; then the next round
+//!   .   ...                                          .
+//!   | stop                                           |
+//!   | Blocks* Barrier(last) (data) ----------------->|  beside the last pages and the device state
+//!   | DisksDone(last) ------------------------------>|
+//!   |<--------------------------------------- Ready  |  and every block is durable
 //! ```
 //!
 //! Before the grant either side may send `Abort` and go its way: the destination has journaled that it discarded the guest before it

@@ -306,6 +306,7 @@ pub(crate) fn pod(containers: Vec<Container>) -> Configuration {
         }],
         dns: vec!["10.0.2.3".parse().expect("an address")],
         containers,
+        storage: Vec::new(),
         sysctls: vec![("net.ipv4.tcp_fin_timeout".into(), "31".into())],
     }
 }

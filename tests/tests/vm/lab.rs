@@ -102,6 +102,7 @@ impl Lab {
                 image_digest: String::new(),
                 size: Bytes::mib(1),
             }],
+            writable: Vec::new(),
             free_page_reporting: !self.hugepages,
             hugepages: self.hugepages,
             cmdline: format!("{KERNEL_CMDLINE} quiet"),

@@ -30,7 +30,7 @@ impl Link {
         let destination = Arc::new(destination);
         let (near, far) = duplex(1 << 20);
         let target = Arc::new(OnceLock::new());
-        let set = target.set(Target::new(Arc::clone(&destination), None));
+        let set = target.set(Target::new(Arc::clone(&destination), None, None));
         ensure!(set.is_ok(), "it was empty");
         let (sender, arrivals) = mpsc::channel(8);
         receive::start(vec![Reader::new(far)], &target, &sender);

@@ -63,7 +63,11 @@ impl Container {
 
     /// Starts it. Returns the pid of its first process.
     pub(crate) fn start(&mut self, pod: &Configuration) -> Result<Pid, Failure> {
-        let root = disks::prepare_root(&self.spec.name, &self.spec.disk).map_err(failed)?;
+        let storage = pod.storage.iter().find(|s| s.container == self.spec.name);
+        let layer = storage.and_then(|storage| storage.layer.as_deref());
+        let root = disks::prepare_root(&self.spec.name, &self.spec.disk, layer).map_err(failed)?;
+        let mounts = storage.map_or(&[][..], |storage| &storage.mounts);
+        let volumes = disks::prepare_volumes(mounts).map_err(failed)?;
         let cgroup = Cgroup::create(&self.spec).map_err(failed)?;
         let null = OpenOptions::new()
             .read(true)
@@ -85,6 +89,7 @@ impl Container {
         let (pid, namespaces) = Launch {
             place: Place::New {
                 root: &root,
+                volumes: &volumes,
                 hostname: &pod.hostname,
                 addresses: &addresses,
                 dns: &pod.dns,
@@ -146,6 +151,13 @@ impl Container {
             self.exit = Some(code);
         }
         ours
+    }
+
+    /// Takes its root apart, so that the disk below can be unmounted. After its end.
+    pub(crate) fn let_go(&self) {
+        if let Some(running) = &self.running {
+            disks::let_go(&running.root);
+        }
     }
 
     /// Whether its end has been told, or it never began.

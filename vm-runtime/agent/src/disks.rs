@@ -1,12 +1,15 @@
-//! Image disks, found by their virtio-blk serial, and each container's writable root over them.
+//! Disks, found by their virtio-blk serial: images, each container's writable root over one, and volumes.
 
 use std::ffi::CString;
 use std::fs;
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use nix::mount::MsFlags;
+use guest_agent::protocol::message::Mount;
+use nix::mount::{MntFlags, MsFlags, umount2};
 
 use crate::boot::mount_at;
 
@@ -16,14 +19,31 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// What a container lives on, in the agent's own mount namespace.
 #[derive(Debug)]
 pub(crate) struct Root {
-    /// The overlay: image below, tmpfs above.
+    /// The overlay: image below, a disk or guest memory above.
     pub(crate) path: PathBuf,
     /// The container's own devpts instance. Nothing in the container can put another file in its place.
     pub(crate) pts: CString,
 }
 
-/// Mounts the image and the overlay over it.
-pub(crate) fn prepare_root(container: &str, disk: &str) -> Result<Root> {
+/// A volume, mounted by the agent for containers to get a copy of that.
+#[derive(Debug)]
+pub(crate) struct Volume {
+    /// The folder of it, in the agent's own mount namespace.
+    pub(crate) source: CString,
+    /// Where the container has it.
+    pub(crate) path: String,
+    /// Whether it may only read.
+    pub(crate) read_only: bool,
+}
+
+/// Where disks that can be written are mounted.
+const DISKS: &str = "/disks";
+
+/// `discard`: what is freed is given back to the node at once. `noinit_itable`: the rest of the disk is zeros already.
+const EXT4_OPTIONS: &str = "discard,noinit_itable";
+
+/// Mounts the image and the overlay over it; what is written goes to the disk `layer`, or to guest memory.
+pub(crate) fn prepare_root(container: &str, disk: &str, layer: Option<&str>) -> Result<Root> {
     let image = mount_image(disk)?;
     let base = PathBuf::from("/containers").join(container);
     let dir = |name: &str| -> Result<String> {
@@ -32,11 +52,21 @@ pub(crate) fn prepare_root(container: &str, disk: &str) -> Result<Root> {
         Ok(path.to_string_lossy().into_owned())
     };
     let (root, pts) = (dir("root")?, dir("pts")?);
+    let (upper, work) = match layer {
+        None => (dir("upper")?, dir("work")?),
+        Some(layer) => {
+            let layer = mount_writable(layer)?.join(container);
+            let dir = |name: &str| -> Result<String> {
+                let path = layer.join(name);
+                fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
+                Ok(path.to_string_lossy().into_owned())
+            };
+            (dir("upper")?, dir("work")?)
+        }
+    };
     let options = format!(
-        "lowerdir={},upperdir={},workdir={}",
-        image.display(),
-        dir("upper")?,
-        dir("work")?
+        "lowerdir={},upperdir={upper},workdir={work}",
+        image.display()
     );
     mount_at("overlay", &root, "overlay", MsFlags::empty(), &options)?;
     let quiet = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
@@ -51,6 +81,61 @@ pub(crate) fn prepare_root(container: &str, disk: &str) -> Result<Root> {
         path: root.into(),
         pts: CString::new(pts).context("a container's name with a NUL")?,
     })
+}
+
+/// Mounts a container's volumes.
+pub(crate) fn prepare_volumes(mounts: &[Mount]) -> Result<Vec<Volume>> {
+    let prepare = |mount: &Mount| {
+        // Not the file system's own root: programs that want an empty folder do not want lost+found.
+        let source = mount_writable(&mount.disk)?.join("volume");
+        if !source.exists() {
+            fs::create_dir(&source).with_context(|| format!("making {}", source.display()))?;
+            // As emptyDir has it: containers run as different users.
+            fs::set_permissions(&source, fs::Permissions::from_mode(0o777))
+                .with_context(|| format!("opening {} to all", source.display()))?;
+        }
+        let source = CString::new(source.into_os_string().into_vec());
+        Ok(Volume {
+            source: source.context("a disk's name with a NUL")?,
+            path: mount.path.clone(),
+            read_only: mount.read_only,
+        })
+    };
+    mounts.iter().map(prepare).collect()
+}
+
+fn mount_writable(disk: &str) -> Result<PathBuf> {
+    let target = Path::new(DISKS).join(disk);
+    if target.exists() {
+        return Ok(target);
+    }
+    let device = find(disk)?;
+    fs::create_dir_all(&target).with_context(|| format!("making {}", target.display()))?;
+    let mounted = mount_at(
+        &device.to_string_lossy(),
+        &target.to_string_lossy(),
+        "ext4",
+        MsFlags::MS_NODEV | MsFlags::MS_NOATIME,
+        EXT4_OPTIONS,
+    );
+    if mounted.is_err() {
+        fs::remove_dir(&target).ok();
+    }
+    mounted.with_context(|| format!("disk `{disk}`: is it an ext4 file system?"))?;
+    Ok(target)
+}
+
+/// Unmounts a container's root.
+pub(crate) fn let_go(root: &Root) {
+    umount2(&root.path, MntFlags::empty()).ok();
+}
+
+/// Writes everything back, and unmounts the disks that nobody uses any more. What is still in use is written back all the same.
+pub(crate) fn unmount_all() {
+    nix::unistd::sync();
+    for entry in fs::read_dir(DISKS).into_iter().flatten().flatten() {
+        umount2(&entry.path(), MntFlags::empty()).ok();
+    }
 }
 
 fn mount_image(disk: &str) -> Result<PathBuf> {

@@ -18,7 +18,7 @@ use nix::unistd::{
 };
 
 use crate::cgroups::Cgroup;
-use crate::disks::Root;
+use crate::disks::{Root, Volume};
 use crate::users::Identity;
 use crate::{rootfs, sys, users};
 
@@ -68,6 +68,7 @@ pub(crate) enum Place<'a> {
     /// In new namespaces, on this root.
     New {
         root: &'a Root,
+        volumes: &'a [Volume],
         hostname: &'a str,
         addresses: &'a [IpAddr],
         dns: &'a [IpAddr],
@@ -190,13 +191,16 @@ impl Launch<'_> {
         match self.place {
             Place::New {
                 root,
+                volumes,
                 hostname,
                 addresses,
                 dns,
             } => {
                 let pts = sys::clone_mount(&root.pts).context("copying the mount of /dev/pts")?;
+                let volumes = rootfs::Volumes::copy(volumes)?;
                 sethostname(hostname).context("setting the host name")?;
                 rootfs::enter(&root.path, &pts)?;
+                volumes.attach()?;
                 rootfs::write_etc(hostname, addresses, dns)?;
             }
             Place::Join(namespaces) => {

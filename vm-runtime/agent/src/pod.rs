@@ -9,6 +9,7 @@ use nix::sys::signal::Signal;
 
 use crate::boot::set_sysctl;
 use crate::containers::{Container, failed};
+use crate::disks;
 use crate::network;
 use crate::outbox::Outbox;
 
@@ -61,6 +62,17 @@ impl Pod {
         network::loopback().map_err(failed)?;
         for interface in &wanted.interfaces {
             network::configure(interface).map_err(failed)?;
+        }
+        for storage in &wanted.storage {
+            let mounts = storage.mounts.iter().map(|mount| &mount.disk);
+            for disk in storage.layer.iter().chain(mounts) {
+                if !is_label(disk) {
+                    return Err(Failure {
+                        kind: FailureKind::Invalid,
+                        message: format!("`{disk}` is not the serial of a disk"),
+                    });
+                }
+            }
         }
         for (key, value) in &wanted.sysctls {
             set_sysctl(key, value).map_err(failed)?;
@@ -151,6 +163,17 @@ impl Pod {
             return Vec::new();
         }
         self.kill_at = None;
+        if self
+            .configuration
+            .as_ref()
+            .is_some_and(|c| !c.storage.is_empty())
+        {
+            // Nothing that was written is lost, and the next mount has nothing to repair.
+            for container in self.containers.iter().rev() {
+                container.let_go();
+            }
+            disks::unmount_all();
+        }
         outbox.event(Event::Stopped);
         std::mem::take(&mut self.stopping)
     }

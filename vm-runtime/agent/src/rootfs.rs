@@ -3,6 +3,7 @@
 //! The root is changed first and everything else is mounted inside, so that a symlink in an image
 //! (`/proc -> ...`) can only lead to other places in the same image.
 
+use std::ffi::CString;
 use std::fs::{self, Permissions};
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
@@ -15,6 +16,7 @@ use nix::sys::stat::{Mode, SFlag, makedev, mknod, umask};
 use nix::unistd::{chdir, pivot_root};
 
 use crate::boot::mount_at;
+use crate::disks::Volume;
 use crate::sys;
 
 /// Files of /proc that act on the whole guest: read-only, as in Docker.
@@ -122,6 +124,46 @@ fn make_dir(path: &str, mode: u32) -> Result<()> {
             .with_context(|| format!("setting the mode of {path}"))?;
     }
     Ok(())
+}
+
+/// Copies of the mounts of volumes: from the agent's own mounts to a container's, which cannot see those.
+pub(crate) struct Volumes<'a>(Vec<(&'a Volume, OwnedFd)>);
+
+impl<'a> Volumes<'a> {
+    /// Before the root is changed.
+    pub(crate) fn copy(volumes: &'a [Volume]) -> Result<Self> {
+        let copy = |volume: &'a Volume| {
+            let mount = sys::clone_mount(&volume.source);
+            let mount = mount.with_context(|| format!("copying the mount of {}", volume.path))?;
+            Ok((volume, mount))
+        };
+        volumes.iter().map(copy).collect::<Result<_>>().map(Self)
+    }
+
+    /// After it: a symlink in an image leads to another place in the same image at most.
+    pub(crate) fn attach(self) -> Result<()> {
+        for (volume, mount) in self.0 {
+            let path = volume.path.as_str();
+            make_dir(path, 0o755)?;
+            let target = CString::new(path).context("a path with a NUL in it")?;
+            sys::attach_mount(std::os::fd::AsFd::as_fd(&mount), &target)
+                .with_context(|| format!("attaching the volume at {path}"))?;
+            if volume.read_only {
+                let flags = MsFlags::MS_BIND
+                    | MsFlags::MS_REMOUNT
+                    | MsFlags::MS_RDONLY
+                    | MsFlags::MS_NODEV
+                    | MsFlags::MS_NOATIME;
+                mount_nothing(path, flags)
+                    .with_context(|| format!("making the volume at {path} read-only"))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn mount_nothing(path: &str, flags: MsFlags) -> nix::Result<()> {
+    mount(None::<&str>, path, None::<&str>, flags, None::<&str>)
 }
 
 /// Writes /etc/hostname, /etc/hosts and /etc/resolv.conf where the image has none.

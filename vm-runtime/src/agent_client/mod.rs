@@ -30,7 +30,7 @@ pub use exec::{Exec, ExecControl, ExecInput, ExecOutput};
 use guest_agent::protocol::link::HostLinkState;
 pub use guest_agent::protocol::message::{
     Configuration, Container, ContainerState, ContainerStatus, Event, ExecId, ExecSpec, Failure,
-    FailureKind, Interface, Stats, Status, Stream,
+    FailureKind, Interface, Mount, Stats, Status, Storage, Stream,
 };
 use guest_agent::protocol::message::{Reply, Request, RequestId};
 pub use pod::{ImageSettings, configuration};

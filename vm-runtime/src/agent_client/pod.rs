@@ -48,6 +48,7 @@ pub fn configuration(
             .map(|c| container(c, image(c)))
             .collect(),
         sysctls: Vec::new(),
+        storage: Vec::new(),
     }
 }
 
@@ -94,6 +95,8 @@ mod tests {
                 working_dir: None,
                 memory_limit: None,
                 cpu_limit_milli: None,
+                disk_limit: None,
+                volume_mounts: Vec::new(),
             };
             argv(&spec, words("entry"), words("cmd")).join(" ")
         };

@@ -18,6 +18,11 @@
 //!     migrator/hugepages: "true"        # guest RAM of huge pages (2 MiB), which each node must have reserved
 //! spec:
 //!   restartPolicy: Never                # the only one so far
+//!   volumes:
+//!   - name: scratch
+//!     emptyDir: {sizeLimit: 1Gi}        # a disk of this size, which ends with the pod
+//!   - name: data
+//!     persistentVolumeClaim: {claimName: web-data}   # one of `migrator volume ls`, which stays
 //!   containers:
 //!   - name: web
 //!     image: web:1
@@ -25,13 +30,18 @@
 //!     args: [--port, "80"]              # replaces the image's cmd
 //!     workingDir: /srv
 //!     env: [{name: MODE, value: fast}]
-//!     resources: {limits: {memory: 64Mi, cpu: 500m}}   # memory counts as 128Mi if missing
+//!     resources: {limits: {memory: 64Mi, cpu: 500m, ephemeral-storage: 1Gi}}   # memory counts as 128Mi if missing
+//!     volumeMounts: [{name: data, mountPath: /var/lib/data, readOnly: false}]
 //! ```
+//!
+//! What containers write outside of volumes is on one disk, as large as their `ephemeral-storage` together; in guest memory, if none
+//! has such a limit.
 //!
 //! Any other field is refused by its path: a field that would be ignored is a promise not kept.
 
 mod parse;
 mod quantity;
+mod storage;
 mod validate;
 mod yaml;
 
@@ -61,8 +71,47 @@ pub struct PodSpec {
     pub hugepages: bool,
     /// Virtual CPUs: the sum of the containers' cpu limits, rounded up, at least 1.
     pub vcpus: u32,
+    /// `spec.volumes`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub volumes: Vec<VolumeSpec>,
     /// The containers, started in this order.
     pub containers: Vec<ContainerSpec>,
+}
+
+/// A volume of a pod: a disk that containers mount.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeSpec {
+    /// Its name in the pod, by which containers mount it.
+    pub name: String,
+    /// Where it comes from.
+    pub source: VolumeSource,
+}
+
+/// Where a volume comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum VolumeSource {
+    /// Made with the pod, and removed with it: `emptyDir.sizeLimit`.
+    EmptyDir {
+        /// Its size.
+        size: Bytes,
+    },
+    /// A named volume of the node, which outlives the pod: `persistentVolumeClaim.claimName`.
+    Claim {
+        /// The volume's name.
+        volume: String,
+    },
+}
+
+/// Where a container has a volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeMount {
+    /// The volume's name in the pod.
+    pub volume: String,
+    /// `mountPath`: absolute.
+    pub path: String,
+    /// `readOnly`.
+    pub read_only: bool,
 }
 
 /// The pod's interface.
@@ -99,6 +148,12 @@ pub struct ContainerSpec {
     pub memory_limit: Option<Bytes>,
     /// `resources.limits.cpu`, in thousandths of a CPU.
     pub cpu_limit_milli: Option<u32>,
+    /// `resources.limits.ephemeral-storage`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_limit: Option<Bytes>,
+    /// `volumeMounts`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub volume_mounts: Vec<VolumeMount>,
 }
 
 /// Why a pod file is refused. The path is the field's, such as `spec.containers[0].image`.
@@ -136,10 +191,35 @@ pub enum PodError {
     },
 }
 
+/// A number of bytes as pods have it, such as `512Mi`.
+///
+/// # Errors
+/// It is none.
+pub fn parse_bytes(text: &str) -> Result<Bytes, PodError> {
+    parse::bytes("size", text)
+}
+
 impl PodSpec {
     /// Parses a pod file: see the [module's documentation](self).
     pub fn from_yaml(text: &str) -> Result<Self, PodError> {
         parse::pod(text)
+    }
+
+    /// The size of the disk that containers write to outside of volumes, in whole MiB. `None`: they write to guest memory.
+    pub fn root_disk(&self) -> Option<Bytes> {
+        let limits = self.containers.iter().filter_map(|c| c.disk_limit);
+        let sum = limits.map(|limit| limit.0).reduce(u64::saturating_add)?;
+        Some(Bytes::mib(sum.div_ceil(1 << 20)))
+    }
+
+    /// The named volumes that it uses.
+    pub fn claims(&self) -> impl Iterator<Item = &str> {
+        self.volumes
+            .iter()
+            .filter_map(|volume| match &volume.source {
+                VolumeSource::EmptyDir { .. } => None,
+                VolumeSource::Claim { volume } => Some(volume.as_str()),
+            })
     }
 
     /// Checks a spec that did not come through [`PodSpec::from_yaml`], but from a peer: the same rules.

@@ -6,6 +6,7 @@ use std::str::FromStr;
 use serde_yaml_ng::Value;
 
 use super::quantity::{self, BadQuantity};
+use super::storage::{volume_mounts, volumes};
 use super::validate;
 use super::yaml::{Fields, Node, invalid};
 use super::{ContainerSpec, PodError, PodNet, PodSpec};
@@ -44,6 +45,7 @@ pub(super) fn pod(text: &str) -> Result<PodSpec, PodError> {
     metadata.finish()?;
 
     restart_policy(&mut spec)?;
+    let volumes = volumes(spec.get("volumes"))?;
     let containers = spec.require("containers", "list at least one")?.list()?;
     spec.finish()?;
     let containers: Vec<ContainerSpec> =
@@ -69,6 +71,7 @@ pub(super) fn pod(text: &str) -> Result<PodSpec, PodError> {
         memory: Bytes::mib(memory.0.div_ceil(1 << 20)),
         hugepages: hugepages.unwrap_or(false),
         vcpus,
+        volumes,
         containers,
     };
     validate::pod(&pod)?;
@@ -243,12 +246,15 @@ fn container(node: &Node<'_>) -> Result<ContainerSpec, PodError> {
         },
         memory_limit: None,
         cpu_limit_milli: None,
+        disk_limit: None,
+        volume_mounts: volume_mounts(fields.get("volumeMounts"))?,
     };
-    let (memory_limit, cpu_limit_milli) = limits(fields.get("resources"))?;
+    let limits = limits(fields.get("resources"))?;
     fields.finish()?;
     Ok(ContainerSpec {
-        memory_limit,
-        cpu_limit_milli,
+        memory_limit: limits.memory,
+        cpu_limit_milli: limits.cpu_milli,
+        disk_limit: limits.disk,
         ..container
     })
 }
@@ -273,15 +279,23 @@ fn env(node: Option<Node<'_>>) -> Result<Vec<(String, String)>, PodError> {
     node.list()?.iter().map(variable).collect()
 }
 
-fn limits(node: Option<Node<'_>>) -> Result<(Option<Bytes>, Option<u32>), PodError> {
+/// `resources.limits`.
+#[derive(Default)]
+struct Limits {
+    memory: Option<Bytes>,
+    cpu_milli: Option<u32>,
+    disk: Option<Bytes>,
+}
+
+fn limits(node: Option<Node<'_>>) -> Result<Limits, PodError> {
     let Some(node) = node else {
-        return Ok((None, None));
+        return Ok(Limits::default());
     };
     let mut resources = node.fields()?;
     let limits = resources.get("limits");
     resources.finish()?;
     let Some(limits) = limits else {
-        return Ok((None, None));
+        return Ok(Limits::default());
     };
     let mut limits = limits.fields()?;
     let memory = match limits.get("memory") {
@@ -292,11 +306,19 @@ fn limits(node: Option<Node<'_>>) -> Result<(Option<Bytes>, Option<u32>), PodErr
         Some(node) => Some(cpu_milli(&node.path, &node.text_or_number()?)?),
         None => None,
     };
+    let disk = match limits.get("ephemeral-storage") {
+        Some(node) => Some(bytes(&node.path, &node.text_or_number()?)?),
+        None => None,
+    };
     limits.finish()?;
-    Ok((memory, cpu))
+    Ok(Limits {
+        memory,
+        cpu_milli: cpu,
+        disk,
+    })
 }
 
-fn bytes(path: &str, text: &str) -> Result<Bytes, PodError> {
+pub(super) fn bytes(path: &str, text: &str) -> Result<Bytes, PodError> {
     if text.ends_with('m') {
         let problem = format!(
             "`{text}` is thousandths of a byte; did you mean `{}Mi`?",

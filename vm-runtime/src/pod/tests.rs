@@ -121,8 +121,8 @@ fn fields_that_would_be_ignored_are_refused_by_path() {
             "metadata.namespace: not supported; remove it",
         ),
         (
-            pod("", "", "  volumes: []\n"),
-            "spec.volumes: not supported; remove it",
+            pod("", "", "  hostNetwork: true\n"),
+            "spec.hostNetwork: not supported; remove it",
         ),
         (
             pod("", "", "  restartPolicy: Always\n"),

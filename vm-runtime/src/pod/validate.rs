@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
+use super::storage;
 use super::yaml::invalid;
 use super::{ContainerSpec, PodError, PodNet, PodSpec};
 use crate::units::Bytes;
@@ -59,6 +60,7 @@ pub(super) fn pod(pod: &PodSpec) -> Result<(), PodError> {
             format!("a pod has 1 to {MAX_CONTAINERS} containers"),
         );
     }
+    storage::check(pod)?;
     let mut names = BTreeSet::new();
     for (index, spec) in pod.containers.iter().enumerate() {
         let path = format!("spec.containers[{index}]");
@@ -72,7 +74,7 @@ pub(super) fn pod(pod: &PodSpec) -> Result<(), PodError> {
 }
 
 /// RFC 1123: lower-case letters, digits and `-`, neither first nor last a `-`.
-fn label(path: &str, name: &str) -> Result<(), PodError> {
+pub(super) fn label(path: &str, name: &str) -> Result<(), PodError> {
     let inner = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-';
     let fine = !name.is_empty()
         && name.len() <= MAX_LABEL
@@ -91,7 +93,7 @@ fn label(path: &str, name: &str) -> Result<(), PodError> {
     )
 }
 
-fn text(path: &str, text: &str, max: usize) -> Result<(), PodError> {
+pub(super) fn text(path: &str, text: &str, max: usize) -> Result<(), PodError> {
     if text.len() > max {
         return invalid(path, format!("longer than {max} bytes"));
     }

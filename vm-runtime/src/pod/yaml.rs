@@ -132,6 +132,14 @@ impl<'a> Node<'a> {
             .collect()
     }
 
+    /// True or false.
+    pub(super) fn truth(&self) -> Result<bool, PodError> {
+        match self.value {
+            Value::Bool(value) => Ok(*value),
+            _ => self.wrong("true or false"),
+        }
+    }
+
     fn entry(&self, key: &'a Value, value: &'a Value) -> Result<(&'a str, Node<'a>), PodError> {
         let Value::String(key) = key else {
             return invalid(&self.path, format!("{} where a name belongs", kind(key)));

@@ -81,7 +81,7 @@ pub struct VmResources {
     pub kernel: PathBuf,
     /// The initramfs.
     pub initramfs: PathBuf,
-    /// The files behind the spec's disks, in its order.
+    /// The files behind the spec's images, in its order, then the sockets of its writable disks.
     pub disks: Vec<PathBuf>,
 }
 

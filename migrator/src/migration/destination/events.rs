@@ -38,6 +38,11 @@ pub enum Input {
         /// The round.
         round: u32,
     },
+    /// Every data connection has delivered its barrier of this round of disks, and every block before it is in the files of the disks and durable.
+    BlocksPlaced {
+        /// The round.
+        round: u32,
+    },
     /// [`Output::MarkStale`] is done: the pages are missing, and whoever touches one waits.
     StaleMarked {
         /// As asked for.
@@ -99,7 +104,7 @@ pub enum Output {
     Check(Box<Offer>),
     /// Take chunks from the data connections until all are there. Begun before they are asked for. Then [`Input::ImagesReceived`].
     ReceiveImages(Vec<ImageWant>),
-    /// Make the guest's memory; from here on place the pages that come. Then [`Input::MemoryPrepared`].
+    /// Make the guest's memory and its disks; from here on place the pages and blocks that come. Then [`Input::MemoryPrepared`].
     PrepareMemory,
     /// Gate (shut), VMM waiting for state, while pages come. Then [`Input::VmPrepared`].
     PrepareVm,

@@ -2,11 +2,11 @@
 
 use vm_runtime::units::Epoch;
 
-use super::{Destination, Input, Loading, Outcome, Output, Receiving, State};
+use super::{Destination, Disks, Input, Loading, Outcome, Output, Receiving, State};
 use crate::migration::journal::{DestinationState, Entry};
 use crate::wire::message::{
-    Accept, Control, FaultFigures, MemoryComplete, Prepared, Ready, RoundAck, Running, StaleAck,
-    Verdict, VmWaits,
+    Accept, Control, DiskAck, FaultFigures, MemoryComplete, Prepared, Ready, RoundAck, Running,
+    StaleAck, Verdict, VmWaits,
 };
 
 impl Destination {
@@ -21,6 +21,12 @@ impl Destination {
             (Control::MemoryDone(done), State::Receiving(receiving)) => {
                 receiving.last = Some(done.round);
                 self.load_if_complete(out);
+            }
+            (Control::DisksDone(done), State::Receiving(_) | State::Loading(_)) => {
+                if let Some(disks) = &mut self.disks {
+                    disks.last = Some(done.round);
+                }
+                self.ready_if_complete(out);
             }
             (Control::StateEnd(_), State::Receiving(receiving)) => receiving.state = true,
             (Control::StateEnd(_), State::Loading(_)) => out.push(Output::EndState),
@@ -106,6 +112,13 @@ impl Destination {
                 out.push(Output::Send(RoundAck { round }.into()));
                 self.load_if_complete(out);
             }
+            (Input::BlocksPlaced { round }, State::Receiving(_) | State::Loading(_)) => {
+                if let Some(disks) = &mut self.disks {
+                    disks.placed = disks.placed.max(round);
+                    out.push(Output::Send(DiskAck { round }.into()));
+                }
+                self.ready_if_complete(out);
+            }
             (Input::StaleMarked { last: false }, State::Receiving(_)) => {
                 out.push(Output::Send(StaleAck.into()));
             }
@@ -181,8 +194,11 @@ impl Destination {
         }
     }
 
-    /// The state is loaded, and every page has been compared if that was asked for.
+    /// The state is loaded, the disks are durable, and every page has been compared if that was asked for.
     pub(super) fn ready_if_complete(&mut self, out: &mut Vec<Output>) {
+        if !self.disks.is_none_or(Disks::complete) {
+            return;
+        }
         if let State::Loading(Loading {
             loaded: true,
             verified: Some(verified),

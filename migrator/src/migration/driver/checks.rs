@@ -3,11 +3,12 @@
 use vm_runtime::spec::Accel;
 use vm_runtime::units::Bytes;
 
+use crate::block::granule::check_size;
 use crate::config::Topology;
 use crate::daemon::node::Node;
 use crate::pods::addressing;
 use crate::pods::plan::ordinary_and_huge;
-use crate::wire::message::{Offer, Refuse, RefuseCode, RoutedOffer};
+use crate::wire::message::{DiskOffer, Offer, Refuse, RefuseCode, RoutedOffer};
 
 /// This node, as far as an offer can disagree with it.
 #[derive(Clone, Debug)]
@@ -32,6 +33,8 @@ pub(super) struct Facts {
     pub(super) huge_available: Bytes,
     /// What QEMU takes beside guest RAM.
     pub(super) vmm_overhead: Bytes,
+    /// Room for disks: what is free on the file system of the state folder.
+    pub(super) disk_available: Bytes,
     /// Kernel features that are missing, by name; empty when all are there.
     pub(super) missing_features: Vec<String>,
     /// How its pods are routed; `None` if they are on a bridge.
@@ -89,6 +92,9 @@ pub(super) fn check(offer: &Offer, here: &Facts) -> Result<(), Refuse> {
         );
         return refuse(RefuseCode::Memory, reason);
     }
+    if let Some(refused) = disks(offer, here) {
+        return Err(refused);
+    }
     let machine = &offer.vm.machine;
     if !here.machine_types.contains(machine) {
         let reason = format!(
@@ -134,6 +140,42 @@ pub(super) fn check(offer: &Offer, here: &Facts) -> Result<(), Refuse> {
     Ok(())
 }
 
+/// Why the pod's writable disks have no place here.
+fn disks(offer: &Offer, here: &Facts) -> Option<Refuse> {
+    let node = &here.node;
+    let none = |disk: &DiskOffer| check_size(disk.size).is_err() || disk.allocated > 2 * disk.size;
+    let same = offer.disks.len() == offer.vm.writable.len()
+        && offer
+            .disks
+            .iter()
+            .zip(&offer.vm.writable)
+            .all(|(disk, vm)| disk.name == vm.name && disk.size == vm.size.0);
+    if !same {
+        return Some(Refuse {
+            code: RefuseCode::Internal,
+            reason: "the offer contradicts itself: its disks are not those of its VM".to_owned(),
+        });
+    }
+    if let Some(disk) = offer.disks.iter().find(|disk| none(disk)) {
+        return Some(Refuse {
+            code: RefuseCode::Internal,
+            reason: format!(
+                "the offered disk {} has {} bytes, of which {} are in use: no disk has",
+                disk.name, disk.size, disk.allocated
+            ),
+        });
+    }
+    let need = offer.disks.iter().map(|disk| disk.allocated);
+    let need = Bytes(need.fold(0, u64::saturating_add));
+    (need > here.disk_available).then(|| Refuse {
+        code: RefuseCode::Disk,
+        reason: format!(
+            "the pod's disks hold {need}, and {node} has {} free where it keeps its state; free some, or choose another node",
+            here.disk_available
+        ),
+    })
+}
+
 /// Why the pod's addresses and its MTU would not do here.
 fn differ(offer: &Offer, here: &Facts) -> Option<String> {
     let (source, node) = (&offer.source, &here.node);
@@ -174,6 +216,8 @@ fn major_minor(version: &str) -> (u32, u32) {
 
 #[cfg(test)]
 mod tests {
+    use vm_runtime::spec::WritableDisk;
+
     use super::*;
     use crate::wire::golden::offer;
 
@@ -190,6 +234,7 @@ mod tests {
             memory_available: Bytes::mib(612),
             huge_available: Bytes(0),
             vmm_overhead: Bytes::mib(100),
+            disk_available: Bytes::mib(10),
             missing_features: Vec::new(),
             routed: None,
         }
@@ -249,6 +294,41 @@ mod tests {
         check(&offer, &here).unwrap();
         (offer.pod.hugepages, offer.vm.hugepages) = (false, false);
         assert_eq!(check(&offer, &here).unwrap_err().code, RefuseCode::Memory);
+    }
+
+    #[test]
+    fn disks_need_as_much_room_as_they_hold_and_not_their_size() {
+        let (mut offer, here) = (offer(), here());
+        let disk = |size: u64, allocated: u64| DiskOffer {
+            name: "root".to_owned(),
+            size: size << 20,
+            allocated: allocated << 20,
+        };
+        let set = |offer: &mut Offer, disks: Vec<DiskOffer>| {
+            let vm = |disk: &DiskOffer| WritableDisk {
+                serial: "w0".to_owned(),
+                name: disk.name.clone(),
+                size: Bytes(disk.size),
+            };
+            offer.vm.writable = disks.iter().map(vm).collect();
+            offer.disks = disks;
+        };
+        set(&mut offer, vec![disk(1 << 10, 4), disk(1 << 10, 6)]);
+        check(&offer, &here).unwrap();
+        offer.vm.writable.pop();
+        assert!(check(&offer, &here).is_err(), "not the VM's");
+        let three = [disk(1 << 10, 4), disk(1 << 10, 6), disk(1 << 10, 1)];
+        set(&mut offer, three.into());
+        let refused = check(&offer, &here).unwrap_err();
+        assert_eq!(refused.code, RefuseCode::Disk);
+        for word in ["hold 11", "b has 10", "free some"] {
+            assert!(refused.reason.contains(word), "{}", refused.reason);
+        }
+        // Sums that wrap, and sizes that are none.
+        for bad in [disk(1, u64::MAX >> 20), disk(0, 0), disk(1 << 40, 0)] {
+            set(&mut offer, vec![bad.clone(), bad]);
+            assert!(check(&offer, &here).is_err(), "{:?}", offer.disks);
+        }
     }
 
     #[test]

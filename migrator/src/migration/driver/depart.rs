@@ -22,8 +22,8 @@ use crate::migration::source::{Input, Plan, Source};
 use crate::migration::status;
 use crate::network::{Port, Stage};
 use crate::pods::{MigrationEnd, PodHandle, PodResources};
-use crate::wire::message::Ledger;
-use crate::wire::preamble::VERSION_FLOWS;
+use crate::wire::message::{Ledger, Offer};
+use crate::wire::preamble::{VERSION_DISKS, VERSION_FLOWS};
 use crate::wire::session;
 
 /// For TCP, TLS and the preambles of all connections.
@@ -54,6 +54,7 @@ pub(super) async fn outgoing(node: Arc<Node>, job: Outgoing) {
         let session = session::dial(addr, &node.tls, to.as_str(), count, DIAL_DEADLINE)
             .await
             .map_err(|error| chain(&error))?;
+        speaks_disks(&offer, session.version, to.as_str())?;
         Ok::<_, String>((offer, session))
     };
     let begun = tokio::select! {
@@ -97,9 +98,22 @@ pub(super) async fn outgoing(node: Arc<Node>, job: Outgoing) {
     run.connections = options.connections;
     run.compress = options.compress;
     run.on_overflow = options.on_overflow;
+    run.content_limit_us = policy(options).memory_limit_us;
     run.attach(session, options.bandwidth);
     run.input(Input::Begin).await;
     run.events().await;
+}
+
+/// Whether the other end can take the pod's writable disks: before anything is begun.
+fn speaks_disks(offer: &Offer, version: u16, to: &str) -> Result<(), String> {
+    match offer.disks.is_empty() || version >= VERSION_DISKS {
+        true => Ok(()),
+        false => Err(format!(
+            "{} has writable disks, and {to} speaks version {version} of the protocol, which does not move them: upgrade migrator on {to}, or \
+             choose another node",
+            offer.pod.name
+        )),
+    }
 }
 
 /// Waits for a pod that has just come here until its packets have, too: those of its old way are awaited for some seconds if
@@ -170,6 +184,7 @@ pub(super) fn figures(node: &Node, ticket: &Ticket, pod: &PodHandle, to: &str) -
             compress: Compress::None,
             ..status::MemoryReport::default()
         },
+        disk: None,
         phases: Vec::new(),
         downtime_us: 0,
         postcopy: false,
@@ -195,5 +210,29 @@ pub(super) async fn end_pod(pod: &PodHandle, end: MigrationEnd) {
             error = chain(&error),
             "cannot end the migration"
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::golden;
+    use crate::wire::message::DiskOffer;
+    use crate::wire::preamble::VERSION_MAX;
+
+    #[test]
+    fn a_pod_with_disks_does_not_move_to_a_node_that_would_leave_them() {
+        let mut offer = golden::offer();
+        assert_eq!(speaks_disks(&offer, VERSION_DISKS - 1, "b"), Ok(()));
+        offer.disks.push(DiskOffer {
+            name: "root".to_owned(),
+            size: 1 << 20,
+            allocated: 0,
+        });
+        assert_eq!(speaks_disks(&offer, VERSION_MAX, "b"), Ok(()));
+        let refused = speaks_disks(&offer, VERSION_DISKS - 1, "b").unwrap_err();
+        for word in ["web", "version 2", "upgrade migrator on b"] {
+            assert!(refused.contains(word), "{refused}");
+        }
     }
 }

@@ -14,6 +14,7 @@ use vm_runtime::vm::Vm;
 
 use super::arrive::{Relinked, question};
 use super::clock::Steps;
+use super::destination_disks::{Barriers, Filling, make_durable};
 use super::device_state::MAX_STATE;
 use super::link::{Link, LinkEvent};
 use super::packets;
@@ -53,6 +54,8 @@ pub(super) struct Run {
     /// Pages that will be missing, as they come in.
     pub(super) stale: Vec<PageRange>,
     pub(super) target: Arc<OnceLock<Target>>,
+    /// The pod's writable disks, from when its memory is there.
+    pub(super) disks: Filling,
     pub(super) hashes: Option<Arc<PageHashes>>,
     pub(super) theirs: Vec<(vm_runtime::units::PageIndex, Vec<u64>)>,
     /// The device state, as it comes, and how much of it has come.
@@ -104,6 +107,7 @@ impl Run {
             faults: Vec::new(),
             stale: Vec::new(),
             target: Arc::new(OnceLock::new()),
+            disks: Filling::default(),
             hashes: None,
             theirs: Vec::new(),
             state,
@@ -137,8 +141,9 @@ impl Run {
         let readers = data.into_iter().map(Connection::into_reader);
         receive::start(readers.collect(), &self.target, &arrivals);
         let (lanes, inputs) = (self.lanes, self.runner.inputs.clone());
-        let target = Arc::clone(&self.target);
+        let (target, disks) = (Arc::clone(&self.target), Arc::clone(&self.disks));
         self.runner.helpers.spawn(async move {
+            let mut rounds_of_disks = Barriers::new(lanes);
             let mut reached = vec![0u32; lanes];
             let mut placed = 0;
             while let Some(arrival) = arrived.recv().await {
@@ -155,6 +160,11 @@ impl Run {
                             // While the guest runs at the source: the freeze is short of time.
                             prepare::hash_placed(&target).await;
                             let _ = inputs.send(Input::RoundPlaced { round: all });
+                        }
+                    }
+                    Arrival::DiskBarrier { lane, round } => {
+                        if let Some(round) = rounds_of_disks.reached(lane, round) {
+                            make_durable(&disks, round, &inputs);
                         }
                     }
                     Arrival::Ended(error) => {
@@ -333,6 +343,9 @@ impl Side for Run {
     async fn carry_out_one(&mut self, output: Output) -> Result<(), JournalFailed> {
         match output {
             Output::Send(message) => {
+                if matches!(message, Control::Ready(_)) {
+                    self.seal_disks();
+                }
                 // From the grant on, a service that is killed must find them again. A disk that is busy goes on beside the freeze.
                 if let (Control::Ready(_), Some(keeping)) = (&message, self.keeping.take()) {
                     let _ = timeout(KEEPS_WITHIN, keeping).await;

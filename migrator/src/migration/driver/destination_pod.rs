@@ -64,7 +64,7 @@ impl Run {
             .offer
             .as_ref()
             .is_some_and(|offer| offer.options.verify);
-        let made = prepare::make_memory(&self.prepared, &self.target, verify).await;
+        let made = prepare::make_memory(&self.prepared, &self.target, &self.disks, verify).await;
         self.hashes = self.target.get().and_then(|target| target.hashes.clone());
         self.runner.tell(match made {
             Ok(()) => Input::MemoryPrepared,
@@ -219,6 +219,9 @@ impl Run {
             return;
         }
         // Before its adoption nobody else knows the pod; afterwards its own task sees the end of its VM.
+        if let Some(pod) = self.prepared.lock().await.as_ref() {
+            pod.keep_volumes();
+        }
         if let Some(problem) = prepare::discard(&self.prepared).await {
             tracing::error!(reason = problem, "something of the pod is left behind");
         }

@@ -30,6 +30,7 @@ mod clock;
 mod depart;
 mod departed;
 mod destination;
+mod destination_disks;
 mod destination_pages;
 mod destination_pod;
 mod device_state;
@@ -43,6 +44,7 @@ mod prepare;
 mod report;
 mod runner;
 mod source;
+mod source_disks;
 mod source_link;
 mod source_pages;
 mod source_status;
@@ -51,6 +53,8 @@ mod source_throttle;
 mod steps;
 
 pub use arrive::Arrivals;
+pub use destination_disks::Barriers;
+pub use source_disks::{Disks, RoundOfDisks};
 
 /// How a migration is to go, nothing left open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

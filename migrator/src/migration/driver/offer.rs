@@ -8,9 +8,10 @@ use super::Options;
 use super::steps::blocking;
 use crate::api::error::chain;
 use crate::daemon::node::Node;
+use crate::pods::disks::PodDisk;
 use crate::pods::{PodHandle, PodResources};
 use crate::wire::id::MigrationId;
-use crate::wire::message::{ImageOffer, Offer, OfferOptions};
+use crate::wire::message::{DiskOffer, ImageOffer, Offer, OfferOptions};
 
 /// What the destination is asked to take.
 pub(super) async fn offer(
@@ -51,7 +52,25 @@ pub(super) async fn offer(
         record: json(&pod.record())?,
         images,
         routed: super::checks::routed(node),
+        disks: writable_disks(resources).await?,
     })
+}
+
+/// The pod's writable disks.
+async fn writable_disks(resources: &PodResources) -> Result<Vec<DiskOffer>, String> {
+    let disks = resources.disks.clone();
+    blocking(move || {
+        let offer = |pod: Arc<PodDisk>| {
+            let allocated = pod.disk.allocated_bytes();
+            Ok(DiskOffer {
+                name: pod.name.clone(),
+                size: pod.disk.size(),
+                allocated: allocated.map_err(|error| chain(&error))?,
+            })
+        };
+        disks.into_iter().map(offer).collect()
+    })
+    .await
 }
 
 /// `7.2.22`.

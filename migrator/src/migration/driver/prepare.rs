@@ -14,6 +14,7 @@ use std::time::Duration;
 use super::checks::{self, Facts};
 use super::clock::unix_us;
 use super::depart::end_pod;
+use super::destination_disks::{Filling, fill};
 use super::handoff::Handoff;
 use super::steps::blocking;
 use crate::api::error::chain;
@@ -73,6 +74,7 @@ pub(super) async fn check(
             memory_available: crate::doctor::available_memory(),
             huge_available: vm_runtime::memory::huge_pages_available(),
             vmm_overhead: VMM_OVERHEAD,
+            disk_available: crate::doctor::available_disk(&node.config.state_dir),
             missing_features: crate::doctor::missing_kernel_features(),
             routed: checks::routed(node),
         },
@@ -87,19 +89,23 @@ pub(super) async fn check(
                 format!("{}: {}", node.name(), chain(&error)),
             )
         })?;
-    match images(node, offer).await {
+    let mut pod = pod;
+    let checked = match pod.make_disks().await {
+        Ok(()) => images(node, offer)
+            .await
+            .map_err(|reason| (RefuseCode::Image, reason)),
+        Err(error) => Err((RefuseCode::Disk, chain(&error))),
+    };
+    match checked {
         Ok((images, wants)) => Ok((pod, images, wants)),
-        Err(reason) => {
+        Err((code, reason)) => {
             if let Err(error) = pod.discard().await {
                 tracing::error!(
                     error = chain(&error),
                     "something of a refused pod is left behind"
                 );
             }
-            Err(refuse(
-                RefuseCode::Image,
-                format!("{}: {reason}", node.name()),
-            ))
+            Err(refuse(code, format!("{}: {reason}", node.name())))
         }
     }
 }
@@ -202,13 +208,15 @@ pub(super) async fn receive_images(images: Images, mut chunks: mpsc::Receiver<Ch
 pub(super) async fn make_memory(
     prepared: &Shared,
     target: &OnceLock<Target>,
+    disks: &Filling,
     verify: bool,
 ) -> Result<(), String> {
     let mut prepared = prepared.lock().await;
     let pod = prepared.as_mut().ok_or("the pod is gone")?;
     let memory = pod.make_memory().map_err(|error| chain(&error))?;
     let hashes = verify.then(|| Arc::new(PageHashes::new(memory.pages())));
-    if target.set(Target::new(memory, hashes)).is_err() {
+    let sink = fill(pod.disks(), disks);
+    if target.set(Target::new(memory, hashes, sink)).is_err() {
         return Err("the guest's memory was made twice".to_owned());
     }
     Ok(())

@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use crate::memory::postcopy::quantile;
 use crate::migration::status::{
-    ConntrackReport, FaultReport, MemoryReport, MigrationReport, Outcome, PacketReport,
+    ConntrackReport, DiskReport, FaultReport, MemoryReport, MigrationReport, Outcome, PacketReport,
 };
 use crate::network;
 use crate::wire::message::{BoundTaken, FaultFigures, FlowsTaken, Ledger, Running};
@@ -22,6 +22,7 @@ pub(super) struct Figures {
     pub(super) started: std::time::Instant,
     pub(super) frozen_at_unix_us: u64,
     pub(super) memory: MemoryReport,
+    pub(super) disk: Option<DiskReport>,
     pub(super) phases: Vec<(String, u64)>,
     pub(super) downtime_us: u64,
     /// Frames that this node sent through the tunnel.
@@ -99,6 +100,7 @@ impl Figures {
             downtime_ms: self.downtime_us as f64 / 1e3,
             frozen_at_unix_us: self.frozen_at_unix_us,
             memory: self.memory,
+            disk: self.disk,
             packets: packets(source, destination, self.books.get()),
             conntrack: self.conntrack,
             phases: self.phases,

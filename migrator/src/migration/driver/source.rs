@@ -13,11 +13,13 @@ use super::flows::{self, NewFlows};
 use super::link::{Link, LinkEvent};
 use super::report::Figures;
 use super::runner::{JournalFailed, News, Runner, Side};
+use super::source_disks::Disks;
 use super::source_link::Loss;
 use super::source_status::phase_of;
 use super::source_steps::{self as steps, Lanes};
 use super::source_throttle::{self, Slowed};
 use super::steps::blocking_journal;
+use crate::block::transfer::Outgoing;
 use crate::daemon::migrations::Ticket;
 use crate::daemon::node::Node;
 use crate::memory::compress::Compress;
@@ -57,6 +59,10 @@ pub(super) struct Run {
     /// What the destination said that its guest lacks.
     pub(super) wanted: Vec<PageRange>,
     pub(super) tracking: Tracking,
+    /// The pod's writable disks.
+    pub(super) disks: Disks,
+    /// The part of the downtime that pages and blocks may take, in microseconds.
+    pub(super) content_limit_us: u64,
     pub(super) slowed: Slowed,
     /// What is being pushed.
     pub(super) queue: Option<Arc<PushQueue>>,
@@ -87,6 +93,10 @@ impl Run {
         let pages = pod.spec().memory.pages();
         let defaults = &node.config.migration;
         let (connections, compress) = (defaults.connections, defaults.compress);
+        let disks = resources.as_ref().map(|resources| {
+            let disks = resources.disks.iter();
+            disks.map(|disk| Arc::clone(&disk.disk)).collect()
+        });
         let mut runner = Runner::new(node, pod.name().to_owned(), ticket.cancel.clone());
         if let Some(resources) = &resources {
             runner.watch_vm(Arc::clone(&resources.vm));
@@ -108,6 +118,8 @@ impl Run {
             server: None,
             wanted: Vec::new(),
             tracking: Tracking::new(pages),
+            disks: Disks::new(Outgoing::new(disks.unwrap_or_default())),
+            content_limit_us: 0,
             slowed: Slowed::default(),
             queue: None,
             round_began: 0,
@@ -187,6 +199,9 @@ impl Run {
     async fn roll_back(&mut self, what: Rollback) {
         self.runner.steps.shutdown().await;
         self.server = None;
+        if what.stop_tracking {
+            self.disks.let_go();
+        }
         if what.unthrottle
             && let Err(reason) = source_throttle::end(&self.slowed).await
         {
@@ -245,6 +260,7 @@ impl Run {
             self.figures.memory.bytes_raw = sender.bytes_raw();
             self.figures.memory.compress = sender.compressed_with();
         }
+        self.figures.disk = self.disks.report();
         self.figures.memory.throttle_percent = self.machine.throttle_percent();
         self.runner.close().await;
         if let Some(ticket) = self.ticket.take() {
@@ -275,6 +291,10 @@ impl Side for Run {
     fn handle(&mut self, input: Input) -> Vec<Output> {
         if let Input::Peer(Control::PageBits(bits)) = &input {
             self.take_wanted(bits);
+            return Vec::new();
+        }
+        if let Input::Peer(Control::DiskAck(ack)) = &input {
+            self.disks.acknowledge(ack.round);
             return Vec::new();
         }
         if let Input::Peer(Control::FlowsTaken(taken)) = &input {
@@ -322,6 +342,8 @@ impl Side for Run {
                 self.runner
                     .step(steps::send_images(node, self.parts(), self.sender(), wants));
             }
+            Output::SendDisks => self.send_disks(),
+            Output::SendLastBlocks => self.send_last_blocks(),
             Output::StartTracking => {
                 self.runner
                     .step(steps::start_tracking(self.parts(), self.tracking.clone()));
@@ -331,13 +353,19 @@ impl Side for Run {
                 self.runner.step(steps::send_round(
                     self.sender(),
                     self.tracking.clone(),
+                    self.disks.clone(),
                     round,
                 ));
             }
-            Output::Scan => self.runner.step(steps::scan(self.tracking.clone())),
+            Output::Scan => {
+                let (tracking, disks) = (self.tracking.clone(), self.disks.clone());
+                self.runner.step(steps::scan(tracking, disks));
+            }
             Output::DetachAgent => self.runner.step(steps::detach_agent(self.parts())),
             Output::DrainTap => self.runner.step(steps::drain_tap(self.parts())),
             Output::StopVm => {
+                // QEMU waits for the writes that are under way.
+                self.disks.let_go();
                 let slowed = Arc::clone(&self.slowed);
                 self.runner.step(steps::stop_vm(self.parts(), slowed));
             }

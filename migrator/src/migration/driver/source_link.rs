@@ -185,6 +185,8 @@ impl Run {
         let (pod, to) = (self.pod.clone(), self.figures.to.clone());
         let resources = self.resources.take();
         let books = Arc::clone(&self.figures.books);
-        self.runner.step(steps::release(resources, pod, to, books));
+        let volumes = self.runner.node.volumes.clone();
+        self.runner
+            .step(steps::release(resources, pod, to, books, volumes));
     }
 }

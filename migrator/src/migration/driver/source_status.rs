@@ -100,6 +100,11 @@ impl Run {
         let bytes_sent = self
             .sender()
             .map_or(self.figures.memory.bytes_sent, |sender| sender.bytes_sent());
+        let (disk_left, disk_sent) = (
+            self.disks.bytes_left(),
+            self.sender().map(|sender| sender.disk_bytes_sent()),
+        );
+        let disk_pages = self.disks.pages_left();
         ticket.update(|status| {
             if let Some(phase) = phase {
                 status.phase = phase;
@@ -110,9 +115,11 @@ impl Run {
             status.round = rounds.rounds();
             status.bytes_sent = bytes_sent;
             status.pages_left = pages_left;
+            status.disk_bytes_sent = disk_sent.unwrap_or(status.disk_bytes_sent);
+            status.disk_bytes_left = disk_left;
             status.bandwidth_bytes_per_s = rounds.bandwidth_bytes_per_s();
             status.dirty_bytes_per_s = rounds.dirty_bytes_per_s();
-            let predicted = rounds.predict_downtime_us(pages_left);
+            let predicted = rounds.predict_downtime_us(pages_left + disk_pages);
             status.throttle_percent = self.machine.throttle_percent();
             if self.machine.pages_due() && status.phase == Phase::Forwarding {
                 status.phase = Phase::Postcopy;
@@ -130,7 +137,9 @@ impl Run {
 pub(super) fn phase_of(output: &Output) -> Option<Phase> {
     match output {
         Output::SendImages(_) => Some(Phase::Image),
-        Output::StartTracking | Output::SendRound { .. } => Some(Phase::Precopy),
+        Output::SendDisks | Output::StartTracking | Output::SendRound { .. } => {
+            Some(Phase::Precopy)
+        }
         Output::Hold | Output::StopVm => Some(Phase::Switchover),
         Output::Forward => Some(Phase::Forwarding),
         _ => None,
@@ -142,6 +151,7 @@ fn freeze_step(input: &Input) -> Option<&'static str> {
     match input {
         Input::Stopped { .. } => Some("stopped"),
         Input::LastPagesSent { .. } => Some("pages_sent"),
+        Input::LastBlocksSent { .. } => Some("blocks_sent"),
         Input::StaleSent { .. } => Some("missing_told"),
         Input::FlowsSent { .. } => Some("flows_sent"),
         Input::StateSent => Some("state_sent"),

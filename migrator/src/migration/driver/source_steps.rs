@@ -15,6 +15,7 @@ use super::clock::unix_us;
 use super::device_state;
 use super::handoff::{Handoff, LOG_TAIL};
 use super::report::Books;
+use super::source_disks::Disks;
 use super::source_throttle::{Slowed, at_full_speed};
 use super::steps::{blocking, wire_ledger};
 use crate::api::error::chain;
@@ -26,6 +27,7 @@ use crate::memory::verify::hash_all;
 use crate::migration::source::{Input, Rollback};
 use crate::network::Stage;
 use crate::pods::{MigrationEnd, PodHandle, PodResources};
+use crate::volumes::{Volumes, remove_moved};
 use crate::wire::bulk::Data;
 use crate::wire::conn::Reader;
 use crate::wire::control::ControlSender;
@@ -105,16 +107,22 @@ pub(super) async fn start_tracking(parts: Parts, tracking: Tracking) -> Step {
     Ok(Input::TrackingStarted)
 }
 
-pub(super) async fn send_round(sender: Sender, tracking: Tracking, round: u32) -> Step {
+pub(super) async fn send_round(
+    sender: Sender,
+    tracking: Tracking,
+    disks: Disks,
+    round: u32,
+) -> Step {
     let sender = need(sender, "the link")?;
-    let sent = sender
-        .round(round, &tracking.take(), round == 1)
-        .await
-        .map_err(|error| chain(&error))?;
+    let pages = async {
+        let sent = sender.round(round, &tracking.take(), round == 1).await;
+        sent.map_err(|error| chain(&error))
+    };
+    let (sent, blocks) = tokio::try_join!(pages, disks.beside(&sender))?;
     Ok(Input::RoundSent {
-        pages: sent.pages,
+        pages: sent.pages + blocks.pages(),
         // As many as its pages have: what is left is predicted in pages, which will be compressed as well.
-        bytes: sent.bytes + sent.saved,
+        bytes: sent.bytes + sent.saved + blocks.bytes(),
     })
 }
 
@@ -125,12 +133,17 @@ async fn scan_now(tracking: &Tracking) -> Result<(u64, u64), String> {
 
 /// Not before [`SCAN_LEAST`] has passed since the scan before: a guest that writes the same few pages over and
 /// over looks, in a shorter time, as if it wrote new ones at that rate.
-pub(super) async fn scan(tracking: Tracking) -> Step {
+pub(super) async fn scan(tracking: Tracking, disks: Disks) -> Step {
     if let Some(last) = tracking.scanned_at() {
         sleep_until((last + SCAN_LEAST).into()).await;
     }
     let (dirtied, pending) = scan_now(&tracking).await?;
-    Ok(Input::Scanned { dirtied, pending })
+    // A round of disks takes all that is marked: so what is marked is what was written since, and what is left.
+    let blocks = disks.pages_left();
+    Ok(Input::Scanned {
+        dirtied: dirtied + blocks,
+        pending: pending + blocks,
+    })
 }
 
 pub(super) async fn detach_agent(parts: Parts) -> Step {
@@ -305,15 +318,29 @@ pub(super) async fn forwarded(parts: Arc<PodResources>) -> Step {
     Ok(Input::Forwarded)
 }
 
-pub(super) async fn release(parts: Parts, pod: PodHandle, to: String, books: Books) -> Step {
+pub(super) async fn release(
+    parts: Parts,
+    pod: PodHandle,
+    to: String,
+    books: Books,
+    volumes: Volumes,
+) -> Step {
     let mut ledger = Ledger::default();
     if let Some(parts) = parts {
         parts.vm.kill().await.map_err(|error| chain(&error))?;
+        parts.disks.iter().for_each(|disk| disk.close());
         let booked = parts.port.release().await.map_err(|error| chain(&error))?;
         ledger = wire_ledger(&booked);
         // Once: this step runs once.
         let _ = books.set(booked);
     }
+    // The destination has them, durably. Before the folder goes: a service that is killed in between finds the pod, and does it again.
+    let spec = pod.spec().clone();
+    blocking(move || {
+        remove_moved(&volumes, &spec);
+        Ok(())
+    })
+    .await?;
     let end = MigrationEnd::MovedAway { to };
     if let Err(error) = pod.end_migration(end).await {
         tracing::error!(

@@ -14,8 +14,8 @@ use crate::migration::mode::Mode;
 use crate::migration::source::{self, Plan, Source};
 use crate::wire::id::MigrationId;
 use crate::wire::message::{
-    Bye, Control, FaultFigures, ImageWant, Ledger, Offer, OfferOptions, QueryReply, Refuse,
-    RefuseCode, StaleEnd, Verdict, Wanted,
+    Bye, Control, DiskOffer, FaultFigures, ImageWant, Ledger, Offer, OfferOptions, QueryReply,
+    Refuse, RefuseCode, StaleEnd, Verdict, Wanted,
 };
 
 mod accidents;
@@ -41,6 +41,8 @@ pub(super) struct Setting {
     pub(super) postcopy: bool,
     /// Whether the destination takes entries of connection tracking.
     pub(super) flows: bool,
+    /// Whether the pod has a writable disk.
+    pub(super) disks: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,6 +114,14 @@ pub(super) struct World {
     awaited: bool,
     /// The destination has the pod's entries of connection tracking.
     flows: bool,
+    /// The last write to the pod's disk: it counts up while the guest runs.
+    written: u64,
+    /// The last write that a round has sent, by its number.
+    sent_of_disk: [u64; 3],
+    /// The last write that is durable at the destination.
+    durable: u64,
+    /// The source has the pod's disk.
+    disk_here: bool,
     /// What a rollback has to undo.
     held: bool,
     tracking: bool,
@@ -141,6 +151,7 @@ fn offer(verify: bool) -> Offer {
             memory: Bytes::mib(64),
             hugepages: false,
             vcpus: 1,
+            volumes: Vec::new(),
             containers: Vec::new(),
         },
         vm: VmSpec {
@@ -153,6 +164,7 @@ fn offer(verify: bool) -> Offer {
             vcpus: 1,
             mac,
             disks: Vec::new(),
+            writable: Vec::new(),
             free_page_reporting: true,
             hugepages: false,
             cmdline: String::new(),
@@ -165,6 +177,7 @@ fn offer(verify: bool) -> Offer {
         record: String::new(),
         images: Vec::new(),
         routed: None,
+        disks: Vec::new(),
     }
 }
 
@@ -197,7 +210,15 @@ impl World {
             epoch: Epoch(1),
             state: OwnerState::Owner,
         };
-        let mut plan = Plan::new(offer(setting.verify), "b".to_owned(), Epoch(1));
+        let mut offer = offer(setting.verify);
+        if setting.disks {
+            offer.disks.push(DiskOffer {
+                name: "root".to_owned(),
+                size: 1 << 30,
+                allocated: 1 << 20,
+            });
+        }
+        let mut plan = Plan::new(offer, "b".to_owned(), Epoch(1));
         plan.flows = setting.flows;
         if setting.postcopy {
             plan.mode = Mode::Postcopy;
@@ -222,6 +243,10 @@ impl World {
             missing: false,
             awaited: false,
             flows: false,
+            written: 1,
+            sent_of_disk: [0; 3],
+            durable: 0,
+            disk_here: true,
             held: false,
             tracking: false,
             agent_detached: false,

@@ -77,20 +77,22 @@ pub enum Input {
     },
     /// [`Output::SendImages`] is done.
     ImagesSent,
+    /// [`Output::SendDisks`] is done: what is left of the disks is little, or does not get less.
+    DisksSent,
     /// [`Output::StartTracking`] is done.
     TrackingStarted,
     /// [`Output::Scan`] is done.
     Scanned {
-        /// Pages found written by this scan.
+        /// Pages found written by this scan, and what was written to disks since the last one, in bytes of pages.
         dirtied: u64,
-        /// Pages pending in all: this scan's, and what a round left.
+        /// Pages pending in all: this scan's, and what a round left. So for disks.
         pending: u64,
     },
-    /// [`Output::SendRound`] is done: every page and a barrier are on each data connection.
+    /// [`Output::SendRound`] is done: every page and a barrier are on each data connection, and what was pending of disks is acknowledged.
     RoundSent {
         /// Pages, zero pages included.
         pages: u64,
-        /// Bytes, headers included.
+        /// Bytes, headers included. Those of disks too.
         bytes: u64,
     },
     /// [`Output::DetachAgent`] is done.
@@ -120,6 +122,13 @@ pub enum Input {
     LastPagesSent {
         /// Pages, zero pages included.
         pages: u64,
+    },
+    /// [`Output::SendLastBlocks`] is done: every block and a barrier are on each data connection.
+    LastBlocksSent {
+        /// The round of disks, which are counted apart.
+        round: u32,
+        /// Bytes of disks, holes included.
+        bytes: u64,
     },
     /// [`Output::SendStale`] is done, `StaleEnd` is queued.
     StaleSent {
@@ -172,9 +181,13 @@ pub enum Output {
     Note(Entry),
     /// Send these chunks over the data connections. Then [`Input::ImagesSent`].
     SendImages(Vec<ImageWant>),
+    /// Note from here on what is written to the disks. Send what is allocated of them, then in rounds what was written meanwhile, each once the
+    /// one before is acknowledged, until little is left or it does not get less. Then [`Input::DisksSent`].
+    SendDisks,
     /// Write-protect the guest's memory. Then [`Input::TrackingStarted`].
     StartTracking,
-    /// Send the pending pages (round 1: every page that is not a hole) and a barrier on each data connection. Then [`Input::RoundSent`].
+    /// Send the pending pages (round 1: every page that is not a hole) and a barrier on each data connection, and beside them what is pending of
+    /// disks. Then [`Input::RoundSent`].
     SendRound {
         /// The round, from 1.
         round: u32,
@@ -199,6 +212,8 @@ pub enum Output {
         /// The round.
         round: u32,
     },
+    /// Send what is pending of the disks, which nobody writes to any more, and a barrier on each data connection. Then [`Input::LastBlocksSent`].
+    SendLastBlocks,
     /// Send `PageBits` of all pending pages and `StaleEnd`; they stay pending. If it is the last, scan before. Then [`Input::StaleSent`].
     SendStale {
         /// Whether the guest stands still.
@@ -245,7 +260,7 @@ pub struct Rollback {
     pub release_hold: bool,
     /// Attach the guest agent again.
     pub attach_agent: bool,
-    /// Stop dirty tracking.
+    /// Stop dirty tracking, of memory and disks, and let the guest write to its disks as fast as it likes.
     pub stop_tracking: bool,
     /// Let the guest's CPUs run at full speed.
     pub unthrottle: bool,

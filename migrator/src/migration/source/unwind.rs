@@ -15,6 +15,7 @@ impl Source {
             | State::Offered
             | State::Images
             | State::Preparing
+            | State::Disks
             | State::Tracking
             | State::Round { .. }
             | State::Scanning { .. }

@@ -2,14 +2,14 @@
 
 use super::late::Pages;
 use super::{
-    ANSWER_LIMIT_US, ASK_EVERY_US, BYE_LIMIT_US, Dialing, Input, Outcome, Output, Sending, Source,
-    SourceState, State,
+    ANSWER_LIMIT_US, ASK_EVERY_US, BYE_LIMIT_US, Dialing, Input, Outcome, Output, Sending, Sent,
+    Source, SourceState, State,
 };
 use crate::migration::journal::{Entry, OwnerState};
 use crate::migration::mode::Mode;
 use crate::migration::rounds::{Decision, RoundSample};
 use crate::wire::message::{
-    Control, Grant, Handover, ImageDone, Ledger, MemoryDone, Ready, RoundEnd,
+    Control, DisksDone, Grant, Handover, ImageDone, Ledger, MemoryDone, Ready, RoundEnd,
 };
 
 impl Source {
@@ -27,10 +27,14 @@ impl Source {
                 }
             }
             (Control::Prepared(_), State::Preparing) => {
-                self.state = State::Tracking;
                 self.deadline = None;
                 self.begun.stop_tracking = true;
-                out.push(Output::StartTracking);
+                if self.disks {
+                    self.state = State::Disks;
+                    out.push(Output::SendDisks);
+                } else {
+                    self.track(out);
+                }
             }
             (Control::VmWaits(_), state) => {
                 self.vm_waits = true;
@@ -91,6 +95,7 @@ impl Source {
                 out.push(Output::Send(ImageDone.into()));
                 self.deadline = Some(now + ANSWER_LIMIT_US);
             }
+            (Input::DisksSent, State::Disks) => self.track(out),
             (Input::TrackingStarted, State::Tracking) => {
                 self.scanned_at = now;
                 match self.mode {
@@ -99,7 +104,11 @@ impl Source {
                 }
             }
             (Input::RoundSent { pages, bytes }, State::Round { round, sent, .. }) => {
-                *sent = Some((pages, bytes));
+                *sent = Some(Sent {
+                    pages,
+                    bytes,
+                    at: now,
+                });
                 let round = *round;
                 out.push(Output::Send(RoundEnd { round, pages }.into()));
                 self.scan_if_round_complete(out);
@@ -155,6 +164,11 @@ impl Source {
                 out.push(Output::Send(MemoryDone { round, pages }.into()));
                 self.grant_if_complete(now, out);
             }
+            (Input::LastBlocksSent { round, bytes }, State::Sending(sending)) => {
+                sending.disks = true;
+                out.push(Output::Send(DisksDone { round, bytes }.into()));
+                self.grant_if_complete(now, out);
+            }
             (Input::StaleSent { last: true, .. }, State::Sending(sending)) => {
                 sending.pages = true;
                 self.grant_if_complete(now, out);
@@ -171,6 +185,11 @@ impl Source {
         }
     }
 
+    fn track(&mut self, out: &mut Vec<Output>) {
+        self.state = State::Tracking;
+        out.push(Output::StartTracking);
+    }
+
     pub(super) fn start_round(&mut self, round: u32, now: u64, out: &mut Vec<Output>) {
         self.state = State::Round {
             round,
@@ -185,14 +204,19 @@ impl Source {
         if let State::Round {
             round,
             started,
-            sent: Some((pages, bytes)),
+            sent: Some(Sent { pages, bytes, at }),
             acked_at: Some(acked_at),
         } = self.state
         {
+            // The acknowledgement is of the pages; what the round sent of disks is acknowledged when it is sent.
+            let done_at = match self.disks {
+                true => acked_at.max(at),
+                false => acked_at,
+            };
             self.rounds.round_done(RoundSample {
                 pages,
                 bytes,
-                duration_us: acked_at.saturating_sub(started),
+                duration_us: done_at.saturating_sub(started),
             });
             self.state = State::Scanning { round };
             out.push(Output::Scan);
@@ -260,11 +284,16 @@ impl Source {
             state: false,
             residue: false,
             flows: !self.flows,
+            disks: !self.disks,
             hashes: !self.verify,
             ready: false,
         });
         if self.flows {
             out.push(Output::SendFlows);
+        }
+        if self.disks {
+            // First: they have the longest way, down to the destination's disk.
+            out.push(Output::SendLastBlocks);
         }
         out.extend(match self.postcopy {
             true => vec![Output::ServeFaults, Output::SendStale { last: true }],
@@ -291,10 +320,12 @@ impl Source {
             state,
             residue,
             flows,
+            disks,
             hashes,
-            ..
+            ready: _,
+            round: _,
         } = *sending;
-        if !(pages && state && residue && flows && hashes) {
+        if !(pages && state && residue && flows && disks && hashes) {
             return;
         }
         let ready = sending.ready;

@@ -20,6 +20,10 @@ use crate::pods::sink;
 /// What the agent may take beyond the containers' grace period.
 const STOP_MARGIN: Duration = Duration::from_secs(10);
 
+/// Why a pod stands still whose disks cannot be written.
+const FULL: &str =
+    "the file system of its disks is full on this node: it goes on once there is room";
+
 /// What becomes of a pod that was served.
 enum Turn {
     /// It is over.
@@ -65,6 +69,7 @@ impl Actor {
         let mut events: Option<broadcast::Receiver<Event>> = None;
         let mut console = tokio::time::interval(console::LOOK_EVERY);
         console.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut starved = false;
         loop {
             let migrating = self.view.borrow().migration.is_some();
             let vm = Arc::clone(&resources.vm);
@@ -84,7 +89,12 @@ impl Actor {
                     return Turn::End(self.died(exit.ok(), resources).await);
                 }
                 // Before the events, which a busy guest has always more of.
-                _ = console.tick() => self.bound_console().await,
+                _ = console.tick() => {
+                    self.bound_console().await;
+                    if !migrating {
+                        self.relieve(resources, &mut starved).await;
+                    }
+                }
                 changed = agent.changed() => {
                     let client = agent.borrow_and_update().clone();
                     if let (Ok(()), Some(client)) = (changed, client) {
@@ -209,6 +219,39 @@ impl Actor {
         }
         if let Err(error) = resources.port.release().await {
             tracing::error!(pod = self.name(), %error, "cannot remove the network port");
+        }
+    }
+
+    /// Lets a guest go on that stopped because the node's file system was full, once there is room.
+    async fn relieve(&self, resources: &PodResources, starved: &mut bool) {
+        let mut found = false;
+        for disk in &resources.disks {
+            found |= disk.disk.take_starved();
+        }
+        *starved |= found;
+        if !*starved {
+            return;
+        }
+        if !resources.disks.iter().all(|disk| disk.has_room()) {
+            tracing::warn!(
+                pod = self.name(),
+                "it stands still: the node's file system is full"
+            );
+            self.view.send_modify(|view| {
+                view.reason = Some(FULL.to_owned());
+            });
+            return;
+        }
+        *starved = false;
+        match resources.vm.cont().await {
+            Ok(()) => self.view.send_modify(|view| view.reason = None),
+            Err(error) => {
+                tracing::error!(
+                    pod = self.name(),
+                    error = chain(&error),
+                    "it does not go on"
+                );
+            }
         }
     }
 

@@ -119,6 +119,8 @@ control! {
         0x1d => MemoryComplete,
         0x1e => VmWaits,
         0x21 => FlowsTaken,
+        0x22 => DiskAck,
+        0x23 => DisksDone,
         0x25 => BoundTaken,
         0x31 => Places,
         0x32 => PlacesAck,
@@ -137,10 +139,14 @@ control! {
 }
 
 /// How pods are routed follows the rest, and is left out where they are on a bridge: so an offer between bridges is the one of version 1.
+/// Where there are writable disks (version 3), a zero follows instead, which no networks begin with, and then both.
 impl Offer {
     fn head(&self, out: &mut Vec<u8>) {
         put_postcard(self, out);
-        if let Some(routed) = &self.routed {
+        if !self.disks.is_empty() {
+            out.push(0);
+            put_postcard(&(&self.routed, &self.disks), out);
+        } else if let Some(routed) = &self.routed {
             put_postcard(routed, out);
         }
     }
@@ -148,8 +154,15 @@ impl Offer {
     fn parse(payload: &[u8]) -> Result<Self, DecodeError> {
         let name = "Offer";
         let (mut offer, rest) = split_postcard::<Self>(name, payload)?;
-        if !rest.is_empty() {
-            offer.routed = Some(get_postcard(name, rest)?);
+        match rest {
+            [] => {}
+            [0, rest @ ..] => {
+                (offer.routed, offer.disks) = get_postcard(name, rest)?;
+                if offer.disks.is_empty() {
+                    return Err(DecodeError::Malformed(name));
+                }
+            }
+            rest => offer.routed = Some(get_postcard(name, rest)?),
         }
         Ok(offer)
     }

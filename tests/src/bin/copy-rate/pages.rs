@@ -91,7 +91,7 @@ async fn listen<R: AsyncRead + Unpin + Send + 'static>(
 ) -> Result<()> {
     let target = Arc::new(OnceLock::new());
     let (memory, hashes) = (empty()?, None);
-    if target.set(Target::new(memory, hashes)).is_err() {
+    if target.set(Target::new(memory, hashes, None)).is_err() {
         bail!("the target was set twice");
     }
     let (arrivals, mut arrived) = mpsc::channel(64);
@@ -106,7 +106,9 @@ async fn listen<R: AsyncRead + Unpin + Send + 'static>(
             found = &mut announced, if end.is_none() => end = Some(found?),
             arrival = arrived.recv() => match arrival.context("the receiver has ended")? {
                 Arrival::Barrier { lane, round } => done[lane] = round,
-                Arrival::Chunk { .. } => bail!("chunks of images are not sent here"),
+                Arrival::Chunk { .. } | Arrival::DiskBarrier { .. } => {
+                    bail!("images and disks are not sent here")
+                }
                 Arrival::Ended(error) => return Err(error.into()),
             },
         }

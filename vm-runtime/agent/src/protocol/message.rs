@@ -145,6 +145,30 @@ pub struct Configuration {
     pub containers: Vec<Container>,
     /// Extra sysctls as (`net.ipv4.tcp_syncookies`, `1`), set last.
     pub sysctls: Vec<(String, String)>,
+    /// Of the containers that have disks to write to. Since version 2.
+    pub storage: Vec<Storage>,
+}
+
+/// The disks that a container writes to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Storage {
+    /// The container's name.
+    pub container: String,
+    /// Serial of the disk with its writable layer; `None`: that is in guest memory.
+    pub layer: Option<String>,
+    /// Its volumes.
+    pub mounts: Vec<Mount>,
+}
+
+/// A volume of a container.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    /// Serial of the disk.
+    pub disk: String,
+    /// Where the container finds it; made if absent.
+    pub path: String,
+    /// Whether it may not write to it.
+    pub read_only: bool,
 }
 
 /// One network interface.

@@ -138,6 +138,7 @@ impl World {
         assert!(!(self.s.owns() && self.d.owns()), "two own it\n{self:?}");
         if self.s.vm == Vm::Running {
             assert!(self.s.owns(), "the source runs without the right\n{self:?}");
+            assert!(self.disk_here, "the source runs without its disk\n{self:?}");
         }
         if self.d.vm == Vm::Running && self.missing && !self.vm_died {
             assert_ne!(self.s.vm, Vm::None, "the guest's pages are gone\n{self:?}");

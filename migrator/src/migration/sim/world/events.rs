@@ -88,6 +88,7 @@ impl World {
         };
         self.now = time;
         self.steps += 1;
+        self.written += u64::from(self.s.vm == Vm::Running);
         match event {
             Event::Step { movers, input } => {
                 let current = match input {
@@ -181,6 +182,9 @@ impl World {
             }
             In::Destination(destination::Input::StateLoaded) if self.d.vm == Vm::Incoming => {
                 self.d.vm = Vm::Loaded;
+            }
+            In::Destination(destination::Input::BlocksPlaced { round }) => {
+                self.durable = self.sent_of_disk[*round as usize];
             }
             In::Source(_) | In::Destination(_) => {}
         }

@@ -43,6 +43,20 @@ impl World {
             }
             Output::Journal(entry) | Output::Note(entry) => return self.write(entry, Side::Source),
             Output::SendImages(_) => Input::ImagesSent,
+            Output::SendDisks => {
+                assert!(self.setting.disks, "{self:?}");
+                self.tracking = true;
+                self.place_blocks(1);
+                Input::DisksSent
+            }
+            Output::SendLastBlocks => {
+                assert!(self.s.vm != Vm::Running, "{self:?}");
+                self.place_blocks(2);
+                Input::LastBlocksSent {
+                    round: 2,
+                    bytes: 65536,
+                }
+            }
             Output::StartTracking => {
                 self.tracking = true;
                 Input::TrackingStarted
@@ -117,6 +131,9 @@ impl World {
             Output::Forward => Input::Forwarded,
             Output::Release => {
                 self.s.vm = Vm::None;
+                // Its files go with it.
+                assert!(self.disk_is_whole_there(), "{self:?}");
+                self.disk_here = false;
                 self.held = false;
                 let ledger = Ledger::default();
                 Input::Released { ledger }
@@ -142,6 +159,17 @@ impl World {
     /// The pages of a round arrive beside the control connection.
     pub(super) fn place(&mut self, round: u32) {
         self.done(In::Destination(destination::Input::RoundPlaced { round }));
+    }
+
+    /// What the guest has written by now arrives as well, and is durable once the round is placed.
+    fn place_blocks(&mut self, round: u32) {
+        self.sent_of_disk[round as usize] = self.written;
+        self.done(In::Destination(destination::Input::BlocksPlaced { round }));
+    }
+
+    /// Whether the destination's disk has everything that the guest wrote at the source.
+    fn disk_is_whole_there(&self) -> bool {
+        !self.setting.disks || self.durable == self.written || self.vm_died
     }
 
     pub(super) fn wake(&mut self, side: Side, at: u64) {
@@ -213,6 +241,7 @@ impl World {
             },
             Output::Resume => {
                 assert!(matches!(self.d.vm, Vm::Loaded | Vm::Running), "{self:?}");
+                assert!(self.disk_is_whole_there(), "{self:?}");
                 self.d.vm = Vm::Running;
                 let steps = Vec::new();
                 Input::Resumed {
@@ -224,6 +253,7 @@ impl World {
                 self.d.movers += 1;
                 self.d.vm = Vm::None;
                 self.missing = false;
+                self.durable = 0;
                 Input::Discarded
             }
             Output::SendBye => return self.bye(self.d.link),

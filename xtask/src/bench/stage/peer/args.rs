@@ -136,6 +136,7 @@ mod tests {
             vcpus: 1,
             mac: "52:54:00:12:34:56".parse().unwrap(),
             disks: Vec::new(),
+            writable: Vec::new(),
             cmdline: KERNEL_CMDLINE.to_owned(),
             kernel_sha256: String::new(),
             initramfs_sha256: String::new(),

@@ -71,6 +71,7 @@ impl Ground {
                 image_digest: String::new(),
                 size: Bytes(size),
             }],
+            writable: Vec::new(),
             free_page_reporting: true,
             hugepages: false,
             cmdline: KERNEL_CMDLINE.to_owned(),

@@ -1,0 +1,90 @@
+//! `migrator volume create`, `ls` and `rm`.
+
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand};
+use serde_json::Value;
+use vm_runtime::pod::parse_bytes;
+use vm_runtime::units::Bytes;
+
+use super::failure::Failure;
+use super::{Context, Output, output};
+use crate::api::client::encode;
+use crate::api::types::{VolumeInfo, VolumeList, VolumeRequest};
+
+#[derive(Debug, Args)]
+pub(super) struct VolumeArgs {
+    #[command(subcommand)]
+    verb: VolumeVerb,
+}
+
+#[derive(Debug, Subcommand)]
+enum VolumeVerb {
+    /// Make a volume with an empty file system, for pods to claim by its name
+    Create {
+        /// Its name
+        name: String,
+        /// Its size, such as 10Gi; room is taken as it is written to
+        #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+        size: Bytes,
+    },
+    /// List the node's volumes
+    Ls,
+    /// Remove a volume and everything in it
+    Rm {
+        /// The volume
+        name: String,
+    },
+}
+
+impl VolumeArgs {
+    pub(super) async fn run(self, context: &Context) -> Result<ExitCode, Failure> {
+        match self.verb {
+            VolumeVerb::Create { name, size } => {
+                let request = VolumeRequest {
+                    name,
+                    size_bytes: size.0,
+                };
+                let made: VolumeInfo = context.client.post("/v1/volumes", &request).await?;
+                match context.output {
+                    Output::Json => output::json(&made)?,
+                    Output::Text => {
+                        output::line(&format!("{} made, {}", made.name, Bytes(made.size_bytes)))?;
+                    }
+                }
+            }
+            VolumeVerb::Ls => {
+                let list: VolumeList = context.client.get("/v1/volumes").await?;
+                match context.output {
+                    Output::Json => output::json(&list)?,
+                    Output::Text => table(&list)?,
+                }
+            }
+            VolumeVerb::Rm { name } => {
+                let path = format!("/v1/volumes/{}", encode(&name));
+                let answer: Value = context.client.delete(&path).await?;
+                match context.output {
+                    Output::Json => output::json(&answer)?,
+                    Output::Text => output::line(&format!("{name} removed"))?,
+                }
+            }
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn table(list: &VolumeList) -> std::io::Result<()> {
+    let rows: Vec<Vec<String>> = list
+        .volumes
+        .iter()
+        .map(|volume| {
+            vec![
+                volume.name.clone(),
+                Bytes(volume.size_bytes).to_string(),
+                Bytes(volume.allocated_bytes).to_string(),
+                volume.used_by.clone().unwrap_or_else(|| "-".to_owned()),
+            ]
+        })
+        .collect();
+    output::table(&["NAME", "SIZE", "ALLOCATED", "POD"], &rows)
+}
