@@ -66,7 +66,7 @@ impl PodDisk {
     /// Whether there is room again on the file system that it is on.
     pub(super) fn has_room(&self) -> bool {
         let room = |stat: nix::sys::statvfs::Statvfs| {
-            u64::from(stat.blocks_available()).saturating_mul(stat.fragment_size())
+            stat.blocks_available().saturating_mul(stat.fragment_size())
         };
         statvfs(self.disk.path()).is_ok_and(|stat| room(stat) >= ROOM_TO_GO_ON)
     }

@@ -7,6 +7,7 @@ mod cancel;
 mod certificate;
 mod connection;
 mod conntrack;
+mod disk;
 mod fast;
 mod large_pages;
 mod limits;
