@@ -53,6 +53,11 @@ const BASE: &[Package] = &[
         why: "turns a container image into one read-only block device",
     },
     Package {
+        name: "e2fsprogs",
+        program: Some("mke2fs"),
+        why: "makes the file systems of disks that pods write to",
+    },
+    Package {
         name: "iproute2",
         program: Some("ip"),
         why: "makes the lab's network namespaces",
@@ -117,6 +122,11 @@ const TESTS: &[Package] = &[
         name: "nftables",
         program: Some("nft"),
         why: "tests: rules that drop what connection tracking does not know",
+    },
+    Package {
+        name: "qemu-utils",
+        program: Some("qemu-io"),
+        why: "tests: clients of the block server that this project did not write",
     },
     Package {
         name: "conntrack",

@@ -1,170 +1,140 @@
-//! Pods that write to disks move with them: what was synced and said to be is there afterwards, and the file system is whole.
+//! A pod that writes to disks, and a service that is killed meanwhile.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use migrator_tests::lab::{POD, POD_IPV4, POD_IPV6, SOON, TestLab, pod_yaml};
-use nix::sys::signal::Signal;
-use xtask::cmd;
-use xtask::demo_image;
+use anyhow::{Result, bail, ensure};
+use migrator::api::types::PodDetail;
+use migrator_tests::lab::{POD, SOON, TestLab};
 use xtask::lab::Node;
-use xtask::process::{ProcessId, poll_until};
+use xtask::process::poll_until;
+use xtask::{cmd, demo_image};
 
-/// The volume that is written to.
-const VOLUME: &str = "data";
+/// Writes numbered records to its volume, each with its checksum and durable before it is told.
+const WRITER: &str = "cd /data; i=0; while :; do i=$((i+1)); \
+    head -c 20000 /dev/urandom > r$i; sha256sum r$i > s$i; sync; echo wrote $i; done";
 
-/// The usual pod, and a container that says each number once it is in a file, synced; its own files are on a disk, too.
 fn yaml() -> String {
-    let writer = format!(
-        "    - name: writer
-      image: {image}
-      command: [/bin/sh, -c]
-      args: ['i=0; while :; do i=$((i+1)); echo $i >> /data/log; dd if=/dev/urandom of=/data/blob bs=64k count=1 seek=$((i % 200)) conv=notrunc 2>/dev/null; sync; echo $i > /own; echo $i; done']
-      resources:
-        limits:
-          ephemeral-storage: 64Mi
-      volumeMounts:
-        - name: {VOLUME}
-          mountPath: /data
+    format!(
+        "apiVersion: v1
+kind: Pod
+metadata:
+  name: {POD}
+  annotations: {{migrator/ipv4: 10.77.0.10/24, migrator/vm-memory: 256Mi}}
+spec:
   volumes:
-    - name: {VOLUME}
-      persistentVolumeClaim:
-        claimName: {VOLUME}
+    - name: data
+      persistentVolumeClaim: {{claimName: records}}
+    - name: scratch
+      emptyDir: {{sizeLimit: 64Mi}}
+  containers:
+    - name: writer
+      image: {image}
+      command: [/bin/sh, -c, '{WRITER}']
+      resources: {{limits: {{ephemeral-storage: 64Mi}}}}
+      volumeMounts:
+        - {{name: data, mountPath: /data}}
+        - {{name: scratch, mountPath: /scratch}}
 ",
         image = demo_image::REFERENCE
-    );
-    pod_yaml(POD, POD_IPV4, POD_IPV6) + &writer
+    )
 }
 
-fn with_pod() -> Result<TestLab> {
-    let mut test = TestLab::up()?;
-    test.succeeds(Node::A, &["volume", "create", VOLUME, "--size", "128Mi"])?;
-    test.run_pod_of(&yaml())?;
-    said(&test, Node::A, 3)?;
-    Ok(test)
+/// The last record that the pod has told of.
+fn written(test: &TestLab) -> Result<u64> {
+    let log = test.succeeds(Node::A, &["logs", POD])?;
+    let mut told = log.lines().filter_map(|l| l.strip_prefix("wrote "));
+    let last = told.next_back();
+    Ok(last.map_or(Ok(0), str::parse)?)
 }
 
-fn volume(test: &TestLab, node: Node) -> PathBuf {
-    test.state(node).join(format!("volumes/{VOLUME}.img"))
-}
-
-/// Waits until the writer has said more than `floor`; the last number.
-fn said(test: &TestLab, node: Node, floor: u64) -> Result<u64> {
-    let mut last = 0;
-    poll_until(SOON, || {
-        let log = test.succeeds(node, &["logs", POD, "writer"]);
-        let log = log.unwrap_or_default();
-        last = log.lines().last().and_then(|n| n.parse().ok()).unwrap_or(0);
-        last > floor
+/// Waits until it is so; an error is one at once.
+fn until(what: &str, mut so: impl FnMut() -> Result<bool>) -> Result<()> {
+    let mut last = Ok(false);
+    let came = poll_until(Duration::from_secs(90), || {
+        last = so();
+        !matches!(last, Ok(false))
     });
-    ensure!(last > floor, "the writer is at {last}");
-    Ok(last)
+    match (came, last) {
+        (_, Err(error)) => Err(error),
+        (true, Ok(_)) => Ok(()),
+        (false, Ok(_)) => bail!("never: {what}"),
+    }
 }
 
-/// The file has every number up to `least`, and none is missing, doubled or out of turn.
-fn is_whole(file: &str, least: u64) -> Result<()> {
-    let mut last = 0;
-    // The last line may be under way.
-    for line in file
-        .split_inclusive('\n')
-        .filter(|line| line.ends_with('\n'))
-    {
-        ensure!(
-            line.trim() == (last + 1).to_string(),
-            "{line:?} after {last}"
-        );
-        last += 1;
-    }
-    ensure!(last >= least, "the file ends with {last}, {least} was said");
+fn goes_on(test: &TestLab, from: u64) -> Result<u64> {
+    until("it writes on", || Ok(written(test)? > from))?;
+    written(test)
+}
+
+fn is_clean(file: &Path) -> Result<()> {
+    let mut fsck = Command::new("/usr/sbin/e2fsck");
+    let said = cmd::bounded(fsck.arg("-fn").arg(file), SOON)?;
+    ensure!(said.code == Some(0), "{said:?}");
     Ok(())
 }
 
-/// What a power cut would leave: the journal is replayed on a copy, which is whole then, and has what was said.
-fn is_whole_after_a_cut(image: &Path, least: u64) -> Result<()> {
-    let dir = tempfile::tempdir()?;
-    let copy = dir.path().join("copy");
-    std::fs::copy(image, &copy).with_context(|| format!("cannot copy {}", image.display()))?;
-    let mut replay = Command::new("e2fsck");
-    // 1: the journal was replayed.
-    let replayed = replay.arg("-p").arg(&copy).output()?;
-    ensure!(
-        matches!(replayed.status.code(), Some(0 | 1)),
-        "{replayed:?}"
-    );
-    cmd::output(Command::new("e2fsck").args(["-f", "-n"]).arg(&copy))?;
-    let file = cmd::output(
-        Command::new("debugfs")
-            .args(["-R", "cat /volume/log"])
-            .arg(&copy),
+#[test]
+fn what_a_pod_has_made_durable_outlives_killed_services_and_the_pod() -> Result<()> {
+    let test = TestLab::up()?;
+    test.import_demo(Node::A)?;
+    test.succeeds(Node::A, &["volume", "create", "records", "--size", "256Mi"])?;
+    test.run(Node::A, &yaml(), &[])?;
+    let mut count = goes_on(&test, 2)?;
+    for _ in 0..2 {
+        test.restart(Node::A, || Ok(()))?;
+        count = goes_on(&test, count + 2)?;
+    }
+    let pod: PodDetail = test.get(Node::A, &format!("/v1/pods/{POD}"))?;
+    let names: Vec<&str> = pod.disks.iter().map(|disk| disk.name.as_str()).collect();
+    ensure!(names == ["root", "data", "scratch"], "{names:?}");
+    // A file is given back when it is removed.
+    let exec = |script: &str| test.succeeds(Node::A, &["exec", POD, "--", "/bin/sh", "-c", script]);
+    let scratch = || -> Result<u64> {
+        let pod: PodDetail = test.get(Node::A, &format!("/v1/pods/{POD}"))?;
+        Ok(pod.disks.last().map_or(0, |disk| disk.allocated_bytes))
+    };
+    let empty = scratch()?;
+    exec("head -c 20000000 /dev/zero | tr '\\0' x > /scratch/x; sync")?;
+    ensure!(scratch()? >= empty + 19_000_000, "{} bytes", scratch()?);
+    exec("rm /scratch/x; sync")?;
+    until("the room is given back", || {
+        Ok(scratch()? < empty + 5_000_000)
+    })?;
+    // No room beyond the limit, and nothing worse than that.
+    let full = test.says(
+        Node::A,
+        &[
+            "exec",
+            POD,
+            "--",
+            "/bin/sh",
+            "-c",
+            "head -c 80000000 /dev/zero > /big; r=$?; rm /big; exit $r",
+        ],
     )?;
-    is_whole(&file, least)
-}
-
-#[test]
-fn disks_move_with_their_pod_there_and_back() -> Result<()> {
-    let test = with_pod()?;
-    let mut floor = 0;
-    for from in [Node::A, Node::B] {
-        floor = said(&test, from, floor)?;
-        let report = test.moves(from)?;
-        let disk = report.disk.context("no disks in the report")?;
-        println!("{disk:?}, downtime {} ms", report.downtime_ms);
-        ensure!(
-            disk.disks == 2 && disk.rounds >= 2 && disk.bytes_sent > 0,
-            "{disk:?}"
-        );
-        ensure!(disk.bytes < disk.bytes_size, "{disk:?}");
-        let to = from.other();
-        floor = said(&test, to, floor)?;
-        let file = test.succeeds(
-            to,
-            &["exec", POD, "-c", "writer", "--", "/bin/cat", "/data/log"],
-        )?;
-        is_whole(&file, floor)?;
-        ensure!(!volume(&test, from).exists(), "the volume is left behind");
-        ensure!(
-            volume(&test, to).exists(),
-            "the volume is not among the volumes"
-        );
-    }
-    test.end()
-}
-
-#[test]
-fn killed_services_and_a_power_cut_leave_the_disk_at_its_owner() -> Result<()> {
-    let mut test = with_pod()?;
-    // Before the grant: the destination, and then the source.
-    for killed in [Node::B, Node::A] {
-        let id = test.begins(Node::A, &["--bandwidth", "2", "--compress", "none"])?;
-        test.comes_to(Node::A, &id, "the first blocks", |status| {
-            status.disk_bytes_sent > 0
-        })?;
-        test.lab().kill_node(killed)?;
-        if killed == Node::B {
-            test.fails(&id)?;
-        }
-        test.lab().start_node(killed)?;
-        test.runs_on(Node::A)?;
-        test.nothing_is_left_on(Node::B)?;
-        ensure!(
-            !volume(&test, Node::B).exists(),
-            "a part of the volume is left on b"
-        );
-        let floor = said(&test, Node::A, 0)?;
-        said(&test, Node::A, floor)?;
-    }
-    test.moves(Node::A)?;
-    let floor = said(&test, Node::B, 0)?;
-    // The power of the owner fails.
-    test.stop_probe()?;
-    let shown = test.succeeds(Node::B, &["--output", "json", "inspect", POD])?;
-    let shown: serde_json::Value = serde_json::from_str(&shown)?;
-    let vmm = shown["vmm_pid"].as_i64().context("no vmm_pid")?;
-    let vmm = ProcessId::of("the VMM", i32::try_from(vmm)?)?;
-    test.lab().kill_node(Node::B)?;
-    vmm.signal(Signal::SIGKILL)?;
-    is_whole_after_a_cut(&volume(&test, Node::B), floor)?;
-    test.lab().start_node(Node::B)?;
+    ensure!(
+        full.code != Some(0) && full.err.contains("space"),
+        "{full:?}"
+    );
+    // One pod at a time, and not to be taken from it.
+    let said = test.says(Node::A, &["volume", "rm", "records"])?;
+    ensure!(said.code == Some(4) && said.err.contains(POD), "{said:?}");
+    let count = goes_on(&test, count)?;
+    test.succeeds(Node::A, &["stop", POD])?;
+    let file = test.state(Node::A).join("volumes/records.img");
+    is_clean(&file)?;
+    // Another pod finds every record.
+    let check = format!(
+        "cd /data; for i in $(seq 1 {count}); do sha256sum -c s$i > /dev/null || exit 1; done; echo all $i"
+    );
+    test.run(Node::A, &yaml().replace(WRITER, &check), &[])?;
+    until("every record is there", || {
+        let log = test.succeeds(Node::A, &["logs", POD])?;
+        Ok(log.contains(&format!("all {count}")))
+    })?;
+    test.succeeds(Node::A, &["stop", POD])?;
+    test.succeeds(Node::A, &["volume", "rm", "records"])?;
     test.end()
 }

@@ -11,6 +11,7 @@ mod disks;
 mod fast;
 mod large_pages;
 mod limits;
+mod moving_disks;
 mod net;
 mod policies;
 mod postcopy;

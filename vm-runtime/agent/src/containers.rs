@@ -154,9 +154,14 @@ impl Container {
     }
 
     /// Takes its root apart, so that the disk below can be unmounted. After its end.
-    pub(crate) fn let_go(&self) {
-        if let Some(running) = &self.running {
-            disks::let_go(&running.root);
+    pub(crate) fn let_go(&mut self) {
+        if let Some(Running {
+            root, namespaces, ..
+        }) = self.running.take()
+        {
+            // An open namespace keeps its mounts.
+            drop(namespaces);
+            disks::let_go(&root);
         }
     }
 

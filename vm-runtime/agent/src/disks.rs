@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use guest_agent::protocol::message::Mount;
-use nix::mount::{MntFlags, MsFlags, umount2};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::boot::mount_at;
 
@@ -130,11 +130,15 @@ pub(crate) fn let_go(root: &Root) {
     umount2(&root.path, MntFlags::empty()).ok();
 }
 
-/// Writes everything back, and unmounts the disks that nobody uses any more. What is still in use is written back all the same.
+/// Writes everything back, and unmounts the disks; what somebody still has open becomes read-only at least, which leaves it as clean.
 pub(crate) fn unmount_all() {
     nix::unistd::sync();
     for entry in fs::read_dir(DISKS).into_iter().flatten().flatten() {
-        umount2(&entry.path(), MntFlags::empty()).ok();
+        let path = entry.path();
+        if umount2(&path, MntFlags::empty()).is_err() {
+            let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+            mount(None::<&str>, &path, None::<&str>, flags, None::<&str>).ok();
+        }
     }
 }
 

@@ -169,7 +169,7 @@ impl Pod {
             .is_some_and(|c| !c.storage.is_empty())
         {
             // Nothing that was written is lost, and the next mount has nothing to repair.
-            for container in self.containers.iter().rev() {
+            for container in self.containers.iter_mut().rev() {
                 container.let_go();
             }
             disks::unmount_all();
