@@ -111,11 +111,11 @@ fn what_a_pod_has_made_durable_outlives_killed_services_and_the_pod() -> Result<
             "--",
             "/bin/sh",
             "-c",
-            "head -c 80000000 /dev/zero > /big; r=$?; rm /big; exit $r",
+            "dd if=/dev/zero of=/big bs=64k count=1300; r=$?; rm /big; exit $r",
         ],
     )?;
     ensure!(
-        full.code != Some(0) && full.err.contains("space"),
+        full.code != Some(0) && full.err.contains("No space left"),
         "{full:?}"
     );
     // One pod at a time, and not to be taken from it.
