@@ -245,7 +245,7 @@ fn a_service_whose_tunnel_is_turned_off_relays_what_still_comes() -> anyhow::Res
 
 #[test]
 fn a_way_that_is_too_narrow_or_shut_is_found_out_and_the_relay_goes_on() -> anyhow::Result<()> {
-    let departed = departed(60_000)?;
+    let departed = departed(200_000)?;
     let lab = &departed.lab;
     let tried = |remote: &str| tunnel_to(&lab.a, &departed.at_a, remote);
 
