@@ -8,6 +8,7 @@ pub mod lab;
 pub mod large_pages;
 pub mod netns;
 pub mod packet;
+pub mod programs;
 pub mod registry;
 pub mod stack;
 pub mod xsk;

@@ -98,3 +98,18 @@ impl Connection {
         Ok(self.1.peer_addr()?)
     }
 }
+
+/// A namespace that is no node, on the nodes' network: 10.78.0.9 and fd78::9. Its end of the cable at the bridge `sw0` of `switch` is `p9`.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn world(switch: &Netns) -> anyhow::Result<Netns> {
+    let world = Netns::new()?;
+    world.ip("link add eth0 type veth peer name p9")?;
+    world.ip(&format!("link set p9 netns {}", switch.path().display()))?;
+    switch.ip("link set p9 master sw0 up")?;
+    world.ip("link set eth0 up")?;
+    world.ip("addr add 10.78.0.9/24 dev eth0")?;
+    world.ip("addr add fd78::9/64 dev eth0 nodad")?;
+    Ok(world)
+}

@@ -1,6 +1,7 @@
 //! The bytes of every message, pinned; [`properties`] is what must hold for any bytes at all.
 
 mod disks;
+mod missing;
 mod pages;
 mod properties;
 
@@ -13,7 +14,6 @@ use vm_runtime::units::{self, Epoch, PAGE_SIZE, PageIndex};
 
 use super::bulk::{Codec, Data, PacketKind, Urgent};
 use super::codec::{DecodeError, Message, encode};
-use super::fault::Fault;
 use super::frame::{Lane, take_frame};
 use super::id::MigrationId;
 use super::message::*;
@@ -162,64 +162,6 @@ fn control_messages_have_these_bytes() {
         ledger,
     };
     control(bye, &format!("17000000 18 {ID_HEX} 010203040506"));
-}
-
-#[test]
-fn messages_about_missing_pages_have_these_bytes() {
-    let bits = PageBits::of(&[0, 5, 0]).remove(0);
-    control(
-        bits,
-        "19000000 19 0000000000000000 0000000000000000 0500000000000000",
-    );
-    control(StaleEnd { last: true }, "02000000 1a 01");
-    control(StaleAck, "01000000 1b");
-    control(Wanted { pages: 300 }, "03000000 1c ac02");
-    let faults = FaultFigures {
-        missing: 1,
-        count: 2,
-        max_us: 3,
-        buckets: vec![(4, 5)],
-        took_us: 6,
-        mismatched: 7,
-    };
-    control(
-        MemoryComplete { faults },
-        "09000000 1d 01 02 03 01 04 05 06 07",
-    );
-    golden::<Fault>(
-        Fault::Request { page: PageIndex(7) },
-        "09000000 71 0700000000000000",
-    );
-    let raw = Bytes::from(vec![0xcd; PAGE_SIZE]);
-    let first = PageIndex(7);
-    let pages = Fault::Pages { first, raw };
-    golden::<Fault>(
-        pages,
-        &format!("09100000 72 0700000000000000 {}", "cd".repeat(PAGE_SIZE)),
-    );
-}
-
-#[test]
-fn bad_messages_about_pages_are_refused() {
-    let frames: [&[u8]; 4] = [
-        // Not a multiple of 64, and half a word.
-        b"\x09\0\0\0\x19\x01\0\0\0\0\0\0\0",
-        b"\x0d\0\0\0\x19\0\0\0\0\0\0\0\0\0\0\0\0",
-        // Beyond any file offset.
-        b"\x09\0\0\0\x19\0\0\0\0\0\0\0\x80",
-        b"\x01\0\0\0\x1a",
-    ];
-    for frame in frames {
-        assert!(parse::<Control>(frame).is_err(), "{frame:?}");
-    }
-    let frames: [&[u8]; 3] = [
-        b"\x0a\0\0\0\x71\0\0\0\0\0\0\0\0\0",
-        b"\x09\0\0\0\x72\0\0\0\0\0\0\0\0",
-        b"\x0a\0\0\0\x72\0\0\0\0\0\0\0\0\x01",
-    ];
-    for frame in frames {
-        assert!(parse::<Fault>(frame).is_err(), "{frame:?}");
-    }
 }
 
 #[test]

@@ -1,15 +1,15 @@
 //! The programs, loaded and attached to nothing: frames come by `BPF_PROG_TEST_RUN`.
 
 use anyhow::Context;
+use aya::Ebpf;
 use aya::maps::{Array, HashMap, MapData, PerCpuArray, RingBuf};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
-use aya::{Ebpf, EbpfLoader};
 use migrator_ebpf::{
     BUCKETS, Counter, CounterRow, Device, Endpoint, FrameBytes, Gate, Landing, Lead, Mode, SentKey,
     Steered, TraceEvent, Tunnel, bucket, bucket_index, names, settle,
 };
-use migrator_tests::netns::{BpfDir, require_root};
-use nix::mount::{MsFlags, mount};
+use migrator_tests::netns::BpfDir;
+use migrator_tests::programs;
 
 use crate::frames::{Frame, POD};
 
@@ -62,13 +62,7 @@ pub(crate) struct Change {
 
 impl Bench {
     pub(crate) fn new() -> anyhow::Result<Self> {
-        require_root();
-        let dir = BpfDir::new()?;
-        let none: Option<&str> = None;
-        mount(Some("bpf"), dir.path(), Some("bpf"), MsFlags::empty(), none)?;
-        let mut programs = EbpfLoader::new()
-            .default_map_pin_directory(dir.path())
-            .load(migrator::network::PROGRAMS)?;
+        let (dir, mut programs) = programs::load()?;
         for name in [names::GATE, names::GUARD, names::LANDING, names::STEER] {
             let program: &mut SchedClassifier = programs
                 .program_mut(name)

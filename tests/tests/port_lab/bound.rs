@@ -4,8 +4,7 @@ use anyhow::ensure;
 use migrator::network::conntrack::Bound;
 use migrator::network::{Port, PortError, Role};
 use migrator_tests::inbox::Guest;
-use migrator_tests::netns::Netns;
-use migrator_tests::stack::{Connection, Stack};
+use migrator_tests::stack::{Connection, Stack, world};
 use tokio::sync::mpsc;
 
 use super::tunnel::wide;
@@ -17,20 +16,6 @@ const RULES: [&str; 3] = [
     "add chain inet nat from { type nat hook postrouting priority 100 ; }",
     "add rule inet nat from ip saddr 10.77.0.0/24 ip daddr 10.78.0.9 masquerade",
 ];
-
-fn world(lab: &Lab) -> anyhow::Result<Netns> {
-    let world = Netns::new()?;
-    world.ip("link add eth0 type veth peer name p9")?;
-    world.ip(&format!(
-        "link set p9 netns {}",
-        lab.switch.path().display()
-    ))?;
-    lab.switch.ip("link set p9 master sw0 up")?;
-    world.ip("link set eth0 up")?;
-    world.ip("addr add 10.78.0.9/24 dev eth0")?;
-    super::wait_for_port(&lab.switch, "p9")?;
-    Ok(world)
-}
 
 fn filters(lab: &Lab, on: u8) -> anyhow::Result<()> {
     for family in ["iptables", "ip6tables"] {
@@ -55,7 +40,8 @@ fn kept(lab: &Lab, at_a: &Port) -> anyhow::Result<(Vec<Bound>, u64, String)> {
 #[test]
 fn a_connection_that_the_source_masquerades_goes_on_through_it() -> anyhow::Result<()> {
     let lab = Lab::with(wide())?;
-    let world = world(&lab)?;
+    let world = world(&lab.switch)?;
+    super::wait_for_port(&lab.switch, "p9")?;
     filters(&lab, 0)?;
     let a = &lab.a.netns;
     a.ip("addr add 10.77.0.254/24 dev br0")?;

@@ -4,10 +4,12 @@
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
-use migrator::network::{ExistingDevices, Port, Role, Stage};
+use migrator::network::{Port, Stage};
 
-use super::tunnel::{Departed, NODE_B, SLOT_A, departed_in, info, tunnel_to, wide};
-use super::{DEADLINE, Lab, Node, POD_MAC, check_ledger, pod};
+use super::tunnel::{
+    Departed, NODE_B, departed_in, info, next_service, tunnel_to, wait_until, wide,
+};
+use super::{DEADLINE, Lab, Node, check_ledger};
 
 fn departed(count: u64) -> anyhow::Result<Departed> {
     let lab = Lab::with(wide())?;
@@ -16,15 +18,7 @@ fn departed(count: u64) -> anyhow::Result<Departed> {
 }
 
 fn wait_for_xdp(node: &Node, port: &Port, least: u64) -> anyhow::Result<()> {
-    let until = Instant::now() + DEADLINE;
-    loop {
-        let ledger = node.ledger(port)?;
-        if ledger.reasons.forwarded_xdp >= least {
-            return Ok(());
-        }
-        ensure!(Instant::now() < until, "{ledger:?}");
-        std::thread::yield_now();
-    }
+    wait_until(node, port, |reasons| reasons.forwarded_xdp >= least)
 }
 
 #[test]
@@ -47,21 +41,12 @@ fn xdp_goes_on_while_no_service_runs_and_the_next_one_looks_after_it() -> anyhow
     let mut departed = departed(60_000)?;
     tunnel_to(&departed.lab.a, &departed.at_a, NODE_B[0])??;
     wait_for_xdp(&departed.lab.a, &departed.at_a, 1_000)?;
-    let existing = ExistingDevices {
-        tap: departed.at_a.tap_fd()?,
-        park: departed.at_a.park_fd()?,
-    };
     let before = departed.lab.a.ledger(&departed.at_a)?.reasons;
-    drop(departed.at_a);
-    let count = departed.inbox.count();
-    departed.inbox.wait_for_count(count + 10_000)?;
-    departed.lab.a.restart()?;
-    departed.at_a = departed.lab.a.attach(
-        &pod("pod", POD_MAC, 10),
-        SLOT_A,
-        Role::Local,
-        Some(existing),
-    )?;
+    departed.at_a = next_service(&mut departed.lab, departed.at_a, |_| {
+        departed
+            .inbox
+            .wait_for_count(departed.inbox.count() + 10_000)
+    })?;
     ensure!(departed.at_a.stage() == Stage::Forwarding);
     tunnel_to(&departed.lab.a, &departed.at_a, NODE_B[0])??;
     let sent = departed.sender.finish();

@@ -49,17 +49,26 @@ pub(super) fn info(node: &Node) -> anyhow::Result<TunnelInfo> {
     node.call(async move { network.tunnel_info().await })
 }
 
-/// Waits until at least so many frames have gone through the tunnel.
-fn tunnelled(node: &Node, port: &Port, least: u64) -> anyhow::Result<()> {
+/// Waits until a port's books say so.
+pub(super) fn wait_until(
+    node: &Node,
+    port: &Port,
+    so: impl Fn(&Reasons) -> bool,
+) -> anyhow::Result<()> {
     let until = Instant::now() + DEADLINE;
     loop {
         let ledger = node.ledger(port)?;
-        if ledger.reasons.forwarded_tunnel >= least {
+        if so(&ledger.reasons) {
             return Ok(());
         }
         ensure!(Instant::now() < until, "{ledger:?}");
         std::thread::yield_now();
     }
+}
+
+/// Waits until at least so many frames have gone through the tunnel.
+fn tunnelled(node: &Node, port: &Port, least: u64) -> anyhow::Result<()> {
+    wait_until(node, port, |reasons| reasons.forwarded_tunnel >= least)
 }
 
 /// A pod that has moved from a to b, under a load of `count` frames that all go to a.
@@ -98,6 +107,23 @@ pub(super) fn departed_in(lab: Lab, count: u64) -> anyhow::Result<Departed> {
         at_b,
         guest,
     })
+}
+
+/// Node a's service ends, and the next one finds the pod; what happens `meanwhile` is up to the kernel alone.
+pub(super) fn next_service(
+    lab: &mut Lab,
+    at_a: Port,
+    meanwhile: impl FnOnce(&mut Lab) -> anyhow::Result<()>,
+) -> anyhow::Result<Port> {
+    let existing = ExistingDevices {
+        tap: at_a.tap_fd()?,
+        park: at_a.park_fd()?,
+    };
+    drop(at_a);
+    meanwhile(lab)?;
+    lab.a.restart()?;
+    let pod = pod("pod", POD_MAC, 10);
+    lab.a.attach(&pod, SLOT_A, Role::Local, Some(existing))
 }
 
 impl Departed {
@@ -162,23 +188,13 @@ fn a_killed_service_leaves_the_tunnel_to_the_kernel_and_the_next_one_takes_it_ov
     let mut departed = departed(60_000)?;
     tunnel_to(&departed.lab.a, &departed.at_a, NODE_B[0])??;
     tunnelled(&departed.lab.a, &departed.at_a, 5_000)?;
-    let existing = ExistingDevices {
-        tap: departed.at_a.tap_fd()?,
-        park: departed.at_a.park_fd()?,
-    };
-    drop(departed.at_a);
-    // Nobody but the kernel is there to forward these.
-    let before = departed.inbox.count();
-    departed.inbox.wait_for_count(before + 10_000)?;
-    departed.lab.a.restart()?;
+    departed.at_a = next_service(&mut departed.lab, departed.at_a, |_| {
+        departed
+            .inbox
+            .wait_for_count(departed.inbox.count() + 10_000)
+    })?;
     let info = info(&departed.lab.a)?;
     ensure!(info.device.as_deref() == Some(TUNNEL_DEVICE), "{info:?}");
-    departed.at_a = departed.lab.a.attach(
-        &pod("pod", POD_MAC, 10),
-        SLOT_A,
-        Role::Local,
-        Some(existing),
-    )?;
     ensure!(departed.at_a.stage() == Stage::Forwarding);
     // Asked again, as the next service does: it goes on as it is.
     tunnel_to(&departed.lab.a, &departed.at_a, NODE_B[0])??;
@@ -201,25 +217,16 @@ fn a_service_whose_tunnel_is_turned_off_relays_what_still_comes() -> anyhow::Res
     // No frame is on its way while it is changed over.
     let sent = departed.sender.finish();
     departed.inbox.check(&sent)?;
-    let existing = ExistingDevices {
-        tap: departed.at_a.tap_fd()?,
-        park: departed.at_a.park_fd()?,
-    };
-    drop(departed.at_a);
-    departed.lab.a.setup.tunnel = None;
-    departed.lab.a.restart()?;
+    departed.at_a = next_service(&mut departed.lab, departed.at_a, |lab| {
+        lab.a.setup.tunnel = None;
+        Ok(())
+    })?;
     let gone = departed
         .lab
         .a
         .netns
         .ip(&format!("link show {TUNNEL_DEVICE}"));
     ensure!(gone.is_err(), "the device is gone");
-    departed.at_a = departed.lab.a.attach(
-        &pod("pod", POD_MAC, 10),
-        SLOT_A,
-        Role::Local,
-        Some(existing),
-    )?;
     let refused = tunnel_to(&departed.lab.a, &departed.at_a, NODE_B[0])?;
     ensure!(matches!(refused, Err(NoTunnel::Off)), "{refused:?}");
     let before = departed.lab.a.ledger(&departed.at_a)?;

@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use migrator_tests::inbox::Guest;
 use migrator_tests::netns::Netns;
-use migrator_tests::stack::{Connection, Stack};
+use migrator_tests::stack::{Connection, Stack, world};
 
 use crate::DEADLINE;
-use crate::cluster::{Body, Lab, POD_MAC, Pod, release};
+use crate::cluster::{Lab, POD_MAC};
+use crate::pod::{Body, Pod, release};
 
 /// Node a translates: what pods send to the world, and a port of its own to the pod. Whoever answers sees node a; the pod sees who asks.
 const RULES: &str = "
@@ -46,21 +47,6 @@ impl Body for Stack {
     fn start(&self, tap: OwnedFd) -> anyhow::Result<Guest> {
         Ok(Guest::wired(tap, self.tap.try_clone()?))
     }
-}
-
-/// What is around the nodes' network, and has no way to pods.
-fn world(lab: &Lab) -> anyhow::Result<Netns> {
-    let world = Netns::new()?;
-    world.ip("link add eth0 type veth peer name p9")?;
-    world.ip(&format!(
-        "link set p9 netns {}",
-        lab.switch.path().display()
-    ))?;
-    lab.switch.ip("link set p9 master sw0 up")?;
-    world.ip("link set eth0 up")?;
-    world.ip("addr add 10.78.0.9/24 dev eth0")?;
-    world.ip("addr add fd78::9/64 dev eth0 nodad")?;
-    Ok(world)
 }
 
 fn homes(lab: &Lab, node: usize) -> u64 {
@@ -105,7 +91,8 @@ impl Open {
 /// A pod with connections, on node a, which translates them.
 fn translated() -> anyhow::Result<(Lab, Netns, Stack, Pod, Open)> {
     let lab = Lab::new()?;
-    let (world, stack) = (world(&lab)?, guest()?);
+    // The world has no way to pods.
+    let (world, stack) = (world(&lab.switch)?, guest()?);
     let a = &lab.nodes[0].netns;
     for rule in RULES.lines().filter(|line| !line.is_empty()) {
         a.run("nft", rule)?;

@@ -3,15 +3,17 @@
 
 mod bound;
 mod cluster;
+mod pod;
 mod traffic;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use cluster::{Lab, Pod, addresses, release};
+use cluster::{Lab, addresses};
 use migrator::network::{Claim, Ledger};
 use migrator_tests::inbox::Inbox;
+use pod::{Pod, release};
 use traffic::Sender;
 use vm_runtime::units::{Epoch, MacAddress};
 

@@ -1,14 +1,14 @@
 //! The programs over maps of their own, attached to nothing.
 
+use aya::Ebpf;
 use aya::maps::xdp::DevMapHash;
 use aya::maps::{Array, HashMap, MapData, PerCpuArray, RingBuf};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions, Xdp};
-use aya::{Ebpf, EbpfLoader};
 use migrator_ebpf::{
     Counter, CounterRow, Device, FrameBytes, Gate, Local, Mode, Outer, bucket, bucket_index, names,
 };
-use migrator_tests::netns::{BpfDir, require_root};
-use nix::mount::{MsFlags, mount};
+use migrator_tests::netns::BpfDir;
+use migrator_tests::programs;
 
 use crate::frames::POD;
 
@@ -41,13 +41,7 @@ pub(crate) struct Bench {
 
 impl Bench {
     pub(crate) fn new() -> anyhow::Result<Self> {
-        require_root();
-        let dir = BpfDir::new()?;
-        let none: Option<&str> = None;
-        mount(Some("bpf"), dir.path(), Some("bpf"), MsFlags::empty(), none)?;
-        let mut programs = EbpfLoader::new()
-            .default_map_pin_directory(dir.path())
-            .load(migrator::network::PROGRAMS)?;
+        let (dir, mut programs) = programs::load()?;
         let program = programs.program_mut(names::UPLINK).expect("in the object");
         let uplink: &mut Xdp = program.try_into()?;
         uplink.load()?;

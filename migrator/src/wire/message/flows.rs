@@ -5,6 +5,25 @@ use serde::{Deserialize, Serialize};
 
 use crate::wire::codec::DecodeError;
 
+/// A message that is nothing but bytes, which others read.
+macro_rules! opaque {
+    ($($name:ident)*) => {$(
+        impl $name {
+            pub(super) fn head(&self, _out: &mut Vec<u8>) {}
+
+            pub(super) fn tail(&self) -> &[u8] {
+                &self.0
+            }
+
+            pub(super) fn parse(payload: Bytes) -> Result<Self, DecodeError> {
+                Ok(Self(payload))
+            }
+        }
+    )*};
+}
+
+opaque!(Flows Bound);
+
 /// Some of the pod's flows, as connection tracking has them. Opaque here, raw on the wire: a list in postcard of
 /// [`crate::network::conntrack::Flow`], which whoever takes it checks.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -13,16 +32,6 @@ pub struct Flows(pub Bytes);
 impl Flows {
     /// Flows that one frame holds: none is longer than 250 bytes, and the urgent lane's frames are of 128 KiB.
     pub const MAX: usize = 256;
-
-    pub(super) fn head(&self, _out: &mut Vec<u8>) {}
-
-    pub(super) fn tail(&self) -> &[u8] {
-        &self.0
-    }
-
-    pub(super) fn parse(payload: Bytes) -> Result<Self, DecodeError> {
-        Ok(Self(payload))
-    }
 }
 
 /// What became of the flows at the destination.
@@ -44,16 +53,6 @@ pub struct Bound(pub Bytes);
 impl Bound {
     /// Flows that one frame holds: none is longer than 70 bytes.
     pub const MAX: usize = 1024;
-
-    pub(super) fn head(&self, _out: &mut Vec<u8>) {}
-
-    pub(super) fn tail(&self) -> &[u8] {
-        &self.0
-    }
-
-    pub(super) fn parse(payload: Bytes) -> Result<Self, DecodeError> {
-        Ok(Self(payload))
-    }
 }
 
 /// What became of the bound flows at the destination.
