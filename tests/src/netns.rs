@@ -95,6 +95,17 @@ impl Netns {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
+    /// Sets what is at `key` below /proc/sys.
+    ///
+    /// # Errors
+    /// This kernel does not have it, or refuses.
+    pub fn sysctl(&self, key: &str, value: &str) -> anyhow::Result<()> {
+        let path = format!("/proc/sys/{key}");
+        let (at, value) = (path.clone(), value.to_owned());
+        join(self.spawn(move || std::fs::write(at, value)))
+            .with_context(|| format!("cannot write {path}"))
+    }
+
     /// Has a veth inside collect what it receives (generic receive offload). Then frames that XDP redirects to its other end come to it.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! `cargo xtask test`: everything that a change must pass. The last line of its output sums the tests up.
 
 use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result};
@@ -91,6 +92,7 @@ pub fn main(project: &Project, args: &Args) -> Result<ExitCode> {
 /// The `tests` crate: one test at a time, because they share the machine's two CPUs and the lab's names.
 fn root(project: &Project, filter: &[String]) -> Result<Tally> {
     setup::require_root("for the tests of the `tests` crate; `cargo xtask test unit` needs none")?;
+    bridge_filters()?;
     let image = demo_image::ensure(project)?;
     lab::build(project)?;
     let lab = Lab::new(project)?;
@@ -104,6 +106,15 @@ fn root(project: &Project, filter: &[String]) -> Result<Tally> {
         .env("MIGRATOR_QEMU10_DIR", qemu10::root(project))
         .env("MIGRATOR_LAB_DIR", lab.dir());
     tests(test.arg("--").arg("--test-threads=1").args(filter))
+}
+
+/// Tests of connection tracking look at what bridges pass on.
+fn bridge_filters() -> Result<()> {
+    if Path::new("/proc/sys/net/bridge").exists() {
+        return Ok(());
+    }
+    println!("test: modprobe br_netfilter: tests have rules that see what bridges pass on");
+    cmd::run(Command::new("modprobe").arg("br_netfilter"))
 }
 
 /// Runs cargo's tests with their output shown as it comes, and counted.

@@ -17,10 +17,10 @@ const RULES: [&str; 3] = [
     "add rule inet nat from ip saddr 10.77.0.0/24 ip daddr 10.78.0.9 masquerade",
 ];
 
-fn filters(lab: &Lab, on: u8) -> anyhow::Result<()> {
+fn filters(lab: &Lab, on: &str) -> anyhow::Result<()> {
     for family in ["iptables", "ip6tables"] {
-        let setting = format!("-qw net.bridge.bridge-nf-call-{family}={on}");
-        lab.a.netns.run("sysctl", &setting)?;
+        let key = format!("net/bridge/bridge-nf-call-{family}");
+        lab.a.netns.sysctl(&key, on)?;
     }
     Ok(())
 }
@@ -42,10 +42,10 @@ fn a_connection_that_the_source_masquerades_goes_on_through_it() -> anyhow::Resu
     let lab = Lab::with(wide())?;
     let world = world(&lab.switch)?;
     super::wait_for_port(&lab.switch, "p9")?;
-    filters(&lab, 0)?;
+    filters(&lab, "0")?;
     let a = &lab.a.netns;
     a.ip("addr add 10.77.0.254/24 dev br0")?;
-    a.run("sysctl", "-qw net.ipv4.conf.br0.forwarding=1")?;
+    a.sysctl("net/ipv4/conf/br0/forwarding", "1")?;
     for rule in RULES {
         a.run("nft", rule)?;
     }
@@ -61,11 +61,11 @@ fn a_connection_that_the_source_masquerades_goes_on_through_it() -> anyhow::Resu
     connection.lives_on()?;
 
     // A bridge that translates would send the answers nowhere.
-    filters(&lab, 1)?;
+    filters(&lab, "1")?;
     let (bound, unserved, problem) = kept(&lab, &at_a)?;
     ensure!(bound.is_empty() && unserved == 1, "{bound:?} {unserved}");
     ensure!(problem.contains("bridge-nf-call-iptables"), "{problem}");
-    filters(&lab, 0)?;
+    filters(&lab, "0")?;
 
     let at_b = lab
         .b

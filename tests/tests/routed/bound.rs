@@ -98,9 +98,9 @@ fn translated() -> anyhow::Result<(Lab, Netns, Stack, Pod, Open)> {
         a.run("nft", rule)?;
     }
     for state in ["time_wait", "close", "last_ack"] {
-        a.run(
-            "sysctl",
-            &format!("-qw net.netfilter.nf_conntrack_tcp_timeout_{state}=1"),
+        a.sysctl(
+            &format!("net/netfilter/nf_conntrack_tcp_timeout_{state}"),
+            "1",
         )?;
     }
     let pod = Pod::start(&lab, &stack)?;

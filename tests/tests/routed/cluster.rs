@@ -281,8 +281,8 @@ impl Lab {
         c.ip("link set eth1 up")?;
         c.ip("addr add 10.79.0.1/24 dev eth1")?;
         c.ip("addr add fd79::1/64 dev eth1 nodad")?;
-        c.run("sysctl", "-qw net.ipv4.conf.eth1.forwarding=1")?;
-        c.run("sysctl", "-qw net.ipv6.conf.all.forwarding=1")?;
+        c.sysctl("net/ipv4/conf/eth1/forwarding", "1")?;
+        c.sysctl("net/ipv6/conf/all/forwarding", "1")?;
         client.ip("link set eth0x up")?;
         client.ip("addr add 10.79.0.2/24 dev eth0x")?;
         client.ip("addr add fd79::2/64 dev eth0x nodad")?;
