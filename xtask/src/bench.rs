@@ -2,6 +2,7 @@
 
 mod demo;
 mod figures;
+mod image;
 mod memory;
 mod network;
 mod plan;
@@ -32,6 +33,8 @@ enum Form {
     Memory(plan::Args),
     /// The gate's cost, parking and injecting, the flip, and latency around a move, against plain sockets and QEMU's own
     Network(plan::Args),
+    /// Start without the image, reads through the block server, moves of disks and start from a template, against podman and QEMU's own
+    Image(plan::Args),
 }
 
 /// The verb.
@@ -44,5 +47,6 @@ pub fn main(project: &Project, args: &Args) -> Result<ExitCode> {
         Some(Form::Demo(args)) => demo::main(project, args),
         Some(Form::Memory(args)) => memory::main(project, args),
         Some(Form::Network(args)) => network::main(project, args),
+        Some(Form::Image(args)) => image::main(project, args),
     }
 }
