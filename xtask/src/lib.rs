@@ -5,6 +5,7 @@
 pub mod bench;
 pub mod check;
 pub mod cmd;
+pub mod data_image;
 pub mod deb;
 pub mod demo_image;
 pub mod guest;

@@ -9,6 +9,7 @@ mod connection;
 mod conntrack;
 mod disks;
 mod fast;
+mod images;
 mod large_pages;
 mod limits;
 mod moving_disks;

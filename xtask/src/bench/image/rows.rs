@@ -1,5 +1,7 @@
 //! The rows of the table: which cases each has, and what runs them.
 
+mod handover;
+
 use anyhow::Result;
 
 use crate::bench::figures::Record;
@@ -26,10 +28,14 @@ pub(super) struct Row {
 
 /// The rows that have a wanted case, in the order in which they run.
 pub(super) fn all(plan: &Plan) -> Vec<Row> {
-    let mut rows: Vec<Row> = vec![];
+    let mut rows: Vec<Row> = vec![row("handover", handover::cases(plan.quick), handover::run)];
     for row in &mut rows {
         row.cases.retain(|case| plan.wants(case));
     }
     rows.retain(|row| !row.cases.is_empty());
     rows
+}
+
+fn row(name: &'static str, cases: Vec<String>, run: Run) -> Row {
+    Row { name, cases, run }
 }
