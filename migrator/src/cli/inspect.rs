@@ -146,13 +146,13 @@ mod tests {
             waiting: 0,
             problem: None,
         };
-        assert_eq!(describe_image(&image), "  app:1  4MiB, all here\n");
+        assert_eq!(describe_image(&image), "  app:1  4.0 MiB, all here\n");
         image.here_bytes = 1 << 20;
         image.waiting = 2;
         image.problem = Some("peer b: does not have it".to_owned());
         assert_eq!(
             describe_image(&image),
-            "  app:1  4MiB, 1MiB of it here, the pod waits for 2 chunks: peer b: does not have it\n"
+            "  app:1  4.0 MiB, 1.0 MiB of it here, the pod waits for 2 chunks: peer b: does not have it\n"
         );
     }
 }

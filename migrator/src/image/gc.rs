@@ -6,7 +6,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::digest::Digest;
 use super::record::ImageRecord;
-use super::store::{ImageStore, State, unshared};
+use super::store::{ImageStore, State};
+use super::store_chunks::unshared;
 use super::store_files::{StoreError, io_error};
 
 /// Until when images are kept, in milliseconds of Unix time, by [`ImageRecord::id`].

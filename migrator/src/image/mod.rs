@@ -48,6 +48,7 @@ mod pax;
 mod rootfs;
 mod save;
 mod source;
+mod store_chunks;
 mod store_files;
 mod store_load;
 mod sys;

@@ -14,19 +14,18 @@
 //! A folder appears under its final name only when all of it is on the disk, and disappears from it before
 //! anything in it is removed.
 
+use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bytes::Bytes;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use tempfile::TempDir;
 
-use super::chunks::{Chunk, Chunks, ImageExport, UseOrder};
+use super::chunks::{Chunks, UseOrder};
 use super::content::Content;
 use super::digest::Digest;
 use super::gc::Leases;
@@ -34,9 +33,7 @@ use super::holds::{Holds, ImageHold};
 use super::import::{self, ImportError, ImportLimits};
 use super::name;
 use super::record::ImageRecord;
-use super::store_files::{
-    CHUNKS, ORDER, RECORD, TMP, io_error, sync_folder, write_json, write_synced,
-};
+use super::store_files::{CHUNKS, RECORD, TMP, io_error, sync_folder, write_json, write_synced};
 
 pub use super::store_files::StoreError;
 
@@ -50,9 +47,9 @@ pub struct ImageStore {
     root: PathBuf,
     limits: ImportLimits,
     content: Arc<Content>,
-    chunks: Arc<Chunks>,
+    pub(super) chunks: Arc<Chunks>,
     /// By the image's bytes.
-    orders: Mutex<BTreeMap<Digest, Arc<UseOrder>>>,
+    pub(super) orders: Mutex<BTreeMap<Digest, Arc<UseOrder>>>,
     state: Mutex<State>,
     holds: Arc<Holds>,
     _lock: Flock<File>,
@@ -174,94 +171,6 @@ impl ImageStore {
         self.drop_images(&mut state, &[id]);
         Ok(())
         // The files go when `doomed` is dropped.
-    }
-
-    /// Removes all chunks that no image needs.
-    pub(super) fn sweep_all(&self) {
-        let state = self.state();
-        let images = state.images.values();
-        let needed = images.flat_map(|record| record.chunks.iter().copied());
-        self.chunks.keep_only(&needed.collect());
-    }
-
-    /// The image's folder is gone: its chunks go that no other image needs.
-    pub(super) fn drop_images(&self, state: &mut State, ids: &[Digest]) {
-        let chunks = unshared(state, ids);
-        for id in ids {
-            if let Some(record) = state.images.remove(id) {
-                let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
-                orders.remove(&record.erofs_digest);
-            }
-        }
-        self.chunks.remove(chunks.into_keys());
-    }
-
-    /// Removes those of these chunks that no image needs.
-    pub(crate) fn sweep(&self, digests: &BTreeSet<Digest>) {
-        // While no image can come or go.
-        let state = self.state();
-        let images = state.images.values();
-        let needed: BTreeSet<&Digest> = images.flat_map(|record| &record.chunks).collect();
-        let unneeded = digests.iter().filter(|digest| !needed.contains(digest));
-        self.chunks.remove(unneeded.copied());
-    }
-
-    /// The image with these bytes ([`ImageRecord::erofs_digest`]), as a VM reads it; `path` is for messages.
-    pub fn export(&self, digest: &Digest, path: PathBuf) -> Result<ImageExport, StoreError> {
-        let (id, record) = self.by_bytes(digest)?;
-        let order = self.order_of(id, &record);
-        let chunks = Arc::clone(&self.chunks);
-        Ok(ImageExport::new(record, chunks, order, path))
-    }
-
-    /// In which order the chunks of the image with these bytes were first read.
-    pub fn order(&self, digest: &Digest) -> Result<Arc<UseOrder>, StoreError> {
-        let (id, record) = self.by_bytes(digest)?;
-        Ok(self.order_of(id, &record))
-    }
-
-    /// The chunks of an image that were read, in the order in which they first were; none if the image is not here.
-    pub fn first_uses(&self, record: &ImageRecord) -> Vec<u32> {
-        let order = self.order(&record.erofs_digest);
-        order.map(|order| order.list()).unwrap_or_default()
-    }
-
-    fn order_of(&self, id: Digest, record: &ImageRecord) -> Arc<UseOrder> {
-        let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
-        let order = orders.entry(record.erofs_digest).or_insert_with(|| {
-            let path = self.folder(id).join(ORDER);
-            Arc::new(UseOrder::open(&path, record.chunks.len()))
-        });
-        Arc::clone(order)
-    }
-
-    /// Reads chunk `index` of the image with these bytes, and verifies it.
-    pub fn read_chunk(&self, digest: &Digest, index: u32) -> Result<Bytes, StoreError> {
-        let (_, record) = self.by_bytes(digest)?;
-        let image = record.erofs_digest;
-        if index as usize >= record.chunks.len() {
-            return Err(StoreError::NoChunk { image, index });
-        }
-        match self.chunks.read(&record, index) {
-            Chunk::Here(bytes) => Ok(bytes),
-            Chunk::Missing | Chunk::Damaged => Err(StoreError::Damaged { image, index }),
-            Chunk::Misfit => Err(StoreError::Misfit { index }),
-        }
-    }
-
-    /// The chunks of all images.
-    pub fn chunks(&self) -> &Arc<Chunks> {
-        &self.chunks
-    }
-
-    /// Every image.
-    pub fn records(&self) -> Vec<Arc<ImageRecord>> {
-        self.state().images.values().cloned().collect()
-    }
-
-    /// The image with these bytes ([`ImageRecord::erofs_digest`]).
-    pub fn record(&self, digest: &Digest) -> Result<Arc<ImageRecord>, StoreError> {
-        self.by_bytes(digest).map(|(_, record)| record)
     }
 
     /// Blobs of registries.
@@ -396,28 +305,10 @@ impl ImageStore {
         Ok((*id, record.clone()))
     }
 
-    /// Makes an image one of the store's of which not every chunk needs to be here. It gets its name unless another image here has it.
-    ///
-    /// # Errors
-    /// The record is not valid or does not fit a chunk that is here, or it cannot be written.
-    pub fn adopt(&self, record: ImageRecord) -> Result<(ImageRecord, ImageHold), StoreError> {
-        record.validate()?;
-        self.check_lengths(&record)?;
-        self.commit(self.scratch()?, record, false)
-    }
-
-    /// Refuses a record that gives a chunk that is here another length than it has.
-    pub(super) fn check_lengths(&self, record: &ImageRecord) -> Result<(), StoreError> {
-        for (index, digest) in (0u32..).zip(&record.chunks) {
-            let len = record.chunk_len(index) as u64;
-            if self.chunks.len_of(digest).is_some_and(|found| found != len) {
-                return Err(StoreError::Misfit { index });
-            }
-        }
-        Ok(())
-    }
-
-    fn by_bytes(&self, digest: &Digest) -> Result<(Digest, Arc<ImageRecord>), StoreError> {
+    pub(super) fn by_bytes(
+        &self,
+        digest: &Digest,
+    ) -> Result<(Digest, Arc<ImageRecord>), StoreError> {
         let state = self.state();
         let mut images = state.images.iter();
         images
@@ -447,18 +338,4 @@ impl ImageStore {
     pub(super) fn write_leases(&self, leases: &Leases) -> Result<(), StoreError> {
         write_json(&self.root, LEASES, leases)
     }
-}
-
-/// The chunks that only these images need, with their lengths in bytes.
-pub(super) fn unshared(state: &State, ids: &[Digest]) -> BTreeMap<Digest, u64> {
-    let mut chunks = BTreeMap::new();
-    for record in ids.iter().filter_map(|id| state.images.get(id)) {
-        let lengths = (0u32..).zip(&record.chunks);
-        chunks.extend(lengths.map(|(index, chunk)| (*chunk, record.chunk_len(index) as u64)));
-    }
-    let others = state.images.iter().filter(|(id, _)| !ids.contains(id));
-    for chunk in others.flat_map(|(_, record)| &record.chunks) {
-        chunks.remove(chunk);
-    }
-    chunks
 }

@@ -34,7 +34,10 @@ impl ImageStore {
             } else if let Ok(id) = Digest::from_hex(&name) {
                 match load_image(&path) {
                     Ok(record) if record.id() == id => {
-                        self.convert(&path, &record)?;
+                        if let Err(error) = self.convert(&path, &record) {
+                            // A full disk, say. What lacks is fetched when it is read, or cut out at the next start.
+                            tracing::error!(image = record.name, %error, "the image's file is not cut into chunks");
+                        }
                         drop(state.images.insert(id, Arc::new(record)));
                     }
                     Ok(_) => {

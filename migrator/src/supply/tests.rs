@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{Lacking, PeerSource, Supply, Wanted, serve};
+use super::{Counted, Lacking, PeerSource, Supply, Wanted, serve};
 use crate::block::{DiskError, ReadOnly};
 use crate::image::record::{CHUNK_SIZE, ImageConfig};
 use crate::image::{Digest, ImageExport, ImageRecord, ImageStore};
@@ -89,10 +89,16 @@ impl Node {
     }
 
     fn supply(&self) -> Supply {
+        self.held_back().0
+    }
+
+    /// Nothing is filled as long as the second is there.
+    fn held_back(&self) -> (Supply, Counted) {
         let images = Arc::clone(&self.images);
         let supply = Supply::new(images, CancellationToken::new(), TaskTracker::new());
+        let arriving = supply.arriving();
         supply.start();
-        supply
+        (supply, arriving)
     }
 }
 
@@ -151,7 +157,7 @@ async fn what_a_vm_reads_comes_from_a_peer_while_it_waits() {
     let ca = Authority::new();
     let (here, there) = (Node::with([]), Node::with(0..8));
     let (addr, _listening) = there.listen(&ca, "b").await;
-    let supply = here.supply();
+    let (supply, _arriving) = here.held_back();
     supply.add(peer(&ca, "b", addr));
     let export = here.export();
     // Across two chunks, and the end.
@@ -236,7 +242,7 @@ async fn what_was_read_first_comes_first_and_only_a_part_before_the_guest() {
     let ca = Authority::new();
     let (here, there) = (Node::with([]), Node::with(0..8));
     let (addr, _listening) = there.listen(&ca, "b").await;
-    let supply = here.supply();
+    let (supply, arriving) = here.held_back();
     supply.add(peer(&ca, "b", addr));
     let record = Arc::new(record());
     let order = here.images.order(&record.erofs_digest).unwrap();
@@ -244,7 +250,6 @@ async fn what_was_read_first_comes_first_and_only_a_part_before_the_guest() {
     order.add(&[6, 2, 9, 6, 4], record.chunks.len());
     let lacking = supply.missing(&record).await.unwrap();
     assert_eq!(lacking, [6, 2, 4, 0, 1, 3, 5, 7]);
-    let arriving = supply.arriving();
     supply.fill(&record);
     supply.head(&record, 2 * CHUNK as u64 + 5).await;
     assert_eq!(here.images.chunks().missing(&record), [0, 1, 3, 4, 5, 7]);

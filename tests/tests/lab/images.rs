@@ -1,7 +1,5 @@
 //! Pods that move before their images are there.
 
-use std::path::PathBuf;
-
 use anyhow::{Context, Result, ensure};
 use migrator::api::types::{ImageInfo, PodDetail};
 use migrator::migration::status::{ImageReport, Phase};
@@ -10,8 +8,8 @@ use xtask::lab::Node;
 use xtask::process::poll_until;
 use xtask::{data_image, demo_image};
 
-/// The data of the image, in MiB: some seconds' worth.
-const MIB: u32 = 160;
+/// The data of the image, in MiB. An emulated guest hashes one or two of them a second on a busy machine.
+const MIB: u32 = 48;
 
 /// The usual pod, of the image with data.
 fn yaml() -> String {
@@ -102,7 +100,7 @@ fn a_pod_moves_before_its_image_is_there_and_reads_all_of_it_while_the_source_is
 }
 
 #[test]
-fn little_crosses_before_the_resume_and_all_of_it_where_that_is_wished() -> Result<()> {
+fn all_of_an_image_crosses_before_the_grant_where_that_is_wished_and_else_little() -> Result<()> {
     let mut test = TestLab::up()?;
     let layout = data_image::ensure(test.project(), MIB)?;
     test.import(Node::A, &layout, &[])?;
@@ -111,32 +109,25 @@ fn little_crosses_before_the_resume_and_all_of_it_where_that_is_wished() -> Resu
         println!("{:?}", report.images);
         report.images.context("no images in the report")
     };
-    let little = moved(test.moves(Node::A)?)?;
-    ensure!(little.bytes_here == 0, "{little:?}");
-    ensure!(
-        little.bytes_before_resume * 20 < little.bytes_size,
-        "{little:?}"
-    );
-    ensure!(sums(&test, Node::B)? == data_image::sums(MIB));
-    // On node a the image is as good as gone.
-    let chunks: PathBuf = test.state(Node::A).join("images/chunks");
-    test.restart(Node::A, || {
-        for entry in std::fs::read_dir(&chunks)?.flatten() {
-            std::fs::remove_dir_all(entry.path())?;
-        }
-        Ok(())
-    })?;
-    let verify = test.says(Node::A, &["image", "verify", data_image::REFERENCE])?;
-    ensure!(verify.out.contains("missing"), "{verify:?}");
-    let all = moved(test.moves_with(Node::B, &["--images", "complete"])?)?;
+    let all = moved(test.moves_with(Node::A, &["--images", "complete"])?)?;
     ensure!(
         all.bytes_before_resume * 20 > all.bytes_size * 19,
         "{all:?}"
     );
     // It depends on nobody.
-    test.lab().kill_node(Node::B)?;
+    test.restart(Node::A, || {
+        ensure!(sums(&test, Node::B)? == data_image::sums(MIB));
+        let verify = ["image", "verify", data_image::REFERENCE];
+        test.succeeds(Node::B, &verify).map(drop)
+    })?;
+    // The other way, to a node that has nothing of it any more.
+    test.succeeds(Node::A, &["image", "rm", data_image::REFERENCE])?;
+    let little = moved(test.moves(Node::B)?)?;
+    ensure!(little.bytes_here * 20 < little.bytes_size, "{little:?}");
+    ensure!(
+        little.bytes_before_resume * 20 < little.bytes_size,
+        "{little:?}"
+    );
     ensure!(sums(&test, Node::A)? == data_image::sums(MIB));
-    test.succeeds(Node::A, &["image", "verify", data_image::REFERENCE])?;
-    test.lab().start_node(Node::B)?;
     test.end()
 }

@@ -11,9 +11,9 @@ use crate::image::record::{BadRecord, CHUNK_SIZE, ImageConfig, ImageRecord};
 use crate::image::store::{ImageStore, StoreError};
 use crate::image::store_files::EROFS;
 
-const CHUNK: usize = CHUNK_SIZE as usize;
+pub(super) const CHUNK: usize = CHUNK_SIZE as usize;
 
-fn record(name: &str, bytes: &[u8]) -> ImageRecord {
+pub(super) fn record(name: &str, bytes: &[u8]) -> ImageRecord {
     let chunks: Vec<Digest> = bytes.chunks(CHUNK).map(Digest::of).collect();
     let size = bytes.len() as u64;
     ImageRecord {
@@ -27,19 +27,19 @@ fn record(name: &str, bytes: &[u8]) -> ImageRecord {
     }
 }
 
-struct Node {
-    folder: tempfile::TempDir,
-    store: Arc<ImageStore>,
+pub(super) struct Node {
+    pub(super) folder: tempfile::TempDir,
+    pub(super) store: Arc<ImageStore>,
 }
 
 impl Node {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let store = Arc::new(ImageStore::open(&folder.path().join("images")).unwrap());
         Self { folder, store }
     }
 
-    fn put(&self, name: &str, bytes: &[u8]) -> ImageRecord {
+    pub(super) fn put(&self, name: &str, bytes: &[u8]) -> ImageRecord {
         let scratch = self.store.scratch().unwrap();
         for chunk in bytes.chunks(CHUNK) {
             self.store.chunks().put(&Digest::of(chunk), chunk).unwrap();
@@ -51,7 +51,7 @@ impl Node {
     }
 
     /// An image as earlier versions kept it; the store sees it when it is opened again.
-    fn put_file(&self, record: &ImageRecord, bytes: &[u8]) {
+    pub(super) fn put_file(&self, record: &ImageRecord, bytes: &[u8]) {
         let folder = self.folder.path().join("images").join(record.id().hex());
         fs::create_dir(&folder).unwrap();
         fs::write(folder.join(EROFS), bytes).unwrap();
@@ -66,7 +66,7 @@ impl Node {
     }
 
     /// How many chunks there are, of whatever image.
-    fn chunks(&self) -> usize {
+    pub(super) fn chunks(&self) -> usize {
         let folders = fs::read_dir(self.store.chunks().root()).unwrap();
         let folders = folders.map(|entry| entry.unwrap().path());
         let folders = folders.filter(|path| !path.ends_with("bad"));
@@ -75,7 +75,7 @@ impl Node {
             .sum()
     }
 
-    fn reopen(self) -> Self {
+    pub(super) fn reopen(self) -> Self {
         let Self { folder, store } = self;
         drop(store);
         let store = Arc::new(ImageStore::open(&folder.path().join("images")).unwrap());
@@ -91,7 +91,7 @@ impl Node {
             .collect()
     }
 
-    fn bytes(&self, record: &ImageRecord) -> Vec<u8> {
+    pub(super) fn bytes(&self, record: &ImageRecord) -> Vec<u8> {
         let read = |index| self.store.read_chunk(&record.erofs_digest, index).unwrap();
         let indices = 0..record.chunks.len() as u32;
         indices.flat_map(|index| read(index).to_vec()).collect()
@@ -99,7 +99,7 @@ impl Node {
 }
 
 /// Five chunks: two of them equal, the last one short.
-fn image() -> Vec<u8> {
+pub(super) fn image() -> Vec<u8> {
     let mut bytes = noise(1, 2 * CHUNK);
     bytes.extend_from_slice(&noise(2, CHUNK));
     bytes.extend_from_slice(&noise(2, CHUNK));
@@ -305,63 +305,6 @@ fn a_damaged_local_image_is_not_a_source() {
     new.truncate(4 * CHUNK);
     let (_incoming, missing) = Incoming::begin(&node.store, record("new:1", &new)).unwrap();
     assert_eq!(missing, [0]);
-}
-
-#[test]
-fn an_image_that_an_earlier_version_kept_in_a_file_is_cut_into_chunks() {
-    let node = Node::new();
-    let whole = record("old:1", &image());
-    node.put_file(&whole, &image());
-    let node = node.reopen();
-    assert_eq!(node.bytes(&whole), image());
-    let folder = node.folder.path().join("images").join(whole.id().hex());
-    assert!(!folder.join(EROFS).exists());
-    let node = node.reopen();
-    assert_eq!(node.bytes(&whole), image());
-}
-
-#[test]
-fn what_is_damaged_in_an_old_file_is_missing_and_the_rest_is_not() {
-    let node = Node::new();
-    let old = record("old:1", &image());
-    let mut rotten = image();
-    rotten[CHUNK + 3] ^= 1;
-    node.put_file(&old, &rotten);
-    let node = node.reopen();
-    assert_eq!(node.store.chunks().missing(&old), [1]);
-}
-
-#[test]
-fn chunks_that_images_share_are_there_once_and_go_with_the_last() {
-    let node = Node::new();
-    node.put("a:1", &image());
-    let mut similar = image();
-    similar[5] ^= 1;
-    let similar = node.put("b:1", &similar);
-    // Four different ones, and the one that was changed.
-    assert_eq!(node.chunks(), 5);
-    node.store.remove("a:1", &[]).unwrap();
-    assert_eq!(node.chunks(), 4);
-    assert!(node.store.chunks().missing(&similar).is_empty());
-    let node = node.reopen();
-    node.store.remove("b:1", &[]).unwrap();
-    assert_eq!(node.chunks(), 0);
-}
-
-#[test]
-fn chunks_that_a_crash_left_without_an_image_go_at_the_next_start() {
-    let node = Node::new();
-    let record = node.put("a:1", &image());
-    let stray = noise(6, CHUNK);
-    node.store
-        .chunks()
-        .put(&Digest::of(&stray), &stray)
-        .unwrap();
-    fs::write(node.store.chunks().root().join(".tmp-7"), b"half").unwrap();
-    let node = node.reopen();
-    assert_eq!(node.chunks(), 4);
-    assert!(!node.store.chunks().root().join(".tmp-7").exists());
-    assert_eq!(node.bytes(&record), image());
 }
 
 #[test]

@@ -91,9 +91,13 @@ pub(super) async fn take_in(
         for record in &images.later {
             node.supply.fill(record);
             let (supply, record) = (node.supply.clone(), Arc::clone(record));
+            let shutdown = node.shutdown.clone();
             node.tasks.spawn(async move {
                 let budget = record.erofs_size / HEAD_DIVISOR;
-                supply.head(&record, budget).await;
+                tokio::select! {
+                    () = supply.head(&record, budget) => {}
+                    () = shutdown.cancelled() => {}
+                }
             });
         }
     }

@@ -87,12 +87,12 @@ pub(super) async fn send_images(
             })?;
         let digest: Digest = disk.image_digest.parse().map_err(|error| chain(&error))?;
         for index in want.chunks {
-            let images = Arc::clone(&node.images);
+            let (images, shutdown) = (Arc::clone(&node.images), node.shutdown.clone());
             let chunk = blocking(move || {
                 let record = images.record(&digest).map_err(|error| chain(&error))?;
                 // It may not be here itself yet.
                 let until = std::time::Instant::now() + CHUNK_WITHIN;
-                let over = || std::time::Instant::now() >= until;
+                let over = || shutdown.is_cancelled() || std::time::Instant::now() >= until;
                 let chunk = images.chunks().wait(&record, index, &over);
                 chunk.map_err(|_| {
                     format!(
