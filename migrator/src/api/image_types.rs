@@ -86,6 +86,20 @@ pub struct PushRequest {
     /// As in [`PullRequest`].
     #[serde(default)]
     pub plain_http: bool,
+    /// Push the image's chunks, too. Its layers need not be kept, if the registry has the image.
+    #[serde(default)]
+    pub chunks: bool,
+}
+
+/// What a push says of an image's chunks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PushedChunks {
+    /// Digest of the manifest that leads to them.
+    pub digest: String,
+    /// Bytes that they have in the registry.
+    pub packed_bytes: u64,
+    /// Bytes that these are on a node.
+    pub plain_bytes: u64,
 }
 
 /// Body of `POST /v1/saves`.
@@ -169,6 +183,9 @@ pub enum TransferEvent {
         digest: String,
         /// Bytes of blobs that crossed the network.
         transferred_bytes: u64,
+        /// Its chunks, if they were pushed.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        chunks: Option<PushedChunks>,
     },
     /// It failed.
     Failed {

@@ -23,16 +23,20 @@ pub mod credentials;
 pub mod progress;
 pub mod reference;
 
+pub mod chunks;
+
 mod challenge;
 mod endpoint;
 mod failure;
 mod fetch;
 mod http;
+mod lazy;
 mod pull;
 mod push;
 mod retry;
 mod session;
 mod setup;
+mod upload;
 
 pub use credentials::BadCredentials;
 pub use failure::RequestError;

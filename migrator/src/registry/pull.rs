@@ -9,6 +9,7 @@ use futures::future::FutureExt;
 use futures::stream::{self, StreamExt, TryStreamExt};
 use tokio_util::sync::CancellationToken;
 
+use super::chunks::OpenError;
 use super::endpoint;
 use super::failure::RequestError;
 use super::fetch::{self, FetchError, Fetched};
@@ -80,6 +81,14 @@ pub enum PullError {
         reference: String,
         /// Why.
         source: ManifestError,
+    },
+    /// Its chunks.
+    #[error("the chunks of `{reference}` cannot be used")]
+    Chunks {
+        /// What was asked for.
+        reference: String,
+        /// Why.
+        source: OpenError,
     },
     /// The blobs of the store.
     #[error(transparent)]
@@ -275,7 +284,7 @@ enum Outcome {
 }
 
 /// Asks one host after the other for the image's manifest. That host is asked first for the blobs, too.
-async fn resolve(
+pub(super) async fn resolve(
     mut sessions: Vec<Arc<Session>>,
     reference: &Reference,
     options: &PullOptions,
@@ -333,7 +342,12 @@ async fn resolve_at(
 impl PullError {
     /// What the registry failed with, if it is that.
     pub fn request(&self) -> Option<&RequestError> {
-        let Self::Fetch { source, .. } = self else {
+        let (Self::Fetch { source, .. }
+        | Self::Chunks {
+            source: OpenError::Fetch(source),
+            ..
+        }) = self
+        else {
             return None;
         };
         match source {
