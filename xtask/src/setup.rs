@@ -21,6 +21,9 @@ pub struct Args {
     /// Also what only the tests need: tools that make container images, and QEMU 10 beside 7.2
     #[arg(long)]
     pub tests: bool,
+    /// Also what the benchmarks compare with
+    #[arg(long)]
+    pub bench: bool,
 }
 
 /// One Debian package, and why it is needed.
@@ -135,6 +138,24 @@ const TESTS: &[Package] = &[
     },
 ];
 
+const BENCH: &[Package] = &[
+    Package {
+        name: "docker-registry",
+        program: Some("docker-registry"),
+        why: "benchmarks: a registry that both sides pull from",
+    },
+    Package {
+        name: "podman",
+        program: Some("podman"),
+        why: "benchmarks: pulls an image and starts it, in folders of its own, to compare with",
+    },
+    Package {
+        name: "runc",
+        program: Some("runc"),
+        why: "benchmarks: runs podman's containers",
+    },
+];
+
 /// The verb.
 ///
 /// # Errors
@@ -179,6 +200,9 @@ fn packages(args: &Args) -> Result<()> {
     }
     if args.tests {
         wanted.extend(TESTS);
+    }
+    if args.bench {
+        wanted.extend(BENCH);
     }
     wanted.retain(|package| {
         package

@@ -64,6 +64,7 @@ pub fn main(project: &Project, args: &Args) -> Result<ExitCode> {
         &setup::Args {
             no_install: false,
             tests: wants(Part::Root),
+            bench: false,
         },
     )?;
     let clean = !wants(Part::Check) || check::all(project);
