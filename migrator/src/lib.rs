@@ -24,5 +24,6 @@ pub mod migration;
 pub mod network;
 pub mod pods;
 pub mod registry;
+pub mod supply;
 pub mod volumes;
 pub mod wire;

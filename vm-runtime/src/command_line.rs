@@ -22,6 +22,9 @@ pub const AGENT_PORT: &str = "migrator.agent";
 /// restarted is back within seconds; a guest that waits can be saved yet, one that saw an error has its file system read-only.
 const RECONNECT_DELAY: u32 = 86_400;
 
+/// What the name of an image's socket ends with: a path with another name is a file.
+const SOCKET: &str = "nbd";
+
 /// PCI slots on the root bus. 0x1f is the chipset's own; images start at [`slot::DISK`] and go up, writable disks at
 /// [`slot::WRITABLE`] and go down.
 mod slot {
@@ -69,7 +72,7 @@ pub struct Local<'a> {
     pub kernel: &'a Path,
     /// The initramfs.
     pub initramfs: &'a Path,
-    /// One read-only file an image of the spec, in its order, then the socket of each writable disk.
+    /// Of each image of the spec, in its order, the socket that it is served at (`*.nbd`) or its file; then the socket of each writable disk.
     pub disks: &'a [PathBuf],
     /// `-L` folders.
     pub data_dirs: &'a [PathBuf],
@@ -221,16 +224,23 @@ impl Args {
     fn disk(&mut self, index: usize, serial: &str, path: &Path) {
         // As JSON, a path may hold commas; lossy only for names that are no UTF-8, which our
         // own image store never makes.
-        let node = serde_json::json!({
-            "driver": "raw",
-            "file": {
-                "driver": "file",
-                "filename": path.to_string_lossy(),
+        let name = format!("disk{index}");
+        let path_text = path.to_string_lossy();
+        let node = match path.extension().is_some_and(|ext| ext == SOCKET) {
+            true => serde_json::json!({
+                "driver": "nbd",
+                "server": { "type": "unix", "path": path_text },
+                "reconnect-delay": RECONNECT_DELAY,
+                "node-name": name,
                 "read-only": true,
-            },
-            "node-name": format!("disk{index}"),
-            "read-only": true,
-        });
+            }),
+            false => serde_json::json!({
+                "driver": "raw",
+                "file": { "driver": "file", "filename": path_text, "read-only": true },
+                "node-name": name,
+                "read-only": true,
+            }),
+        };
         self.pair("-blockdev", node.to_string());
         self.device(
             &format!("virtio-blk-pci,drive=disk{index},serial={serial}"),
@@ -337,6 +347,16 @@ mod tests {
 -device virtio-balloon-pci,id=balloon0,free-page-reporting=on,bus=pcie.0,addr=0x5,disable-legacy=on,disable-modern=off
 -blockdev {\"driver\":\"raw\",\"file\":{\"driver\":\"file\",\"filename\":\"/i/a,b.erofs\",\"read-only\":true},\"node-name\":\"disk0\",\"read-only\":true}
 -device virtio-blk-pci,drive=disk0,serial=img0,bus=pcie.0,addr=0x8,disable-legacy=on,disable-modern=off";
+
+    #[test]
+    fn an_image_that_is_served_is_read_over_its_socket() {
+        let disks = [PathBuf::from("/p/web/i0.nbd")];
+        let built = text(&example(), &local(BootMode::Boot, &disks));
+        assert!(
+            built.contains(r#"-blockdev {"driver":"nbd","node-name":"disk0","read-only":true,"reconnect-delay":86400,"server":{"path":"/p/web/i0.nbd","type":"unix"}}"#),
+            "{built}"
+        );
+    }
 
     #[test]
     fn the_command_line_is_pinned() {

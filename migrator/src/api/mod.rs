@@ -8,9 +8,10 @@ pub mod net_types;
 pub mod server;
 pub mod types;
 pub mod upgrade;
+mod verify;
 
 mod exec;
-mod images;
+pub(crate) mod images;
 mod logs;
 mod migrations;
 mod net;

@@ -65,7 +65,10 @@ pub(super) fn of_store(error: &StoreError) -> ApiError {
         StoreError::Io { .. }
         | StoreError::Locked { .. }
         | StoreError::NoChunk { .. }
-        | StoreError::Damaged { .. } => ErrorCode::Internal,
+        | StoreError::Damaged { .. }
+        | StoreError::Chunk(_)
+        | StoreError::Misfit { .. }
+        | StoreError::Record(_) => ErrorCode::Internal,
     };
     ApiError::caused(code, error)
 }

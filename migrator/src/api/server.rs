@@ -15,7 +15,7 @@ use tokio::net::UnixListener;
 
 use super::error::ApiError;
 use super::types::{ErrorCode, Health, NodeInfo, QemuInfo};
-use super::{exec, images, logs, migrations, net, pods, registry, upgrade, volumes};
+use super::{exec, images, logs, migrations, net, pods, registry, upgrade, verify, volumes};
 use crate::daemon::node::Node;
 use crate::doctor;
 use crate::network::Ground;
@@ -107,6 +107,7 @@ fn router(node: Arc<Node>) -> Router {
         .route("/v1/saves", post(images::save))
         .route("/v1/leases", post(images::lease))
         .route("/v1/gc", post(images::gc))
+        .route("/v1/verify", post(verify::verify))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(DefaultBodyLimit::max(MAX_BODY))

@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
 use crate::memory::compress::Compress;
-use crate::migration::mode::{Mode, OnStall};
+use crate::migration::mode::{ImagesMode, Mode, OnStall};
 use crate::network::{OnOverflow, PodNetworks, TunnelInfo, UplinkPath};
 use serde::{Deserialize, Serialize};
 use vm_runtime::pod::PodSpec;
@@ -189,6 +189,25 @@ pub struct PodDetail {
     /// Its disks that can be written, while it has a VM.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskInfo>,
+    /// Its images, while it has a VM.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub images: Vec<ImageInfo>,
+}
+
+/// An image that a pod reads.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageInfo {
+    /// Its name.
+    pub name: String,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// Bytes of it that are on the node; the rest is fetched.
+    pub here_bytes: u64,
+    /// Chunks that the pod waits for.
+    pub waiting: usize,
+    /// Why one of them does not come.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
 }
 
 /// A disk of a pod that can be written.
@@ -342,6 +361,8 @@ pub struct MigrateOptions {
     pub compress: Option<Compress>,
     /// What is done when more packets come than may be kept.
     pub on_overflow: Option<OnOverflow>,
+    /// When images cross that the destination lacks; `demand` if absent.
+    pub images: Option<ImagesMode>,
 }
 
 /// Answer of `POST /v1/pods/NAME/migrate`.

@@ -50,6 +50,9 @@ pub enum DiskError {
         /// Why not.
         source: io::Error,
     },
+    /// It is not there to be written.
+    #[error("an image is only read")]
+    ReadOnly,
     /// The disk was closed: it is served no more here.
     #[error("the disk is closed")]
     Closed,
@@ -66,7 +69,11 @@ impl DiskError {
     pub fn errno(&self) -> Option<i32> {
         match self {
             Self::File { source, .. } | Self::Io { source, .. } => source.raw_os_error(),
-            Self::Size { .. } | Self::Range { .. } | Self::Closed | Self::Busy { .. } => None,
+            Self::Size { .. }
+            | Self::Range { .. }
+            | Self::ReadOnly
+            | Self::Closed
+            | Self::Busy { .. } => None,
         }
     }
 

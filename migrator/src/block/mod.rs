@@ -25,6 +25,7 @@
 
 pub mod disk;
 pub mod error;
+pub mod export;
 pub mod granule;
 pub mod mkfs;
 pub mod nbd;
@@ -43,4 +44,5 @@ pub use admission::{Admitted, Quiet};
 pub use dirty::{Generation, StaleGeneration};
 pub use disk::{Disk, Supplied};
 pub use error::DiskError;
+pub use export::{Export, ReadOnly};
 pub use granule::{Extent, GRANULE, MAX_SIZE};

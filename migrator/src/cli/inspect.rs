@@ -8,7 +8,7 @@ use vm_runtime::units::Bytes;
 use super::failure::Failure;
 use super::{Context, Output, output};
 use crate::api::client::encode;
-use crate::api::types::{ContainerState, PodDetail};
+use crate::api::types::{ContainerState, ImageInfo, PodDetail};
 
 #[derive(Debug, Args)]
 pub(super) struct InspectArgs {
@@ -93,6 +93,12 @@ fn describe(pod: &PodDetail) -> String {
             container.name, container.image
         ));
     }
+    if !pod.images.is_empty() {
+        out.push_str("Images\n");
+    }
+    for image in &pod.images {
+        out.push_str(&describe_image(image));
+    }
     if !pod.disks.is_empty() {
         out.push_str("Disks\n");
     }
@@ -107,4 +113,46 @@ fn describe(pod: &PodDetail) -> String {
         ));
     }
     out
+}
+
+fn describe_image(image: &ImageInfo) -> String {
+    let (here, size) = (Bytes(image.here_bytes), Bytes(image.size_bytes));
+    let here = match image.here_bytes >= image.size_bytes {
+        true => "all here".to_owned(),
+        false => format!("{here} of it here"),
+    };
+    let waits = match image.waiting {
+        0 => String::new(),
+        waiting => format!(", the pod waits for {waiting} chunks"),
+    };
+    let problem = image.problem.as_ref();
+    format!(
+        "  {}  {size}, {here}{waits}{}\n",
+        image.name,
+        problem.map_or_else(String::new, |problem| format!(": {problem}"))
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_says_how_much_of_it_is_here_and_what_the_pod_waits_for() {
+        let mut image = ImageInfo {
+            name: "app:1".to_owned(),
+            size_bytes: 4 << 20,
+            here_bytes: 4 << 20,
+            waiting: 0,
+            problem: None,
+        };
+        assert_eq!(describe_image(&image), "  app:1  4MiB, all here\n");
+        image.here_bytes = 1 << 20;
+        image.waiting = 2;
+        image.problem = Some("peer b: does not have it".to_owned());
+        assert_eq!(
+            describe_image(&image),
+            "  app:1  4MiB, 1MiB of it here, the pod waits for 2 chunks: peer b: does not have it\n"
+        );
+    }
 }

@@ -17,6 +17,7 @@ use crate::migration::journal::Journal;
 use crate::network::NodeNetwork;
 use crate::pods::PodRegistry;
 use crate::registry::Registries;
+use crate::supply::Supply;
 use crate::volumes::Volumes;
 use crate::wire::tls::TlsConfig;
 
@@ -27,6 +28,8 @@ pub struct Node {
     pub config: Config,
     /// Images. Its calls block.
     pub images: Arc<ImageStore>,
+    /// What brings the chunks that images lack.
+    pub supply: Supply,
     /// Named volumes. Its calls block.
     pub volumes: Volumes,
     /// Where images come from.

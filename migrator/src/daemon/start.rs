@@ -30,6 +30,7 @@ use crate::migration::journal::{Journal, Recovery};
 use crate::network::{Cluster, NodeNetConfig, NodeNetwork, TunnelConfig};
 use crate::pods::PodRegistry;
 use crate::registry::Registries;
+use crate::supply::{PeerSource, Supply};
 use crate::volumes::Volumes;
 use crate::wire::tls::TlsConfig;
 
@@ -154,9 +155,16 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
     let directory = network
         .endpoints()
         .map(|endpoints| Directory::new(Arc::clone(endpoints), tls.clone(), shutdown.clone()));
+    let tasks = TaskTracker::new();
+    let supply = Supply::new(Arc::clone(&images), shutdown.clone(), tasks.clone());
+    for (peer, addr) in &config.peers {
+        let source = PeerSource::start(peer.as_str(), *addr, tls.clone());
+        supply.add(Arc::new(source));
+    }
     let node = Node {
         registries: Registries::new(config.registries.clone(), Arc::clone(&images)),
         images,
+        supply,
         volumes: Volumes::new(config.state_dir.join("volumes")),
         network,
         qemu,
@@ -172,7 +180,7 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
         arrivals: Arrivals::default(),
         found: CancellationToken::new(),
         shutdown,
-        tasks: TaskTracker::new(),
+        tasks,
         config,
     };
     Ok((Arc::new(node), recovery))

@@ -3,13 +3,14 @@
 //! ```text
 //!  OCI layout / archive ──source──▶ manifest ──oci──▶ layers ──tar──▶ rootfs ──mkfs──▶ image.erofs
 //!  (dir, .tar, .tar.gz)             verified          verified        openat2           cut in chunks
-//!                                                                                          │
-//!  destination:  begin(record) ─▶ missing chunks ─▶ place(verified) ─▶ finish() ◀──────────┘
+//!                                                                                          ▼
+//!  destination:  adopt(record), with or without its chunks ─────────────────────────────▶ chunks ──▶ export ──▶ a VM
+//!                begin(record) ─▶ missing chunks ─▶ place(verified) ─▶ finish()
 //! ```
 //!
 //! An image is imported once: its layers are merged into a private tree, the tree becomes one EROFS
-//! file, and the file is cut into chunks of equal size, each known by its SHA-256. A pod's VM gets the
-//! file as a block device. Because a migrated guest keeps the device's blocks in its page cache, both
+//! file, and the file is cut into chunks of equal size, each known by its SHA-256 and kept once ([`chunks`]). A pod's VM
+//! gets them as a block device. Because a migrated guest keeps the device's blocks in its page cache, both
 //! nodes must have *the same bytes*: a disk is known by [`ImageRecord::erofs_digest`], and not by the
 //! OCI manifest's digest (two versions of mkfs.erofs lay the same manifest out differently).
 //!
@@ -17,6 +18,7 @@
 //!
 //! What is absent: no network, no async. `registry` fetches blobs into [`content`], and has them imported from here.
 
+pub mod chunks;
 pub mod config;
 pub(crate) mod content;
 pub mod digest;
@@ -55,6 +57,7 @@ mod xattr;
 #[cfg(test)]
 mod tests;
 
+pub use chunks::{Chunk, Chunks, ImageExport, NoChunk, Supplied, UseOrder, Verified, Waiting};
 pub use config::{ResolvedProcess, resolve};
 pub use content::ContentError;
 pub use digest::Digest;

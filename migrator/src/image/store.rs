@@ -4,8 +4,9 @@
 //! images/lock                  held by the service: one store at a time
 //! images/names.json            name -> id
 //! images/leases.json           id -> until when it is kept, milliseconds of Unix time
-//! images/<id>/image.erofs      the block device
 //! images/<id>/record.json      its ImageRecord
+//! images/<id>/order            in which order its chunks were first read
+//! images/chunks/               the chunks of all images, see `chunks`
 //! images/content/              blobs of registries, see `content`
 //! images/.tmp-*                work under way; removed at the next start
 //! ```
@@ -13,17 +14,19 @@
 //! A folder appears under its final name only when all of it is on the disk, and disappears from it before
 //! anything in it is removed.
 
-use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::os::unix::fs::{DirBuilderExt, FileExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bytes::Bytes;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use tempfile::TempDir;
 
+use super::chunks::{Chunk, Chunks, ImageExport, UseOrder};
 use super::content::Content;
 use super::digest::Digest;
 use super::gc::Leases;
@@ -31,7 +34,9 @@ use super::holds::{Holds, ImageHold};
 use super::import::{self, ImportError, ImportLimits};
 use super::name;
 use super::record::ImageRecord;
-use super::store_files::{EROFS, RECORD, TMP, io_error, sync_folder, write_json, write_synced};
+use super::store_files::{
+    CHUNKS, ORDER, RECORD, TMP, io_error, sync_folder, write_json, write_synced,
+};
 
 pub use super::store_files::StoreError;
 
@@ -45,6 +50,9 @@ pub struct ImageStore {
     root: PathBuf,
     limits: ImportLimits,
     content: Arc<Content>,
+    chunks: Arc<Chunks>,
+    /// By the image's bytes.
+    orders: Mutex<BTreeMap<Digest, Arc<UseOrder>>>,
     state: Mutex<State>,
     holds: Arc<Holds>,
     _lock: Flock<File>,
@@ -89,6 +97,8 @@ impl ImageStore {
             root: root.to_owned(),
             limits,
             content: Arc::new(Content::open(root)?),
+            chunks: Arc::new(Chunks::open(root.join(CHUNKS))?),
+            orders: Mutex::default(),
             state: Mutex::default(),
             holds: Arc::default(),
             _lock: lock,
@@ -157,44 +167,101 @@ impl ImageStore {
         }
         self.write_names(&names)?;
         state.names = names;
-        state.images.remove(&id);
         let doomed = self.scratch()?;
         let folder = self.folder(id);
         fs::rename(&folder, doomed.path().join("image")).map_err(io_error("remove", &folder))?;
-        self.sync_root()
+        self.sync_root()?;
+        self.drop_images(&mut state, &[id]);
+        Ok(())
         // The files go when `doomed` is dropped.
     }
 
-    /// The file with these bytes ([`ImageRecord::erofs_digest`]): what a VM gets as a read-only disk.
-    pub fn erofs_path(&self, digest: &Digest) -> Result<PathBuf, StoreError> {
-        let (id, _) = self.by_bytes(digest)?;
-        Ok(self.folder(id).join(EROFS))
+    /// Removes all chunks that no image needs.
+    pub(super) fn sweep_all(&self) {
+        let state = self.state();
+        let images = state.images.values();
+        let needed = images.flat_map(|record| record.chunks.iter().copied());
+        self.chunks.keep_only(&needed.collect());
+    }
+
+    /// The image's folder is gone: its chunks go that no other image needs.
+    pub(super) fn drop_images(&self, state: &mut State, ids: &[Digest]) {
+        let chunks = unshared(state, ids);
+        for id in ids {
+            if let Some(record) = state.images.remove(id) {
+                let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
+                orders.remove(&record.erofs_digest);
+            }
+        }
+        self.chunks.remove(chunks.into_keys());
+    }
+
+    /// Removes those of these chunks that no image needs.
+    pub(crate) fn sweep(&self, digests: &BTreeSet<Digest>) {
+        // While no image can come or go.
+        let state = self.state();
+        let images = state.images.values();
+        let needed: BTreeSet<&Digest> = images.flat_map(|record| &record.chunks).collect();
+        let unneeded = digests.iter().filter(|digest| !needed.contains(digest));
+        self.chunks.remove(unneeded.copied());
+    }
+
+    /// The image with these bytes ([`ImageRecord::erofs_digest`]), as a VM reads it; `path` is for messages.
+    pub fn export(&self, digest: &Digest, path: PathBuf) -> Result<ImageExport, StoreError> {
+        let (id, record) = self.by_bytes(digest)?;
+        let order = self.order_of(id, &record);
+        let chunks = Arc::clone(&self.chunks);
+        Ok(ImageExport::new(record, chunks, order, path))
+    }
+
+    /// In which order the chunks of the image with these bytes were first read.
+    pub fn order(&self, digest: &Digest) -> Result<Arc<UseOrder>, StoreError> {
+        let (id, record) = self.by_bytes(digest)?;
+        Ok(self.order_of(id, &record))
+    }
+
+    /// The chunks of an image that were read, in the order in which they first were; none if the image is not here.
+    pub fn first_uses(&self, record: &ImageRecord) -> Vec<u32> {
+        let order = self.order(&record.erofs_digest);
+        order.map(|order| order.list()).unwrap_or_default()
+    }
+
+    fn order_of(&self, id: Digest, record: &ImageRecord) -> Arc<UseOrder> {
+        let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
+        let order = orders.entry(record.erofs_digest).or_insert_with(|| {
+            let path = self.folder(id).join(ORDER);
+            Arc::new(UseOrder::open(&path, record.chunks.len()))
+        });
+        Arc::clone(order)
     }
 
     /// Reads chunk `index` of the image with these bytes, and verifies it.
-    pub fn read_chunk(&self, digest: &Digest, index: u32) -> Result<Vec<u8>, StoreError> {
-        let (id, record) = self.by_bytes(digest)?;
-        self.chunk_of(id, &record, index)
+    pub fn read_chunk(&self, digest: &Digest, index: u32) -> Result<Bytes, StoreError> {
+        let (_, record) = self.by_bytes(digest)?;
+        let image = record.erofs_digest;
+        if index as usize >= record.chunks.len() {
+            return Err(StoreError::NoChunk { image, index });
+        }
+        match self.chunks.read(&record, index) {
+            Chunk::Here(bytes) => Ok(bytes),
+            Chunk::Missing | Chunk::Damaged => Err(StoreError::Damaged { image, index }),
+            Chunk::Misfit => Err(StoreError::Misfit { index }),
+        }
     }
 
-    fn chunk_of(
-        &self,
-        id: Digest,
-        record: &ImageRecord,
-        index: u32,
-    ) -> Result<Vec<u8>, StoreError> {
-        let image = record.erofs_digest;
-        let expected = record.chunks.get(index as usize);
-        let expected = expected.ok_or(StoreError::NoChunk { image, index })?;
-        let path = self.folder(id).join(EROFS);
-        let mut chunk = vec![0u8; record.chunk_len(index)];
-        File::open(&path)
-            .and_then(|file| file.read_exact_at(&mut chunk, record.chunk_offset(index)))
-            .map_err(io_error("read", &path))?;
-        if Digest::of(&chunk) != *expected {
-            return Err(StoreError::Damaged { image, index });
-        }
-        Ok(chunk)
+    /// The chunks of all images.
+    pub fn chunks(&self) -> &Arc<Chunks> {
+        &self.chunks
+    }
+
+    /// Every image.
+    pub fn records(&self) -> Vec<Arc<ImageRecord>> {
+        self.state().images.values().cloned().collect()
+    }
+
+    /// The image with these bytes ([`ImageRecord::erofs_digest`]).
+    pub fn record(&self, digest: &Digest) -> Result<Arc<ImageRecord>, StoreError> {
+        self.by_bytes(digest).map(|(_, record)| record)
     }
 
     /// Blobs of registries.
@@ -221,26 +288,6 @@ impl ImageStore {
         self.state().images.contains_key(&record.id())
     }
 
-    /// Every image of the store, for a search of chunks.
-    pub(super) fn snapshot(&self) -> Vec<(Digest, Arc<ImageRecord>)> {
-        let state = self.state();
-        state
-            .images
-            .iter()
-            .map(|(id, record)| (*id, record.clone()))
-            .collect()
-    }
-
-    /// Reads and verifies a chunk of an image of [`ImageStore::snapshot`].
-    pub(super) fn local_chunk(
-        &self,
-        id: Digest,
-        record: &ImageRecord,
-        index: u32,
-    ) -> Result<Vec<u8>, StoreError> {
-        self.chunk_of(id, record, index)
-    }
-
     /// An image made from this manifest, if there is one.
     pub(crate) fn by_manifest(&self, manifest: &Digest) -> Option<Arc<ImageRecord>> {
         let state = self.state();
@@ -259,7 +306,7 @@ impl ImageStore {
             .map_err(io_error("make a folder in", &self.root))
     }
 
-    /// Takes over an image whose file is complete in `scratch`, and gives it its name: always if `take_name`,
+    /// Takes over an image, its folder being made from `scratch`, and gives it its name: always if `take_name`,
     /// else only if nothing else has it.
     pub(super) fn commit(
         &self,
@@ -349,6 +396,27 @@ impl ImageStore {
         Ok((*id, record.clone()))
     }
 
+    /// Makes an image one of the store's of which not every chunk needs to be here. It gets its name unless another image here has it.
+    ///
+    /// # Errors
+    /// The record is not valid or does not fit a chunk that is here, or it cannot be written.
+    pub fn adopt(&self, record: ImageRecord) -> Result<(ImageRecord, ImageHold), StoreError> {
+        record.validate()?;
+        self.check_lengths(&record)?;
+        self.commit(self.scratch()?, record, false)
+    }
+
+    /// Refuses a record that gives a chunk that is here another length than it has.
+    pub(super) fn check_lengths(&self, record: &ImageRecord) -> Result<(), StoreError> {
+        for (index, digest) in (0u32..).zip(&record.chunks) {
+            let len = record.chunk_len(index) as u64;
+            if self.chunks.len_of(digest).is_some_and(|found| found != len) {
+                return Err(StoreError::Misfit { index });
+            }
+        }
+        Ok(())
+    }
+
     fn by_bytes(&self, digest: &Digest) -> Result<(Digest, Arc<ImageRecord>), StoreError> {
         let state = self.state();
         let mut images = state.images.iter();
@@ -358,7 +426,8 @@ impl ImageStore {
             .ok_or_else(|| StoreError::NotFound(digest.to_string()))
     }
 
-    pub(super) fn folder(&self, id: Digest) -> PathBuf {
+    /// The folder of an image, by [`ImageRecord::id`]; what is in it goes with the image.
+    pub(crate) fn folder(&self, id: Digest) -> PathBuf {
         self.root.join(id.hex())
     }
 
@@ -378,4 +447,18 @@ impl ImageStore {
     pub(super) fn write_leases(&self, leases: &Leases) -> Result<(), StoreError> {
         write_json(&self.root, LEASES, leases)
     }
+}
+
+/// The chunks that only these images need, with their lengths in bytes.
+pub(super) fn unshared(state: &State, ids: &[Digest]) -> BTreeMap<Digest, u64> {
+    let mut chunks = BTreeMap::new();
+    for record in ids.iter().filter_map(|id| state.images.get(id)) {
+        let lengths = (0u32..).zip(&record.chunks);
+        chunks.extend(lengths.map(|(index, chunk)| (*chunk, record.chunk_len(index) as u64)));
+    }
+    let others = state.images.iter().filter(|(id, _)| !ids.contains(id));
+    for chunk in others.flat_map(|(_, record)| &record.chunks) {
+        chunks.remove(chunk);
+    }
+    chunks
 }

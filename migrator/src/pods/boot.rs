@@ -17,6 +17,7 @@ use super::console;
 use super::disks::{self, Origin, PodDisk};
 use super::error::PodError;
 use super::handle::{Facts, PodResources};
+use super::images::{self, PodImage};
 use super::plan::{VMM_OVERHEAD, ordinary_and_huge};
 use super::sink::LogSink;
 use crate::daemon::node::Node;
@@ -26,7 +27,7 @@ use crate::network::{ExistingDevices, PodNetId, Port, Role};
 #[derive(Debug)]
 pub(super) struct BootOrder {
     pub(super) configuration: Configuration,
-    pub(super) images: Vec<PathBuf>,
+    pub(super) images: Vec<Arc<PodImage>>,
     /// Already made.
     pub(super) disks: Vec<Arc<PodDisk>>,
     /// From the VMM's start to the last container's.
@@ -74,7 +75,7 @@ pub(super) async fn boot(
     let name = facts.spec.name.as_str();
     let memory = memory(&facts.vm_spec)?;
     disks::serve(name, &order.disks)?;
-    let (port, res) = resources(node, facts, &order.images, memory, Role::Local, parts).await?;
+    let (port, res) = resources(node, facts, memory, Role::Local, parts).await?;
     // Its first packets may be answered from anywhere.
     port.claim(epoch)
         .map_err(|e| PodError::step(name, "tell other nodes of it", e))?;
@@ -106,6 +107,7 @@ pub(super) async fn boot(
         vm_spec: facts.vm_spec.clone(),
         vm,
         port,
+        images: order.images.clone(),
         disks: order.disks.clone(),
         agent: AgentSlot::with(agent),
         logs: Arc::clone(&facts.logs),
@@ -150,7 +152,6 @@ pub(super) fn memory(spec: &VmSpec) -> Result<Arc<GuestMemory>, PodError> {
 pub(super) async fn resources(
     node: &Node,
     facts: &Facts,
-    images: &[PathBuf],
     memory: Arc<GuestMemory>,
     role: Role,
     parts: &mut Parts,
@@ -171,11 +172,7 @@ pub(super) async fn resources(
         qemu: node.qemu.clone(),
         kernel: node.guest.kernel.clone(),
         initramfs: node.guest.initramfs.clone(),
-        disks: images
-            .iter()
-            .cloned()
-            .chain(disks::sockets(&facts.dir, &facts.vm_spec))
-            .collect(),
+        disks: sockets(&facts.dir, &facts.vm_spec),
     };
     Ok((port, res))
 }
@@ -215,34 +212,10 @@ pub(super) fn net_id(spec: &PodSpec) -> PodNetId {
     }
 }
 
-/// The files behind a VM's images.
-///
-/// # Errors
-/// An image is not on this node.
-pub(super) async fn image_paths(
-    node: &Node,
-    pod: &str,
-    spec: &VmSpec,
-) -> Result<Vec<PathBuf>, PodError> {
-    let images = Arc::clone(&node.images);
-    let digests: Vec<String> = spec.disks.iter().map(|d| d.image_digest.clone()).collect();
-    let find = move || {
-        digests
-            .iter()
-            .map(|text| {
-                let digest = text
-                    .parse()
-                    .map_err(|e| Box::new(e) as super::error::Cause)?;
-                images
-                    .erofs_path(&digest)
-                    .map_err(|e| Box::new(e) as super::error::Cause)
-            })
-            .collect::<Result<Vec<PathBuf>, _>>()
-    };
-    tokio::task::spawn_blocking(find)
-        .await
-        .map_err(|e| PodError::step(pod, "look up its images", e))?
-        .map_err(|e| PodError::step(pod, "look up its images", e))
+/// Where the VMM finds its images and its disks.
+pub(super) fn sockets(dir: &Path, vm: &VmSpec) -> Vec<PathBuf> {
+    let images = images::sockets(dir, vm);
+    images.chain(disks::sockets(dir, vm)).collect()
 }
 
 /// Refuses a pod that this node has no memory for.

@@ -19,10 +19,11 @@ use vm_runtime::vm::Vm;
 
 use super::actor::{self, Birth};
 use super::agent::{AgentSlot, attach_later};
-use super::boot::{self, Parts, check_memory, image_paths};
+use super::boot::{self, Parts, check_memory};
 use super::disks::{self, Origin, PodDisk};
 use super::error::PodError;
 use super::handle::{Facts, PodHandle, PodResources};
+use super::images::{self, PodImage};
 use super::logs::LogStore;
 use super::run::make_folder;
 use super::state::{PodFile, PodRecord};
@@ -41,6 +42,7 @@ pub struct IncomingPod {
     facts: Facts,
     record: PodRecord,
     memory: Option<Arc<GuestMemory>>,
+    images: Vec<Arc<PodImage>>,
     disks: Vec<Arc<PodDisk>>,
     parts: Parts,
     /// Its images, which come while it does.
@@ -88,6 +90,7 @@ impl IncomingPod {
             facts,
             record,
             memory: None,
+            images: Vec::new(),
             disks: Vec::new(),
             parts: Parts::default(),
             _hold: hold,
@@ -126,7 +129,7 @@ impl IncomingPod {
         Ok(memory)
     }
 
-    /// Makes the port (in the role Incoming), and starts a VM that awaits its state. Memory and every image must be here.
+    /// Makes the port (in the role Incoming), and starts a VM that awaits its state. Memory must be here, and every image known.
     ///
     /// # Errors
     /// The step that failed; what was built before it stays, for [`IncomingPod::discard`].
@@ -137,11 +140,11 @@ impl IncomingPod {
             None => boot::memory(&self.facts.vm_spec)?,
         };
         disks::serve(name, &self.disks)?;
-        let images = image_paths(&self.node, name, &self.facts.vm_spec).await?;
+        let (dir, vm) = (&self.facts.dir, &self.facts.vm_spec);
+        self.images = images::serve(&self.node, name, dir, vm).await?;
         let (port, res) = boot::resources(
             &self.node,
             &self.facts,
-            &images,
             memory,
             Role::Incoming,
             &mut self.parts,
@@ -186,6 +189,7 @@ impl IncomingPod {
             vm_spec: self.facts.vm_spec.clone(),
             vm,
             port,
+            images: std::mem::take(&mut self.images),
             disks: std::mem::take(&mut self.disks),
             agent: AgentSlot::default(),
             logs: Arc::clone(&self.facts.logs),

@@ -306,6 +306,16 @@ pub(super) async fn attach(
     let disks = boot::open_disks(node, facts, Origin::Found).await;
     let disks = disks.and_then(|disks| super::disks::serve(name, &disks).map(|()| disks));
     let disks = disks.map_err(|e| format!("its disks are not served: {}", chain(&e)))?;
+    let images = super::images::serve(node, name, &facts.dir, &facts.vm_spec).await;
+    // A VMM of an earlier version reads a file that it has open.
+    let images = images.unwrap_or_else(|error| {
+        tracing::error!(
+            pod = name,
+            error = chain(&error),
+            "its images are not served"
+        );
+        Vec::new()
+    });
     let vm = match Vm::find(&facts.dir).await {
         Ok(vm) => Arc::new(vm),
         Err(error) => {
@@ -334,6 +344,7 @@ pub(super) async fn attach(
         vm_spec: facts.vm_spec.clone(),
         vm,
         port,
+        images,
         disks,
         agent: AgentSlot::default(),
         logs: Arc::clone(&facts.logs),

@@ -11,7 +11,7 @@ use vm_runtime::units::Epoch;
 
 use super::actor::{self, Birth};
 use super::addressing;
-use super::boot::{BootOrder, check_memory, image_paths, open_disks};
+use super::boot::{BootOrder, check_memory, open_disks};
 use super::disks::{self, Origin};
 use super::error::PodError;
 use super::handle::{Facts, PodHandle, waiting};
@@ -74,7 +74,6 @@ pub async fn run(
     let _hold = node
         .images
         .hold(images.iter().map(|image| image.erofs_digest));
-    let image_files = image_paths(node, &spec.name, &plan.vm).await?;
     let file = PodFile {
         vm: plan.vm,
         slot: reservation.slot(),
@@ -87,8 +86,13 @@ pub async fn run(
     };
     let epoch = own(node, &file.spec.name).await?;
     let facts = make_folder(node, file).await?;
-    let disks = match open_disks(node, &facts, Origin::New).await {
-        Ok(disks) => disks,
+    let made = async {
+        let images = super::images::serve(node, &facts.spec.name, &facts.dir, &facts.vm_spec);
+        let images = images.await?;
+        Ok((images, open_disks(node, &facts, Origin::New).await?))
+    };
+    let (images, disks) = match made.await {
+        Ok(made) => made,
         Err(error) => {
             // The first error is the one to tell; what stays is removed at the next start.
             let _ = remove_folder(&facts.dir).await;
@@ -99,7 +103,7 @@ pub async fn run(
     let (started, result) = oneshot::channel();
     let order = BootOrder {
         configuration: plan.configuration,
-        images: image_files,
+        images,
         disks,
         deadline,
     };

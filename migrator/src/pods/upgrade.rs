@@ -33,8 +33,7 @@ use vm_runtime::vm::{
 };
 
 use super::agent::{AgentSlot, attach_later};
-use super::boot::{check_available, image_paths};
-use super::disks;
+use super::boot::{check_available, sockets};
 use super::error::PodError;
 use super::handle::PodResources;
 use super::plan::VMM_OVERHEAD;
@@ -179,10 +178,7 @@ async fn prepare(
         .await
         .map_err(UpgradeError::Qemu)?;
     check_available(name, VMM_OVERHEAD).map_err(Box::new)?;
-    let mut disks = image_paths(node, name, &parts.vm_spec)
-        .await
-        .map_err(Box::new)?;
-    disks.extend(disks::sockets(parts.vm.record().home(), &parts.vm_spec));
+    let disks = sockets(parts.vm.record().home(), &parts.vm_spec);
     let spare_tap = parts.port.spare_tap().map_err(UpgradeError::Network)?;
     let resources = SuccessorResources {
         qemu,
@@ -304,6 +300,7 @@ async fn settle(
         vm_spec: parts.vm_spec.clone(),
         vm: Arc::new(vm),
         port: parts.port.clone(),
+        images: parts.images.clone(),
         disks: parts.disks.clone(),
         agent: agent.clone().map(AgentSlot::with).unwrap_or_default(),
         logs: Arc::clone(&parts.logs),

@@ -153,7 +153,7 @@ pub mod tls;
 #[cfg(test)]
 pub(crate) mod golden;
 #[cfg(test)]
-mod link_tests;
+pub(crate) mod link_tests;
 
 pub use batch::Batch;
 pub use bulk::{Data, PacketKind, Urgent};

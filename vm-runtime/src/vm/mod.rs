@@ -81,7 +81,7 @@ pub struct VmResources {
     pub kernel: PathBuf,
     /// The initramfs.
     pub initramfs: PathBuf,
-    /// The files behind the spec's images, in its order, then the sockets of its writable disks.
+    /// Where each image of the spec is served (`*.nbd`) or its file, in its order, then the sockets of its writable disks.
     pub disks: Vec<PathBuf>,
 }
 

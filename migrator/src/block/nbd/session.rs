@@ -15,7 +15,7 @@ use std::thread;
 use nix::sys::socket::{MsgFlags, recv};
 
 use super::codec::{Command, MAX_PAYLOAD, REPLY_LEN, REQUEST_LEN, Request, error, reply, request};
-use crate::block::{Disk, DiskError};
+use crate::block::{DiskError, Export};
 
 /// Most requests of one connection at once: as many as QEMU sends (`MAX_NBD_REQUESTS` in its block/nbd.c).
 const MAX_THREADS: usize = 16;
@@ -25,7 +25,7 @@ const KEPT: usize = 1 << 20;
 /// A connection past its handshake.
 #[derive(Debug)]
 pub(super) struct Session {
-    disk: Arc<Disk>,
+    export: Export,
     stream: UnixStream,
     /// The lead. `None` once nothing more is read.
     lead: Mutex<Option<BufReader<UnixStream>>>,
@@ -50,9 +50,9 @@ impl From<io::Error> for Over {
 }
 
 impl Session {
-    pub(super) fn new(disk: Arc<Disk>, stream: UnixStream) -> io::Result<Arc<Self>> {
+    pub(super) fn new(export: Export, stream: UnixStream) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
-            disk,
+            export,
             lead: Mutex::new(Some(BufReader::with_capacity(4 << 10, stream.try_clone()?))),
             replies: Mutex::new(stream.try_clone()?),
             stream,
@@ -76,7 +76,7 @@ impl Session {
                     *lead = None;
                     drop(lead);
                     if let Over::Broken(what) = over {
-                        tracing::warn!(disk = %self.disk.path().display(), what, "a client of the disk is cut off");
+                        tracing::warn!(disk = %self.export.path().display(), what, "a client of the disk is cut off");
                     }
                     break;
                 }
@@ -108,7 +108,7 @@ impl Session {
         matches!(
             request.command,
             Command::Read | Command::Write { fua: false }
-        ) && self.disk.missing_bytes() == 0
+        ) && self.export.is_ready(request.offset, request.len.into())
     }
 
     /// Sees to it that somebody takes the lead.
@@ -132,7 +132,7 @@ impl Session {
     }
 
     fn carry_out(&self, request: &Request, buffer: &mut Vec<u8>) -> Result<(), Over> {
-        let admitted = self.disk.admit();
+        let admitted = self.export.admit();
         let done = match &admitted {
             Ok(_) => self.change_or_read(request, buffer),
             Err(_) => Err(DiskError::Closed),
@@ -145,7 +145,7 @@ impl Session {
                 let code = code(&error);
                 tracing::warn!(
                     error = crate::api::error::chain(&error),
-                    disk = %self.disk.path().display(),
+                    disk = %self.export.path().display(),
                     "a request to the disk failed"
                 );
                 code
@@ -163,36 +163,38 @@ impl Session {
 
     fn change_or_read(&self, request: &Request, buffer: &mut Vec<u8>) -> Result<(), DiskError> {
         let Request { offset, len, .. } = *request;
-        let disk = &self.disk;
+        let export = &self.export;
         let fua = match request.command {
             Command::Read => {
                 if len > MAX_PAYLOAD {
-                    return Err(too_long(disk, request));
+                    return Err(too_long(export, request));
                 }
                 let end = REPLY_LEN + len as usize;
                 if buffer.len() < end {
                     buffer.resize(end, 0);
                 }
-                disk.read_at(&mut buffer[REPLY_LEN..end], offset)?;
+                export.read_at(&mut buffer[REPLY_LEN..end], offset)?;
                 false
             }
             Command::Write { fua } => {
-                disk.write_at(&buffer[REPLY_LEN..REPLY_LEN + len as usize], offset)?;
+                export
+                    .disk()?
+                    .write_at(&buffer[REPLY_LEN..REPLY_LEN + len as usize], offset)?;
                 fua
             }
             Command::WriteZeroes { fua, no_hole } => {
-                disk.zero(offset, len.into(), no_hole)?;
+                export.disk()?.zero(offset, len.into(), no_hole)?;
                 fua
             }
             Command::Trim { fua } => {
-                disk.discard(offset, len.into())?;
+                export.disk()?.discard(offset, len.into())?;
                 fua
             }
             Command::Flush => true,
-            Command::Disconnect | Command::Unknown => return Err(too_long(disk, request)),
+            Command::Disconnect | Command::Unknown => return Err(too_long(export, request)),
         };
         match fua {
-            true => disk.flush(),
+            true => export.flush(),
             false => Ok(()),
         }
     }
@@ -233,11 +235,11 @@ fn has_more(reader: &BufReader<UnixStream>) -> bool {
     recv(reader.get_ref().as_raw_fd(), &mut [0], flags).is_ok()
 }
 
-fn too_long(disk: &Disk, request: &Request) -> DiskError {
+fn too_long(export: &Export, request: &Request) -> DiskError {
     DiskError::Range {
         offset: request.offset,
         len: request.len.into(),
-        size: disk.size(),
+        size: export.size(),
     }
 }
 
@@ -245,6 +247,7 @@ fn too_long(disk: &Disk, request: &Request) -> DiskError {
 fn code(error: &DiskError) -> u32 {
     match error {
         DiskError::Range { .. } | DiskError::Size { .. } => error::EINVAL,
+        DiskError::ReadOnly => error::EPERM,
         full if full.is_full() => error::ENOSPC,
         DiskError::File { .. } | DiskError::Io { .. } => error::EIO,
         DiskError::Closed | DiskError::Busy { .. } => error::EIO,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
 
-use super::offer::offer;
+use super::offer::{images_later, offer};
 use super::report::Figures;
 use super::runner::Side;
 use super::source::Run;
@@ -17,13 +17,14 @@ use crate::daemon::migrations::Ticket;
 use crate::daemon::node::Node;
 use crate::memory::compress::Compress;
 use crate::migration::journal::SourceRecord;
+use crate::migration::mode::ImagesMode;
 use crate::migration::rounds::Policy;
 use crate::migration::source::{Input, Plan, Source};
 use crate::migration::status;
 use crate::network::{Port, Stage};
 use crate::pods::{MigrationEnd, PodHandle, PodResources};
 use crate::wire::message::{Ledger, Offer};
-use crate::wire::preamble::{VERSION_DISKS, VERSION_FLOWS};
+use crate::wire::preamble::{VERSION_CHUNKS, VERSION_DISKS, VERSION_FLOWS};
 use crate::wire::session;
 
 /// For TCP, TLS and the preambles of all connections.
@@ -48,13 +49,16 @@ pub(super) async fn outgoing(node: Arc<Node>, job: Outgoing) {
     } = job;
     let figures = figures(&node, &ticket, &pod, to.as_str());
     let begun = async {
-        let offer = offer(&node, &pod, &resources, ticket.id, options).await?;
+        let mut offer = offer(&node, &pod, &resources, ticket.id, options).await?;
         settled(&resources.port).await;
         let count = usize::from(options.connections);
         let session = session::dial(addr, &node.tls, to.as_str(), count, DIAL_DEADLINE)
             .await
             .map_err(|error| chain(&error))?;
         speaks_disks(&offer, session.version, to.as_str())?;
+        if options.images == ImagesMode::Demand && session.version >= VERSION_CHUNKS {
+            offer.images_later = Some(images_later(&node, &resources).await?);
+        }
         Ok::<_, String>((offer, session))
     };
     let begun = tokio::select! {
@@ -185,6 +189,7 @@ pub(super) fn figures(node: &Node, ticket: &Ticket, pod: &PodHandle, to: &str) -
             ..status::MemoryReport::default()
         },
         disk: None,
+        images: None,
         phases: Vec::new(),
         downtime_us: 0,
         postcopy: false,

@@ -16,9 +16,10 @@ use super::arrive::{Relinked, question};
 use super::clock::Steps;
 use super::destination_disks::{Barriers, Filling, make_durable};
 use super::device_state::MAX_STATE;
+use super::images::Images;
 use super::link::{Link, LinkEvent};
 use super::packets;
-use super::prepare::{self, Built, Chunk, Images, Prepared};
+use super::prepare::{self, Built, Chunk, Prepared};
 use super::runner::{JournalFailed, News, Runner, Side};
 use super::steps::wire_ledger;
 use crate::api::error::chain;
@@ -33,6 +34,7 @@ use crate::wire::conn::Connection;
 use crate::wire::fault::Fault;
 use crate::wire::id::MigrationId;
 use crate::wire::message::{Bye, Control, Ledger, Offer};
+use crate::wire::preamble::VERSION_CHUNKS;
 
 /// Chunks and barriers that wait for the conductor.
 const ARRIVALS: usize = 64;
@@ -315,6 +317,7 @@ impl Run {
             Input::StateLoaded => self.times.end("load_state"),
             Input::Verified { .. } => self.times.end("compare_pages"),
             Input::Resumed { steps, .. } => {
+                self.images.resumed(&self.runner.node);
                 self.times.end("resume");
                 *steps = self.times.take();
             }
@@ -351,7 +354,11 @@ impl Side for Run {
                     let _ = timeout(KEEPS_WITHIN, keeping).await;
                     self.flows_taken().await;
                 }
+                let runs = matches!(message, Control::Running(_));
                 self.runner.send(message).await;
+                if runs && self.version >= VERSION_CHUNKS {
+                    self.runner.send(self.images.figures()).await;
+                }
             }
             Output::Journal(entry) => {
                 self.times.begin("journal");
@@ -362,7 +369,7 @@ impl Side for Run {
             Output::Check(offer) => self.check(*offer).await,
             Output::ReceiveImages(_) => {
                 if let Some(chunks) = self.chunks.take() {
-                    let images = std::mem::take(&mut self.images);
+                    let images = self.images.take_incoming();
                     self.runner.step(prepare::receive_images(images, chunks));
                 }
             }

@@ -301,6 +301,10 @@ impl Side for Run {
             self.figures.flows_taken(*taken);
             return Vec::new();
         }
+        if let Input::Peer(Control::ImagesMoved(moved)) = &input {
+            self.figures.images_moved(*moved);
+            return Vec::new();
+        }
         if let Input::Peer(Control::BoundTaken(taken)) = &input {
             self.figures.bound_taken(*taken, self.news.bound());
             return Vec::new();

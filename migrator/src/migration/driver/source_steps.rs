@@ -3,11 +3,11 @@
 use std::io;
 use std::sync::Arc;
 use std::thread::available_parallelism;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use bytes::Bytes;
 use tokio::time::{Instant, sleep, sleep_until};
 use vm_runtime::agent_client::{AgentClient, AgentState};
+use vm_runtime::spec::DiskSpec;
 use vm_runtime::units::PageIndex;
 use vm_runtime::vm::RunState;
 
@@ -27,7 +27,7 @@ use crate::memory::verify::hash_all;
 use crate::migration::source::{Input, Rollback};
 use crate::network::Stage;
 use crate::pods::{MigrationEnd, PodHandle, PodResources};
-use crate::volumes::{Volumes, remove_moved};
+use crate::volumes::remove_moved;
 use crate::wire::bulk::Data;
 use crate::wire::conn::Reader;
 use crate::wire::control::ControlSender;
@@ -45,6 +45,11 @@ const FORWARD_LEAST: Duration = Duration::from_millis(600);
 const FORWARD_QUIET: Duration = Duration::from_millis(200);
 /// Forwarding ends at the latest after this long, as the sum of what bridges and neighbours take to learn.
 const FORWARD_MOST: Duration = Duration::from_secs(10);
+
+/// How long images of a pod that has left are kept for its new node.
+const KEPT_FOR_PEERS: Duration = Duration::from_secs(3600);
+/// How long a chunk that the destination wants may take to come here.
+const CHUNK_WITHIN: Duration = Duration::from_secs(30);
 
 type Step = Result<Input, String>;
 type Parts = Option<Arc<PodResources>>;
@@ -84,10 +89,17 @@ pub(super) async fn send_images(
         for index in want.chunks {
             let images = Arc::clone(&node.images);
             let chunk = blocking(move || {
-                let raw = images
-                    .read_chunk(&digest, index)
-                    .map_err(|error| chain(&error))?;
-                Ok(Bytes::from(raw))
+                let record = images.record(&digest).map_err(|error| chain(&error))?;
+                // It may not be here itself yet.
+                let until = std::time::Instant::now() + CHUNK_WITHIN;
+                let over = || std::time::Instant::now() >= until;
+                let chunk = images.chunks().wait(&record, index, &over);
+                chunk.map_err(|_| {
+                    format!(
+                        "chunk {index} of image `{}` is nowhere to be had",
+                        record.name
+                    )
+                })
             })
             .await?;
             let content = Digest::of(&chunk);
@@ -323,7 +335,7 @@ pub(super) async fn release(
     pod: PodHandle,
     to: String,
     books: Books,
-    volumes: Volumes,
+    node: Arc<Node>,
 ) -> Step {
     let mut ledger = Ledger::default();
     if let Some(parts) = parts {
@@ -336,8 +348,10 @@ pub(super) async fn release(
     }
     // The destination has them, durably. Before the folder goes: a service that is killed in between finds the pod, and does it again.
     let spec = pod.spec().clone();
+    let images = pod.vm_spec().disks.clone();
     blocking(move || {
-        remove_moved(&volumes, &spec);
+        keep_images(&node, &images);
+        remove_moved(&node.volumes, &spec);
         Ok(())
     })
     .await?;
@@ -350,4 +364,25 @@ pub(super) async fn release(
         );
     }
     Ok(Input::Released { ledger })
+}
+
+/// The destination may still lack some of the images: they stay for a while, whoever clears away.
+fn keep_images(node: &Node, disks: &[DiskSpec]) {
+    for disk in disks {
+        let digest = disk.image_digest.parse::<Digest>();
+        let record = digest
+            .ok()
+            .and_then(|digest| node.images.record(&digest).ok());
+        if let Some(record) = record
+            && let Err(error) =
+                node.images
+                    .lease_at_least(&record, SystemTime::now(), KEPT_FOR_PEERS)
+        {
+            tracing::warn!(
+                image = record.name,
+                error = chain(&error),
+                "the image has no lease"
+            );
+        }
+    }
 }
