@@ -73,6 +73,9 @@ pub struct PullRequest {
     /// Keep the layers, so that the image can be pushed and saved.
     #[serde(default)]
     pub keep_layers: bool,
+    /// Whether the image may be used while its chunks still come, if the registry has them; as configured if absent.
+    #[serde(default)]
+    pub lazy: Option<bool>,
     /// Seconds for which `POST /v1/gc` leaves the image alone.
     #[serde(default)]
     pub lease_s: u64,

@@ -45,6 +45,7 @@ pub(super) async fn pull(
         plain_http: request.plain_http,
         platform,
         keep_layers: request.keep_layers,
+        lazy: request.lazy.unwrap_or(node.config.registries.lazy),
         lease: Duration::from_secs(request.lease_s),
     };
     let ended = node.shutdown.child_token();
@@ -54,10 +55,15 @@ pub(super) async fn pull(
     let task = node.tasks.spawn(async move {
         let pulled = own.registries.pull(&reference, &options, &meter, &ended);
         match pulled.await {
-            Ok(pulled) => TransferEvent::Pulled {
-                image: summary(&own, pulled.record, &in_use(&own)),
-                transferred_bytes: pulled.transferred_bytes,
-            },
+            Ok(pulled) => {
+                if pulled.lazy {
+                    own.supply.fill(&Arc::new(pulled.record.clone()));
+                }
+                TransferEvent::Pulled {
+                    image: summary(&own, pulled.record, &in_use(&own)),
+                    transferred_bytes: pulled.transferred_bytes,
+                }
+            }
             Err(error) => TransferEvent::Failed {
                 error: of_pull(&error).0,
             },

@@ -161,8 +161,10 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
         let source = PeerSource::start(peer.as_str(), *addr, tls.clone());
         supply.add(Arc::new(source));
     }
+    let registries = Registries::new(config.registries.clone(), Arc::clone(&images));
+    supply.add(registries.source());
     let node = Node {
-        registries: Registries::new(config.registries.clone(), Arc::clone(&images)),
+        registries,
         images,
         supply,
         volumes: Volumes::new(config.state_dir.join("volumes")),

@@ -41,6 +41,7 @@ mod import;
 mod kept;
 mod layer;
 mod mkfs;
+mod origin;
 pub(crate) mod partial;
 mod passwd;
 mod path;

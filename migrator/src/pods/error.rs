@@ -9,6 +9,7 @@ use vm_runtime::units::{Bytes, MacAddress};
 use super::upgrade::UpgradeError;
 use crate::api::error::{ApiError, chain};
 use crate::api::types::{ErrorCode, PodState};
+use crate::registry::{PullError, RequestError};
 use crate::volumes::VolumeError;
 
 /// Any error, as the cause of another.
@@ -74,6 +75,17 @@ pub enum PodError {
         container: String,
         /// The image's reference.
         image: String,
+    },
+    /// An image is not here, and does not come.
+    #[error("container `{container}`: image `{image}` is not on this node, and cannot be pulled")]
+    Pull {
+        /// The container.
+        container: String,
+        /// The image's reference.
+        image: String,
+        /// Why.
+        #[source]
+        source: Box<PullError>,
     },
     /// The image store fails.
     #[error("container `{container}`: image `{image}` cannot be used")]
@@ -216,9 +228,10 @@ impl PodError {
             } => ErrorCode::NotFound,
             Self::Volume { .. } => ErrorCode::Internal,
             Self::TooMany(_) | Self::Memory { .. } | Self::HugePages { .. } => ErrorCode::Exhausted,
-            Self::NoImage { .. } | Self::NotFound(_) | Self::NoContainer { .. } => {
-                ErrorCode::NotFound
-            }
+            Self::NoImage { .. }
+            | Self::Pull { .. }
+            | Self::NotFound(_)
+            | Self::NoContainer { .. } => ErrorCode::NotFound,
             Self::Busy { .. } | Self::NoAgent(_) => ErrorCode::Busy,
             Self::Slow { .. } => ErrorCode::Timeout,
             Self::NotUpgraded { source, .. } => source.code(),
@@ -235,6 +248,9 @@ impl PodError {
                 "`migrator image pull {image}` fetches it from its registry, `migrator image import PATH` takes one from a file, \
                  `migrator image ls` lists those here"
             ),
+            Self::Pull { source, .. } => {
+                return source.request().and_then(RequestError::hint).map(str::to_owned);
+            }
             Self::NotFound(_) => {
                 "`migrator ps` lists the pods of this node; it may have moved to another".to_owned()
             }

@@ -22,6 +22,10 @@ use crate::config::Topology;
 use crate::daemon::node::Node;
 use crate::image::{ImageRecord, StoreError};
 use crate::network::Claim;
+use crate::registry::{Meter, PullOptions, Reference};
+
+/// For how long `image gc` leaves an image alone that was pulled for a pod, as `image pull` does.
+const LEASE: Duration = Duration::from_secs(3600);
 
 /// Runs the pod that `yaml` describes; with `wait`, returns when its containers have started.
 ///
@@ -141,8 +145,46 @@ async fn own(node: &Node, pod: &str) -> Result<Epoch, PodError> {
         .map_err(|e| PodError::step(pod, "journal the right to run it", e))
 }
 
-/// The image of each container.
+/// The image of each container. One that is not here is pulled, if the configuration says `registries.lazy`: then that is quick.
 async fn images(node: &Node, spec: &PodSpec) -> Result<Vec<Arc<ImageRecord>>, PodError> {
+    for _ in &spec.containers {
+        match images_here(node, spec).await {
+            Err(PodError::NoImage { container, image }) if node.config.registries.lazy => {
+                pull(node, container, image).await?;
+            }
+            found => return found,
+        }
+    }
+    images_here(node, spec).await
+}
+
+/// Pulls an image by its name in the pod's file.
+async fn pull(node: &Node, container: String, image: String) -> Result<(), PodError> {
+    let Ok(reference) = image.parse::<Reference>() else {
+        return Err(PodError::NoImage { container, image });
+    };
+    let options = PullOptions {
+        name: Some(image.clone()),
+        lazy: true,
+        lease: LEASE,
+        ..PullOptions::default()
+    };
+    let (meter, _progress) = Meter::new();
+    let pulled = node
+        .registries
+        .pull(&reference, &options, &meter, &node.shutdown);
+    let pulled = pulled.await.map_err(|source| PodError::Pull {
+        container,
+        image,
+        source: Box::new(source),
+    })?;
+    if pulled.lazy {
+        node.supply.fill(&Arc::new(pulled.record));
+    }
+    Ok(())
+}
+
+async fn images_here(node: &Node, spec: &PodSpec) -> Result<Vec<Arc<ImageRecord>>, PodError> {
     let store = Arc::clone(&node.images);
     let wanted: Vec<(String, String)> = spec
         .containers

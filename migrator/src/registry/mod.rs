@@ -36,6 +36,7 @@ mod push;
 mod retry;
 mod session;
 mod setup;
+mod source;
 mod upload;
 
 pub use credentials::BadCredentials;
@@ -47,3 +48,4 @@ pub use pull::{PullError, PullOptions, Pulled, Registries};
 pub use push::{PushError, PushOptions, Pushed};
 pub use reference::{BadReference, Reference};
 pub use setup::SetupError;
+pub use source::RegistrySource;

@@ -17,6 +17,7 @@ use super::progress::{Meter, Phase};
 use super::reference::Reference;
 use super::session::{Access, Session};
 use super::setup::{self, SetupError};
+use super::source::RegistrySource;
 use crate::api::error::chain;
 use crate::config;
 use crate::image::content::InUse;
@@ -44,6 +45,8 @@ pub struct PullOptions {
     pub platform: Platform,
     /// Keep the layers, so that the image can be pushed and saved.
     pub keep_layers: bool,
+    /// Be content with the image's description, if the registry has its chunks: they come when they are read.
+    pub lazy: bool,
     /// How long the image is kept from being cleared away, if no earlier lease lasts longer.
     pub lease: Duration,
 }
@@ -53,6 +56,8 @@ pub struct PullOptions {
 pub struct Pulled {
     /// The image.
     pub record: ImageRecord,
+    /// Whether most of it is still to come.
+    pub lazy: bool,
     /// Bytes of blobs that crossed the network.
     pub transferred_bytes: u64,
 }
@@ -117,6 +122,7 @@ pub enum PullError {
 pub struct Registries {
     pub(super) config: config::Registries,
     pub(super) store: Arc<ImageStore>,
+    pub(super) source: Arc<RegistrySource>,
     /// One pull at a time fetches a blob; the others wait, and find it.
     locks: Mutex<HashMap<Digest, Weak<tokio::sync::Mutex<()>>>>,
 }
@@ -124,11 +130,18 @@ pub struct Registries {
 impl Registries {
     /// Nothing is connected, and no file read, before a pull.
     pub fn new(config: config::Registries, store: Arc<ImageStore>) -> Self {
+        let source = RegistrySource::new(config.clone(), Arc::clone(&store));
         Self {
             config,
             store,
+            source: Arc::new(source),
             locks: Mutex::default(),
         }
+    }
+
+    /// The chunks of images that come from registries.
+    pub fn source(&self) -> Arc<RegistrySource> {
+        Arc::clone(&self.source)
     }
 
     /// Pulls an image.
@@ -153,8 +166,9 @@ impl Registries {
             fetched = self.fetch(reference, options, keep, &name, meter) => fetched?,
             () = ended.cancelled() => return Err(PullError::Ended),
         };
+        let lazy = matches!(fetched, Outcome::Adopted(_));
         let (record, hold) = match fetched {
-            Outcome::Known(known) => known,
+            Outcome::Known(known) | Outcome::Adopted(known) => known,
             Outcome::Fetched(blobs, in_use) => {
                 meter.phase(Phase::Import);
                 let store = Arc::clone(&self.store);
@@ -178,6 +192,7 @@ impl Registries {
         tracing::info!(%reference, name = record.name, digest = %record.manifest_digest, "pulled");
         Ok(Pulled {
             record,
+            lazy,
             transferred_bytes: meter.transferred_so_far(),
         })
     }
@@ -207,6 +222,13 @@ impl Registries {
             let (store, name) = (Arc::clone(&self.store), name.to_owned());
             let named = tokio::task::spawn_blocking(move || store.add_name(&known, &name));
             return Ok(Outcome::Known(named.await??));
+        }
+        // Layers can only be kept if they come.
+        if options.lazy && !keep {
+            let lazily = self.lazily(&sessions, fetched.digest, reference, options, name, meter);
+            if let Some(adopted) = lazily.await? {
+                return Ok(Outcome::Adopted(adopted));
+            }
         }
         let blobs = image.blobs();
         self.check_sizes(reference, &blobs)?;
@@ -279,6 +301,8 @@ impl Registries {
 enum Outcome {
     /// The image is here.
     Known((ImageRecord, ImageHold)),
+    /// It is here, but for most of its chunks.
+    Adopted((ImageRecord, ImageHold)),
     /// Its blobs are.
     Fetched(Blobs, InUse),
 }

@@ -5,6 +5,7 @@ mod chunk_faults;
 mod chunks;
 mod faults;
 mod keep;
+mod lazy;
 mod lies;
 mod pull;
 

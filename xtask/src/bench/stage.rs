@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use tokio::runtime::Runtime;
 use vm_runtime::probe;
 use vm_runtime::qemu::{QemuBinary, QemuConfig};

@@ -66,9 +66,9 @@ pub(super) fn pack(
         let plain = store.read_chunk(&record.erofs_digest, index)?;
         let small = compressor.compress(&plain)?;
         let bytes = if small.len() < plain.len() {
-            &small
+            &small[..]
         } else {
-            &plain
+            &plain[..]
         };
         let (pack, offset) = packer.add(bytes)?;
         plain_bytes += plain.len() as u64;

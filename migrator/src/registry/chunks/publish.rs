@@ -40,7 +40,11 @@ impl Registries {
         let (subject, subject_type) = subject;
         meter.phase(Phase::Pack);
         let (store, own) = (Arc::clone(&self.store), record.clone());
-        let packed = tokio::task::spawn_blocking(move || pack::pack(&store, &own, &[])).await??;
+        let packed = tokio::task::spawn_blocking(move || {
+            let first_uses = store.order(&own.erofs_digest)?.list();
+            pack::pack(&store, &own, &first_uses)
+        });
+        let packed = packed.await??;
         let Packed {
             index,
             packs,

@@ -129,6 +129,16 @@ impl RemoteChunks {
         self.by_digest.contains_key(digest)
     }
 
+    /// Chunks of the image whose bytes are all zero: each length once.
+    pub fn zeros(&self) -> Vec<u32> {
+        let record = self.record();
+        let mut seen = std::collections::HashSet::new();
+        let all = (0u32..).zip(&record.chunks);
+        all.filter(|(index, digest)| self.index.place(*index).is_none() && seen.insert(**digest))
+            .map(|(index, _)| index)
+            .collect()
+    }
+
     /// The bytes of a stored chunk, verified. Chunks that are asked for while all requests are under way, and that are neighbours, share
     /// the next one.
     ///
