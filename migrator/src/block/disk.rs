@@ -1,5 +1,6 @@
 //! A disk: a file, what was written to it, and what is not here yet.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,8 +13,9 @@ use super::admission::{Admission, Admitted, Quiet};
 use super::backing::Backing;
 use super::dirty::{Dirty, Generation, StaleGeneration};
 use super::granule::{Extent, GRANULE, check_size};
-use super::limit::Limit;
+use super::limit::{Limit, Shared};
 use super::missing::Missing;
+use super::pipe::Pipe;
 
 /// A writable disk. Its calls block; any number of threads may make them at once.
 #[derive(Debug)]
@@ -21,7 +23,7 @@ pub struct Disk {
     path: PathBuf,
     size: u64,
     backing: Backing,
-    dirty: Dirty,
+    dirty: Arc<Dirty>,
     limit: Limit,
     missing: Missing,
     admission: Arc<Admission>,
@@ -65,8 +67,8 @@ impl Disk {
             path: path.to_owned(),
             size,
             backing,
-            dirty: Dirty::new(size),
-            limit: Limit::none(),
+            dirty: Arc::new(Dirty::new(size)),
+            limit: Limit::default(),
             missing: Missing::none(),
             admission: Arc::default(),
             starved: AtomicBool::new(false),
@@ -112,6 +114,33 @@ impl Disk {
         let extent = self.extent(offset, data.len() as u64)?;
         self.missing.need(extent)?;
         self.backing.read(data, offset).map_err(io("read", extent))
+    }
+
+    /// Fills `data` from `offset` on, without waiting for anything. False: that cannot be, ask with [`Disk::read_at`].
+    pub fn read_now(&self, data: &mut [u8], offset: u64) -> bool {
+        self.extent(offset, data.len() as u64).is_ok()
+            && self.missing.is_empty()
+            && self.backing.read_cached(data, offset)
+    }
+
+    /// Takes `len` bytes from `offset` on into an empty pipe that they fit; as [`Disk::read_at`]. What is written meanwhile, and until
+    /// they leave the pipe, may be seen or not. False: the file system has no pages to give, and the pipe is empty.
+    ///
+    /// # Errors
+    /// As for [`Disk::read_at`]. The pipe is of no more use then.
+    pub fn read_into(&self, pipe: &Pipe, offset: u64, len: usize) -> Result<bool, DiskError> {
+        let extent = self.extent(offset, len as u64)?;
+        self.missing.need(extent)?;
+        match pipe.fill(&self.backing.file, offset, len) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == ErrorKind::InvalidInput => Ok(false),
+            Err(error) => Err(io("read", extent)(error)),
+        }
+    }
+
+    /// Whether a request waits for no more than the file: nothing is missing, and writes are not limited.
+    pub fn is_free(&self) -> bool {
+        self.missing.is_empty() && self.limit.is_none()
     }
 
     /// Writes `data` at `offset`. Waits for granules that are missing, if it does not overwrite them whole.
@@ -180,13 +209,18 @@ impl Disk {
     /// [`StaleGeneration`]: somebody else tracks by now.
     pub fn take_dirty(&self, generation: Generation) -> Result<Vec<Extent>, StaleGeneration> {
         let taken = self.dirty.take(generation);
-        self.limit.taken();
+        self.limit.changed();
         taken
     }
 
-    /// Has writes wait while the dirty granules have more than so many bytes, until a take, a higher limit, or `None`: none.
-    pub fn limit_dirty(&self, bytes: Option<u64>) {
-        self.limit.set(bytes);
+    /// Has writes to any of these disks wait while their dirty granules have more than so many bytes together, until a take, another
+    /// limit, or `None`: none.
+    pub fn limit_dirty(disks: &[Arc<Self>], bytes: Option<u64>) {
+        let of = || disks.iter().map(|disk| Arc::clone(&disk.dirty)).collect();
+        let limit = bytes.map(|bytes| Arc::new(Shared::new(bytes, of())));
+        for disk in disks {
+            disk.limit.set(limit.clone());
+        }
     }
 
     /// Bytes of the granules that a take would give now.
@@ -214,7 +248,7 @@ impl Disk {
     /// Serves no more requests: those that wait, for a granule or in a hold, and new ones, end with [`DiskError::Closed`]. For ever.
     pub fn close(&self) {
         self.admission.close();
-        self.limit.close();
+        self.limit.changed();
         self.missing.close();
     }
 
@@ -289,7 +323,7 @@ impl Disk {
         extent: Extent,
         change: impl FnOnce() -> Result<(), DiskError>,
     ) -> Result<(), DiskError> {
-        self.limit.wait(|| self.dirty.bytes())?;
+        self.limit.wait(|| self.is_closed())?;
         let changed = self.missing.overwrite(extent, change);
         self.dirty.mark(extent);
         if let Err(error) = &changed

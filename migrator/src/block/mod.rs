@@ -35,6 +35,8 @@ mod backing;
 mod dirty;
 mod limit;
 mod missing;
+mod pipe;
+mod sys;
 
 #[cfg(test)]
 mod tests;
@@ -44,3 +46,4 @@ pub use dirty::{Generation, StaleGeneration};
 pub use disk::{Disk, Supplied};
 pub use error::DiskError;
 pub use granule::{Extent, GRANULE, MAX_SIZE};
+pub use pipe::Pipe;

@@ -7,6 +7,7 @@ mod cancel;
 mod certificate;
 mod connection;
 mod conntrack;
+mod cut_disks;
 mod disks;
 mod fast;
 mod large_pages;
