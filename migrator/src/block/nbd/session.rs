@@ -168,8 +168,10 @@ impl Session {
     fn take_on(&self, lead: &mut Lead, buffer: &mut Vec<u8>) -> Result<Request, Over> {
         let Lead { reader, replies } = lead;
         loop {
-            // What comes next may be long in coming.
-            if reader.buffer().len() < REQUEST_LEN || replies.are_many() {
+            // What comes next may be long in coming, and a write's data, too.
+            let next = reader.buffer().first_chunk().and_then(request);
+            let reads = next.is_some_and(|next| next.command == Command::Read);
+            if !reads || replies.are_many() {
                 self.send(replies.take())?;
             }
             let request = take(reader, buffer)?;
@@ -262,12 +264,13 @@ impl Session {
         }
         if len > COPIED {
             // Without one everything is copied.
-            let pipe = hands.pipe.take().or_else(|| Pipe::new().ok());
-            if let Some(pipe) = pipe.filter(|pipe| pipe.fits(offset, len.into())) {
-                // On an error it is not kept: it may have a part of the data.
-                let filled = self.disk.read_into(&pipe, offset, len as usize)?;
-                hands.pipe = Some(pipe);
-                if filled {
+            if hands.pipe.is_none() {
+                hands.pipe = Pipe::new().ok();
+            }
+            if let Some(pipe) = hands.pipe.take_if(|pipe| pipe.fits(offset, len.into())) {
+                // It is kept only if it has the data, and nothing else.
+                if self.disk.read_into(&pipe, offset, len as usize)? {
+                    hands.pipe = Some(pipe);
                     return Ok(Payload::Pipe);
                 }
             }
