@@ -13,7 +13,10 @@ use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
+use serde_json::{Value, json};
+
 use crate::spec::{Accel, MAX_DISKS, SpecError, VmSpec};
+use crate::units::Bytes;
 
 /// Name of the virtio-serial port that the guest agent opens.
 pub const AGENT_PORT: &str = "migrator.agent";
@@ -43,6 +46,8 @@ pub enum BootMode {
     Boot,
     /// With a state that another VM saved.
     Incoming,
+    /// As [`BootMode::Boot`], with nothing behind its disks: the guest must not look at them.
+    Template,
 }
 
 /// Descriptor numbers in the QEMU process.
@@ -69,7 +74,7 @@ pub struct Local<'a> {
     pub kernel: &'a Path,
     /// The initramfs.
     pub initramfs: &'a Path,
-    /// One read-only file an image of the spec, in its order, then the socket of each writable disk.
+    /// One read-only file an image of the spec, in its order, then the socket of each writable disk; none for a template.
     pub disks: &'a [PathBuf],
     /// `-L` folders.
     pub data_dirs: &'a [PathBuf],
@@ -82,7 +87,11 @@ pub struct Local<'a> {
 /// The spec is not right, or the disks are not as many as the spec says.
 pub fn build(spec: &VmSpec, local: &Local<'_>) -> Result<Vec<OsString>, SpecError> {
     spec.check()?;
-    let wanted = spec.disks.len() + spec.writable.len();
+    let is_template = local.mode == BootMode::Template;
+    let wanted = match is_template {
+        true => 0,
+        false => spec.disks.len() + spec.writable.len(),
+    };
     if wanted != local.disks.len() {
         return Err(SpecError {
             name: spec.name.clone(),
@@ -95,15 +104,24 @@ pub fn build(spec: &VmSpec, local: &Local<'_>) -> Result<Vec<OsString>, SpecErro
     args.machine(spec, local.fds.memory);
     args.guest_code(spec, local);
     args.devices(spec, local.fds);
-    let (images, sockets) = local.disks.split_at(spec.disks.len());
-    for (index, (disk, path)) in spec.disks.iter().zip(images).enumerate() {
-        args.disk(index, &disk.serial, path);
+    let images = spec.disks.len().min(local.disks.len());
+    let (images, sockets) = local.disks.split_at(images);
+    for (index, disk) in spec.disks.iter().enumerate() {
+        let node = match images.get(index) {
+            Some(path) => image(path),
+            None => nothing(disk.size),
+        };
+        args.disk(index, &disk.serial, node);
     }
-    for (index, (disk, socket)) in spec.writable.iter().zip(sockets).enumerate() {
-        args.writable(index, &disk.serial, socket);
+    for (index, disk) in spec.writable.iter().enumerate() {
+        let node = match sockets.get(index) {
+            Some(socket) => served(socket),
+            None => nothing(disk.size),
+        };
+        args.writable(index, &disk.serial, node);
     }
     match local.mode {
-        BootMode::Boot => {}
+        BootMode::Boot | BootMode::Template => {}
         BootMode::Incoming => args.pair("-incoming", "defer"),
     }
     Ok(args.0)
@@ -218,19 +236,9 @@ impl Args {
         }
     }
 
-    fn disk(&mut self, index: usize, serial: &str, path: &Path) {
-        // As JSON, a path may hold commas; lossy only for names that are no UTF-8, which our
-        // own image store never makes.
-        let node = serde_json::json!({
-            "driver": "raw",
-            "file": {
-                "driver": "file",
-                "filename": path.to_string_lossy(),
-                "read-only": true,
-            },
-            "node-name": format!("disk{index}"),
-            "read-only": true,
-        });
+    fn disk(&mut self, index: usize, serial: &str, mut node: Value) {
+        node["node-name"] = format!("disk{index}").into();
+        node["read-only"] = true.into();
         self.pair("-blockdev", node.to_string());
         self.device(
             &format!("virtio-blk-pci,drive=disk{index},serial={serial}"),
@@ -238,16 +246,11 @@ impl Args {
         );
     }
 
-    /// A disk that the service serves. Where it says that its file system is full, the guest stops until there is room again
-    /// (`werror=enospc`); any other error is the guest's to see.
-    fn writable(&mut self, index: usize, serial: &str, socket: &Path) {
-        let node = serde_json::json!({
-            "driver": "nbd",
-            "server": { "type": "unix", "path": socket.to_string_lossy() },
-            "reconnect-delay": RECONNECT_DELAY,
-            "discard": "unmap",
-            "node-name": format!("writable{index}"),
-        });
+    /// Where its server says that its file system is full, the guest stops until there is room again (`werror=enospc`); any other
+    /// error is the guest's to see.
+    fn writable(&mut self, index: usize, serial: &str, mut node: Value) {
+        node["node-name"] = format!("writable{index}").into();
+        node["discard"] = "unmap".into();
         self.pair("-blockdev", node.to_string());
         self.device(
             &format!(
@@ -266,12 +269,37 @@ impl Args {
     }
 }
 
+/// An image. As JSON, a path may hold commas; lossy only for names that are no UTF-8, which our own image store never makes.
+fn image(path: &Path) -> Value {
+    json!({
+        "driver": "raw",
+        "file": {
+            "driver": "file",
+            "filename": path.to_string_lossy(),
+            "read-only": true,
+        },
+    })
+}
+
+/// A disk that the service serves.
+fn served(socket: &Path) -> Value {
+    json!({
+        "driver": "nbd",
+        "server": { "type": "unix", "path": socket.to_string_lossy() },
+        "reconnect-delay": RECONNECT_DELAY,
+    })
+}
+
+/// A disk of a template: zeros.
+fn nothing(size: Bytes) -> Value {
+    json!({ "driver": "null-co", "size": size.0, "read-zeroes": true })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::spec::WritableDisk;
     use crate::spec::tests::example;
-    use crate::units::Bytes;
 
     const FDS: FdNumbers = FdNumbers {
         memory: 200,
@@ -370,6 +398,26 @@ mod tests {
         let disks = [PathBuf::from("/i/a,b.erofs")];
         let incoming = text(&example(), &local(BootMode::Incoming, &disks));
         assert_eq!(incoming, format!("{GOLDEN}\n-incoming defer"));
+    }
+
+    #[test]
+    fn a_template_differs_by_what_is_behind_its_disks_only() {
+        let mut spec = example();
+        spec.writable.push(WritableDisk {
+            serial: "w0".to_owned(),
+            name: "root".to_owned(),
+            size: Bytes::mib(64),
+        });
+        let paths = [PathBuf::from("/i/a"), PathBuf::from("/p/web/d0.nbd")];
+        let devices = |text: &str| -> Vec<String> {
+            let lines = text.lines().filter(|line| !line.starts_with("-blockdev"));
+            lines.map(str::to_owned).collect()
+        };
+        let template = text(&spec, &local(BootMode::Template, &[]));
+        let boot = text(&spec, &local(BootMode::Boot, &paths));
+        assert_eq!(devices(&template), devices(&boot));
+        assert_eq!(template.matches("null-co").count(), 2);
+        assert!(build(&spec, &local(BootMode::Template, &paths)).is_err());
     }
 
     #[test]

@@ -6,6 +6,7 @@ pub mod frames;
 pub mod image_types;
 pub mod net_types;
 pub mod server;
+pub mod template_types;
 pub mod types;
 pub mod upgrade;
 
@@ -17,4 +18,5 @@ mod net;
 mod pods;
 mod registry;
 mod registry_errors;
+mod templates;
 mod volumes;

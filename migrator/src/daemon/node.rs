@@ -17,6 +17,7 @@ use crate::migration::journal::Journal;
 use crate::network::NodeNetwork;
 use crate::pods::PodRegistry;
 use crate::registry::Registries;
+use crate::templates::Templates;
 use crate::volumes::Volumes;
 use crate::wire::tls::TlsConfig;
 
@@ -29,6 +30,8 @@ pub struct Node {
     pub images: Arc<ImageStore>,
     /// Named volumes. Its calls block.
     pub volumes: Volumes,
+    /// Saved guests that pods start from. Its calls block.
+    pub templates: Arc<Templates>,
     /// Where images come from.
     pub registries: Registries,
     /// The bridge, the gates.

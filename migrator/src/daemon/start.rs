@@ -30,6 +30,7 @@ use crate::migration::journal::{Journal, Recovery};
 use crate::network::{Cluster, NodeNetConfig, NodeNetwork, TunnelConfig};
 use crate::pods::PodRegistry;
 use crate::registry::Registries;
+use crate::templates::Templates;
 use crate::volumes::Volumes;
 use crate::wire::tls::TlsConfig;
 
@@ -108,6 +109,11 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
         .await?
         .map_err(|e| DaemonError::open("the image store", e))?;
     let images = Arc::new(images);
+    let (templates_dir, mode) = (state.join("templates"), config.templates);
+    let limit = config.limits.template_bytes;
+    let templates = blocking(move || Templates::open(templates_dir, mode, limit))
+        .await?
+        .map_err(|e| DaemonError::open("the templates", e))?;
     let qemu = QemuBinary::open(&QemuConfig {
         binary: config.qemu.binary.clone(),
         lib_dir: config.qemu.lib_dir.clone(),
@@ -157,6 +163,7 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
     let node = Node {
         registries: Registries::new(config.registries.clone(), Arc::clone(&images)),
         images,
+        templates: Arc::new(templates),
         volumes: Volumes::new(config.state_dir.join("volumes")),
         network,
         qemu,

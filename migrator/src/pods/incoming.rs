@@ -138,15 +138,9 @@ impl IncomingPod {
         };
         disks::serve(name, &self.disks)?;
         let images = image_paths(&self.node, name, &self.facts.vm_spec).await?;
-        let (port, res) = boot::resources(
-            &self.node,
-            &self.facts,
-            &images,
-            memory,
-            Role::Incoming,
-            &mut self.parts,
-        )
-        .await?;
+        let role = Role::Incoming;
+        let port = boot::make_port(&self.node, &self.facts, role, &mut self.parts).await?;
+        let res = boot::resources(&self.node, &self.facts, &images, memory, &port)?;
         let vm = Vm::incoming(&self.facts.vm_spec, res)
             .await
             .map_err(|e| PodError::step(name, "start a VM for it", e))?;

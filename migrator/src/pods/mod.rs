@@ -35,6 +35,7 @@ mod boot;
 mod console;
 mod open;
 mod sink;
+mod warm;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

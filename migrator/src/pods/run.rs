@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 use vm_runtime::pod::PodSpec;
-use vm_runtime::spec::WritableDisk;
+use vm_runtime::spec::{VmSpec, WritableDisk};
 use vm_runtime::units::Epoch;
 
 use super::actor::{self, Birth};
@@ -16,12 +16,13 @@ use super::disks::{self, Origin};
 use super::error::PodError;
 use super::handle::{Facts, PodHandle, waiting};
 use super::logs::LogStore;
-use super::plan::{self, Base};
+use super::plan::{self, Base, Plan};
 use super::state::{self, PodFile, PodRecord, unix_ms};
 use crate::config::Topology;
 use crate::daemon::node::Node;
 use crate::image::{ImageRecord, StoreError};
 use crate::network::Claim;
+use crate::templates;
 
 /// Runs the pod that `yaml` describes; with `wait`, returns when its containers have started.
 ///
@@ -58,17 +59,7 @@ pub async fn run(
         }
     }
     let reservation = node.pods.reserve(&spec, node.config.limits.pods)?;
-    let images = images(node, &spec).await?;
-    let base = Base {
-        machine: &node.machine,
-        accel: node.accel,
-        kernel_sha256: &node.guest.kernel_sha256,
-        initramfs_sha256: &node.guest.initramfs_sha256,
-        routed_mtu: node.network.routed_mtu(),
-    };
-    let uuid = plan::uuid(crate::wire::id::MigrationId::random().0);
-    let writable = writable(node, &spec).await?;
-    let plan = plan::plan(&spec, writable, &images, &base, uuid)?;
+    let (images, plan) = planned(node, &spec).await?;
     check_memory(&spec)?;
     // Until the pod is registered, nothing else says that its images are needed.
     let _hold = node
@@ -113,6 +104,32 @@ pub async fn run(
         result.await.map_err(|_| PodError::ShuttingDown)??;
     }
     Ok(handle)
+}
+
+/// The VM that a pod would have here, without what is its own.
+///
+/// # Errors
+/// The YAML is no pod, or its images or volumes are not here.
+pub async fn shape_of(node: &Node, yaml: &str) -> Result<VmSpec, PodError> {
+    let spec = PodSpec::from_yaml(yaml).map_err(|e| PodError::Spec(e.into()))?;
+    let (_, plan) = planned(node, &spec).await?;
+    Ok(templates::shape(&plan.vm))
+}
+
+/// Its images, and what it is to become.
+async fn planned(node: &Node, spec: &PodSpec) -> Result<(Vec<Arc<ImageRecord>>, Plan), PodError> {
+    let images = images(node, spec).await?;
+    let base = Base {
+        machine: &node.machine,
+        accel: node.accel,
+        kernel_sha256: &node.guest.kernel_sha256,
+        initramfs_sha256: &node.guest.initramfs_sha256,
+        routed_mtu: node.network.routed_mtu(),
+    };
+    let uuid = plan::uuid(crate::wire::id::MigrationId::random().0);
+    let writable = writable(node, spec).await?;
+    let plan = plan::plan(spec, writable, &images, &base, uuid)?;
+    Ok((images, plan))
 }
 
 /// The disks that it can write to.

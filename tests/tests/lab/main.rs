@@ -18,6 +18,7 @@ mod postcopy;
 mod registry;
 mod routed;
 mod soak;
+mod templates;
 mod tunnel;
 mod upgrade;
 

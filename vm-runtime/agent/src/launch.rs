@@ -198,8 +198,10 @@ impl Launch<'_> {
             } => {
                 let pts = sys::clone_mount(&root.pts).context("copying the mount of /dev/pts")?;
                 let volumes = rootfs::Volumes::copy(volumes)?;
+                let disguise = rootfs::Disguise::copy()?;
                 sethostname(hostname).context("setting the host name")?;
                 rootfs::enter(&root.path, &pts)?;
+                disguise.put_on()?;
                 volumes.attach()?;
                 rootfs::write_etc(hostname, addresses, dns)?;
             }

@@ -8,6 +8,7 @@ mod cgroups;
 mod containers;
 mod disks;
 mod execs;
+mod identity;
 mod launch;
 mod network;
 mod outbox;
@@ -38,6 +39,6 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
-    boot::prepare()?;
-    server::Agent::new(port::Port::open()?)?.run()
+    let late = boot::prepare()?;
+    server::Agent::new(port::Port::open()?, late)?.run()
 }

@@ -3,13 +3,14 @@
 use std::time::{Duration, Instant};
 
 use guest_agent::protocol::message::{
-    Configuration, ContainerStatus, Event, Failure, FailureKind, RequestId, Status,
+    Configuration, ContainerStatus, Event, Failure, FailureKind, Identity, RequestId, Status,
 };
 use nix::sys::signal::Signal;
 
-use crate::boot::set_sysctl;
+use crate::boot::{LateModules, set_sysctl};
 use crate::containers::{Container, failed};
 use crate::disks;
+use crate::identity;
 use crate::network;
 use crate::outbox::Outbox;
 
@@ -22,6 +23,8 @@ pub(crate) struct Pod {
     pub(crate) kill_at: Option<Instant>,
     /// StopPod requests that wait for the end.
     stopping: Vec<RequestId>,
+    /// Drivers of its disks.
+    late: LateModules,
 }
 
 /// A [`Failure`] of class State.
@@ -39,6 +42,23 @@ fn is_label(name: &str) -> bool {
 }
 
 impl Pod {
+    pub(crate) fn new(late: LateModules) -> Self {
+        Self {
+            late,
+            ..Self::default()
+        }
+    }
+
+    /// Becomes another guest than the one that was saved.
+    pub(crate) fn identify(&mut self, identity: &Identity) -> Result<(), Failure> {
+        if self.configuration.is_some() {
+            return Err(wrong_time(
+                "the guest is configured already: identify it before",
+            ));
+        }
+        identity::take(identity).map_err(failed)
+    }
+
     pub(crate) fn configure(&mut self, wanted: Configuration) -> Result<(), Failure> {
         if let Some(have) = &self.configuration {
             return match *have == wanted {
@@ -58,6 +78,7 @@ impl Pod {
                 }
             }
         }
+        self.late.load().map_err(failed)?;
         nix::unistd::sethostname(&wanted.hostname).map_err(failed)?;
         network::loopback().map_err(failed)?;
         for interface in &wanted.interfaces {

@@ -17,6 +17,7 @@ use nix::unistd::{chdir, pivot_root};
 
 use crate::boot::mount_at;
 use crate::disks::Volume;
+use crate::identity::{OWN_UUID, PRODUCT_UUID};
 use crate::sys;
 
 /// Files of /proc that act on the whole guest: read-only, as in Docker.
@@ -24,6 +25,9 @@ const READ_ONLY: &[&str] = &["bus", "fs", "irq", "sys", "sysrq-trigger"];
 
 /// Files of /proc that tell too much: behind /dev/null.
 const HIDDEN: &[&str] = &["kcore", "keys", "timer_list"];
+
+/// What the firmware tells, as the kernel shows it.
+const FIRMWARE: &str = "/sys/firmware";
 
 /// (name, major, minor), Documentation/admin-guide/devices.txt.
 const DEVICES: &[(&str, u64, u64)] = &[
@@ -157,6 +161,47 @@ impl<'a> Volumes<'a> {
                 mount_nothing(path, flags)
                     .with_context(|| format!("making the volume at {path} read-only"))?;
             }
+        }
+        Ok(())
+    }
+}
+
+/// The VM's own UUID over the one that a template's kernel has read from the firmware.
+pub(crate) struct Disguise(Option<OwnedFd>);
+
+impl Disguise {
+    /// Before the root is changed.
+    pub(crate) fn copy() -> Result<Self> {
+        if !Path::new(OWN_UUID).exists() || !Path::new(PRODUCT_UUID).exists() {
+            return Ok(Self(None));
+        }
+        let path = CString::new(OWN_UUID).context("a path with a NUL in it")?;
+        let mount = sys::clone_mount(&path);
+        let mount = mount.with_context(|| format!("copying the mount of {OWN_UUID}"))?;
+        Ok(Self(Some(mount)))
+    }
+
+    /// After it.
+    pub(crate) fn put_on(self) -> Result<()> {
+        let Some(mount) = self.0 else {
+            return Ok(());
+        };
+        let sealed = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC | MsFlags::MS_NODEV;
+        let target = CString::new(PRODUCT_UUID).context("a path with a NUL in it")?;
+        sys::attach_mount(std::os::fd::AsFd::as_fd(&mount), &target)
+            .with_context(|| format!("attaching the VM's UUID at {PRODUCT_UUID}"))?;
+        let flags = sealed | MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        mount_nothing(PRODUCT_UUID, flags)
+            .with_context(|| format!("making {PRODUCT_UUID} read-only"))?;
+        // The tables that it comes from are below this, and nothing that a container needs.
+        if Path::new(FIRMWARE).exists() {
+            mount_at(
+                "tmpfs",
+                FIRMWARE,
+                "tmpfs",
+                sealed | MsFlags::MS_RDONLY,
+                "size=0",
+            )?;
         }
         Ok(())
     }

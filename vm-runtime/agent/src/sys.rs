@@ -27,6 +27,24 @@ pub(crate) fn finit_module(file: BorrowedFd<'_>) -> io::Result<()> {
     }
 }
 
+/// Mixes random bytes into the kernel's pool, counts them as such, and keys its generator anew from there (random(4)).
+pub(crate) fn reseed(entropy: &[u8]) -> io::Result<()> {
+    /// `RNDADDENTROPY`, `_IOW('R', 3, int[2])`, and `RNDRESEEDCRNG`, `_IO('R', 7)` (linux/random.h).
+    const ADD_ENTROPY: libc::Ioctl = 0x4008_5203;
+    const RESEED: libc::Ioctl = 0x5207;
+    let device = std::fs::File::options().write(true).open("/dev/random")?;
+    // struct rand_pool_info: bits, bytes, then the bytes.
+    let mut info = Vec::with_capacity(8 + entropy.len());
+    info.extend((entropy.len() as i32 * 8).to_ne_bytes());
+    info.extend((entropy.len() as i32).to_ne_bytes());
+    info.extend(entropy);
+    // SAFETY: the kernel reads two integers and as many bytes as the second says, all of which are in `info`, which outlives
+    // the call.
+    check(unsafe { libc::ioctl(device.as_raw_fd(), ADD_ENTROPY, info.as_ptr()) }.into())?;
+    // SAFETY: this one takes no argument.
+    check(unsafe { libc::ioctl(device.as_raw_fd(), RESEED) }.into()).map(drop)
+}
+
 /// `CLONE_INTO_CGROUP` (linux/sched.h): libc's constant overflows its type.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 

@@ -29,8 +29,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 pub use exec::{Exec, ExecControl, ExecInput, ExecOutput};
 use guest_agent::protocol::link::HostLinkState;
 pub use guest_agent::protocol::message::{
-    Configuration, Container, ContainerState, ContainerStatus, Event, ExecId, ExecSpec, Failure,
-    FailureKind, Interface, Mount, Stats, Status, Storage, Stream,
+    Blob, Configuration, Container, ContainerState, ContainerStatus, Event, ExecId, ExecSpec,
+    Failure, FailureKind, Identity, Interface, Mount, Stats, Status, Storage, Stream,
 };
 use guest_agent::protocol::message::{Reply, Request, RequestId};
 pub use pod::{ImageSettings, configuration};
@@ -183,6 +183,22 @@ impl AgentClient {
                 }),
             },
         }
+    }
+
+    /// Gives back what memory the guest does not need, before it becomes a template.
+    ///
+    /// # Errors
+    /// [`AgentError`]; `NoAnswer` from an agent that is too old for it.
+    pub async fn settle(&self) -> Result<(), AgentError> {
+        self.done(Request::Settle, ANSWER_LIMIT).await
+    }
+
+    /// Makes a guest that was started from a template one of its own. Before [`Self::configure`].
+    ///
+    /// # Errors
+    /// [`AgentError`]; `Refused` when it is configured already, or its kernel refuses something.
+    pub async fn identify(&self, identity: Identity) -> Result<(), AgentError> {
+        self.done(Request::Identify(identity), ANSWER_LIMIT).await
     }
 
     /// Sets up network, mounts and limits. Once per guest; the same again is no error.

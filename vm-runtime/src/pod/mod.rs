@@ -16,6 +16,7 @@
 //!     migrator/mac: 52:54:00:12:34:56   # derived from the name if missing
 //!     migrator/vm-memory: 512Mi         # else the sum of the limits and 128Mi for the guest itself
 //!     migrator/hugepages: "true"        # guest RAM of huge pages (2 MiB), which each node must have reserved
+//!     migrator/template: "false"        # always boot it, never start it from a template
 //! spec:
 //!   restartPolicy: Never                # the only one so far
 //!   volumes:
@@ -76,6 +77,9 @@ pub struct PodSpec {
     pub volumes: Vec<VolumeSpec>,
     /// The containers, started in this order.
     pub containers: Vec<ContainerSpec>,
+    /// Whether it is always booted: the annotation `migrator/template: "false"`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cold_start: bool,
 }
 
 /// A volume of a pod: a disk that containers mount.

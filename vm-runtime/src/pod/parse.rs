@@ -57,6 +57,7 @@ pub(super) fn pod(text: &str) -> Result<PodSpec, PodError> {
         None => needed_memory(&containers)?,
     };
     let hugepages = annotations.parse("hugepages", "true or false")?;
+    let template = annotations.parse("template", "true or false")?;
     annotations.finish()?;
     let milli: u64 = containers
         .iter()
@@ -73,6 +74,7 @@ pub(super) fn pod(text: &str) -> Result<PodSpec, PodError> {
         vcpus,
         volumes,
         containers,
+        cold_start: template == Some(false),
     };
     validate::pod(&pod)?;
     Ok(pod)

@@ -98,6 +98,17 @@ fn the_annotation_makes_the_memory_of_huge_pages() {
 }
 
 #[test]
+fn the_annotation_keeps_a_pod_from_templates() {
+    let cold = |annotation| {
+        PodSpec::from_yaml(&pod("", annotation, ""))
+            .unwrap()
+            .cold_start
+    };
+    assert!(!cold("") && !cold("    migrator/template: \"true\"\n"));
+    assert!(cold("    migrator/template: \"false\"\n"));
+}
+
+#[test]
 fn fields_that_would_be_ignored_are_refused_by_path() {
     for (text, expected) in [
         (

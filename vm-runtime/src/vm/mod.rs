@@ -151,6 +151,18 @@ impl Vm {
         Ok(vm)
     }
 
+    /// Starts a VM that is to be saved as a template; its guest runs when this returns. It has no disks to look at, and ends with this
+    /// service at the latest.
+    ///
+    /// # Errors
+    /// As [`Vm::boot`].
+    pub async fn template(spec: &VmSpec, res: VmResources) -> Result<Self, SpawnError> {
+        let (vm, guard) = start(spec, res, Birth::Template).await?;
+        vm.qmp.execute("cont", Value::Null, QMP_DEADLINE).await?;
+        guard.disarm();
+        Ok(vm)
+    }
+
     /// Starts a VM that awaits a state, see [`Vm::load_state`].
     ///
     /// QEMU may have written to guest memory when this returns: make it equal to the source's

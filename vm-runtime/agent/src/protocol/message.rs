@@ -130,6 +130,25 @@ pub enum Request {
     Status,
     /// Power off at once. Not answered.
     PowerOff,
+    /// Give memory back that is not needed: before the guest becomes a template. Since version 3.
+    Settle,
+    /// Become another guest than the one that was saved, before Configure. Since version 3.
+    Identify(Identity),
+}
+
+/// What a guest that was started from a template must not share with others of that template.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Random bytes for the kernel's generator, which is keyed anew.
+    pub entropy: Blob,
+    /// CLOCK_REALTIME, in nanoseconds since 1970.
+    pub unix_ns: u64,
+    /// The VM's UUID, as /sys/class/dmi/id/product_uuid is to show it to containers.
+    pub uuid: String,
+    /// The MAC address of the template's network device.
+    pub old_mac: [u8; 6],
+    /// Its MAC address from now on.
+    pub mac: [u8; 6],
 }
 
 /// Everything that a pod is, for its guest.

@@ -41,4 +41,4 @@ pub const PORT_NAME: &str = "migrator.agent";
 pub const MIN_VERSION: u16 = 1;
 
 /// The newest protocol version this build speaks.
-pub const MAX_VERSION: u16 = 2;
+pub const MAX_VERSION: u16 = 3;

@@ -1,5 +1,7 @@
 //! The rows of the table: which cases each has, and what runs them.
 
+mod template;
+
 use anyhow::Result;
 
 use crate::bench::figures::Record;
@@ -26,7 +28,11 @@ pub(super) struct Row {
 
 /// The rows that have a wanted case, in the order in which they run.
 pub(super) fn all(plan: &Plan) -> Vec<Row> {
-    let mut rows: Vec<Row> = vec![];
+    let mut rows: Vec<Row> = vec![Row {
+        name: "start from a template",
+        cases: template::cases(plan.quick),
+        run: template::run,
+    }];
     for row in &mut rows {
         row.cases.retain(|case| plan.wants(case));
     }
