@@ -151,6 +151,7 @@ async fn start_containers(
         .configure(order.configuration.clone())
         .await
         .map_err(|e| PodError::step(name, "configure its guest", e))?;
+    tracing::debug!(pod = name, "configured");
     agent
         .start_pod()
         .await

@@ -2,6 +2,7 @@
 //!
 //! Up to the guest's new identity everything is undone if a step fails, the template is removed, and the pod boots from its kernel.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -100,13 +101,21 @@ async fn restore(
         let memory: Arc<GuestMemory> = memory;
         move || template.fill(&memory).map(|()| template)
     });
-    let (vm, filled) = tokio::join!(Vm::incoming(&facts.vm_spec, res), filled);
+    let mut steps = Steps::begin();
+    let filled = async {
+        let filled = filled.await;
+        (filled, Instant::now())
+    };
+    let (vm, (filled, filled_at)) = tokio::join!(Vm::incoming(&facts.vm_spec, res), filled);
+    steps.add("memory", filled_at);
+    steps.passed("VMM");
     let vm = Arc::new(vm.map_err(|e| fail("start a VM for the template")(e.into()))?);
     parts.vm = Some(Arc::clone(&vm));
     let template = filled.map_err(fail("fill its memory"))?;
     vm.load_state(&mut template.state())
         .await
         .map_err(|e| fail("load the template's state")(e.into()))?;
+    steps.passed("state");
     vm.cont()
         .await
         .map_err(|e| fail("let its guest run")(e.into()))?;
@@ -114,13 +123,49 @@ async fn restore(
     let agent = AgentClient::connect(&vm.agent_socket(), sink, order.deadline)
         .await
         .map_err(|e| fail("reach the agent in its guest")(e.into()))?;
+    steps.passed("agent");
     parts.agent = Some(agent.clone());
     let identity = identity(facts).map_err(|e| fail("draw random bytes")(e.into()))?;
     agent
         .identify(identity)
         .await
         .map_err(|e| fail("give its guest an identity")(e.into()))?;
+    steps.passed("identity");
+    tracing::debug!(pod = name, %steps, "started from a template");
     Ok(Some(agent))
+}
+
+/// When each step was done, in milliseconds from the first one's begin.
+struct Steps {
+    began: Instant,
+    text: String,
+}
+
+impl Steps {
+    fn begin() -> Self {
+        Self {
+            began: Instant::now(),
+            text: String::new(),
+        }
+    }
+
+    fn passed(&mut self, step: &str) {
+        self.add(step, Instant::now());
+    }
+
+    fn add(&mut self, step: &str, at: Instant) {
+        let ms = at.duration_since(self.began).as_secs_f64() * 1e3;
+        if !self.text.is_empty() {
+            self.text.push_str(", ");
+        }
+        self.text.push_str(&format!("{step} {ms:.0}"));
+    }
+}
+
+impl fmt::Display for Steps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
 }
 
 fn identity(facts: &Facts) -> std::io::Result<Identity> {
