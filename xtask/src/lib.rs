@@ -2,6 +2,7 @@
 //!
 //! A library too, so that the tests that need root use the same lab, probe and reports as the demo.
 
+pub mod apps;
 pub mod bench;
 pub mod check;
 pub mod cmd;

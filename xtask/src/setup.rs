@@ -119,6 +119,16 @@ const TESTS: &[Package] = &[
         why: "tests: a client whose connection must live through a move",
     },
     Package {
+        name: "wrk",
+        program: Some("wrk"),
+        why: "tests: load on a web server in a pod",
+    },
+    Package {
+        name: "libpq5",
+        program: None,
+        why: "tests: what PostgreSQL's load generator is linked with",
+    },
+    Package {
         name: "nftables",
         program: Some("nft"),
         why: "tests: rules that drop what connection tracking does not know",

@@ -9,7 +9,7 @@ use clap::{Subcommand, ValueEnum};
 
 use crate::lab::{self, Lab};
 use crate::project::Project;
-use crate::{check, cmd, demo_image, qemu10, setup, soak};
+use crate::{apps, check, cmd, demo_image, qemu10, setup, soak};
 
 /// Arguments of the verb.
 #[derive(Clone, Debug, clap::Args)]
@@ -30,6 +30,8 @@ pub struct Args {
 enum Long {
     /// A pod that checks its own memory moves to and fro, many times
     Soak(soak::Args),
+    /// Debian's servers under load move to and fro
+    Apps(apps::Args),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -55,8 +57,10 @@ struct Tally {
 /// # Errors
 /// Something that the tests need is missing and cannot be installed.
 pub fn main(project: &Project, args: &Args) -> Result<ExitCode> {
-    if let Some(Long::Soak(args)) = &args.long {
-        return soak::main(project, args);
+    match &args.long {
+        Some(Long::Soak(args)) => return soak::main(project, args),
+        Some(Long::Apps(args)) => return apps::main(project, args),
+        None => {}
     }
     let wants = |part| args.part.is_none_or(|only| only == part);
     setup::ensure(
