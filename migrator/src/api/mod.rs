@@ -9,6 +9,7 @@ pub mod server;
 pub mod types;
 pub mod upgrade;
 
+mod container_types;
 mod exec;
 mod images;
 mod logs;

@@ -12,6 +12,7 @@ use vm_runtime::pod::PodSpec;
 use vm_runtime::spec::{Accel, VmSpec};
 use vm_runtime::units::{Epoch, MacAddress};
 
+pub use super::container_types::{ContainerCondition, ContainerState, ContainerStatus};
 use crate::pods::logs::LogStream;
 
 /// `GET /v1/health`.
@@ -106,33 +107,6 @@ impl PodState {
             Self::Failed => "failed",
         }
     }
-}
-
-/// Where a container is in its life.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", tag = "state")]
-pub enum ContainerState {
-    /// Not started yet.
-    Waiting,
-    /// Its first process runs.
-    Running,
-    /// Its first process ended.
-    Exited {
-        /// Exit code; 128 + signal if a signal ended it.
-        code: i32,
-    },
-}
-
-/// One container of a pod.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ContainerStatus {
-    /// Its name.
-    pub name: String,
-    /// The image's reference.
-    pub image: String,
-    /// Where it is.
-    #[serde(flatten)]
-    pub state: ContainerState,
 }
 
 /// One pod in a list.

@@ -8,7 +8,7 @@ use vm_runtime::units::Bytes;
 use super::failure::Failure;
 use super::{Context, Output, output};
 use crate::api::client::encode;
-use crate::api::types::{ContainerState, PodDetail};
+use crate::api::types::{ContainerState, ContainerStatus, PodDetail};
 
 #[derive(Debug, Args)]
 pub(super) struct InspectArgs {
@@ -26,6 +26,27 @@ impl InspectArgs {
         }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// A container's state in words.
+fn fares(container: &ContainerStatus) -> String {
+    let more = &container.condition;
+    let mut text = match container.state {
+        ContainerState::Waiting => "waiting".to_owned(),
+        ContainerState::Running if more.ready == Some(false) => "running, not ready".to_owned(),
+        ContainerState::Running => "running".to_owned(),
+        ContainerState::Exited { code } => format!("exited with {code}"),
+    };
+    if more.restarts > 0 {
+        text.push_str(&format!(", {} restarts", more.restarts));
+    }
+    if let Some(reason) = &more.reason {
+        text.push_str(&format!(", last end: {reason}"));
+        if let Some(code) = more.last_code {
+            text.push_str(&format!(" ({code})"));
+        }
+    }
+    text
 }
 
 fn describe(pod: &PodDetail) -> String {
@@ -83,14 +104,11 @@ fn describe(pod: &PodDetail) -> String {
         .collect();
     out.push_str("Containers\n");
     for container in &s.containers {
-        let state = match container.state {
-            ContainerState::Waiting => "waiting".to_owned(),
-            ContainerState::Running => "running".to_owned(),
-            ContainerState::Exited { code } => format!("exited with {code}"),
-        };
         out.push_str(&format!(
-            "  {}  {}  {state}\n",
-            container.name, container.image
+            "  {}  {}  {}\n",
+            container.name,
+            container.image,
+            fares(container)
         ));
     }
     if !pod.disks.is_empty() {

@@ -214,6 +214,7 @@ fn image_config(config: &ProcessConfig, rootfs: &Rootfs) -> Result<ImageConfig, 
         uid: numbers.uid,
         gid: numbers.gid,
         groups: numbers.groups,
+        stop_signal: config.stop_signal.clone().unwrap_or_default(),
     };
     config.validate()?;
     Ok(config)

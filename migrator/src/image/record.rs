@@ -60,6 +60,9 @@ pub struct ImageConfig {
     pub gid: u32,
     /// Supplementary groups of `user`, from the image's /etc/group.
     pub groups: Vec<u32>,
+    /// `StopSignal`, such as `SIGQUIT`; empty if the image names none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub stop_signal: String,
 }
 
 /// Why a record that came from elsewhere is not used.
@@ -166,7 +169,7 @@ impl ImageConfig {
             .iter()
             .chain(&self.cmd)
             .chain(self.env.iter().flat_map(|(name, value)| [name, value]))
-            .chain([&self.working_dir, &self.user]);
+            .chain([&self.working_dir, &self.user, &self.stop_signal]);
         let mut total = self.groups.len() * 4;
         for text in texts {
             // One byte more than the text: empty strings count too.

@@ -25,7 +25,7 @@ use crate::network::{ExistingDevices, PodNetId, Port, Role};
 /// What a boot needs beside the pod's facts.
 #[derive(Debug)]
 pub(super) struct BootOrder {
-    pub(super) configuration: Configuration,
+    pub(super) configuration: Box<Configuration>,
     pub(super) images: Vec<PathBuf>,
     /// Already made.
     pub(super) disks: Vec<Arc<PodDisk>>,
@@ -125,7 +125,7 @@ async fn start_containers(
         .map_err(|e| PodError::step(name, "reach the agent in its guest", e))?;
     parts.agent = Some(agent.clone());
     agent
-        .configure(order.configuration.clone())
+        .configure(Configuration::clone(&order.configuration))
         .await
         .map_err(|e| PodError::step(name, "configure its guest", e))?;
     agent

@@ -329,6 +329,7 @@ pub(super) fn waiting(spec: &PodSpec) -> Vec<ContainerStatus> {
             name: c.name.clone(),
             image: c.image.clone(),
             state: ContainerState::Waiting,
+            condition: Default::default(),
         })
         .collect()
 }

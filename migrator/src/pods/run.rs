@@ -98,7 +98,7 @@ pub async fn run(
     };
     let (started, result) = oneshot::channel();
     let order = BootOrder {
-        configuration: plan.configuration,
+        configuration: Box::new(plan.configuration),
         images: image_files,
         disks,
         deadline,

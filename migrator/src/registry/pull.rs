@@ -145,7 +145,7 @@ impl Registries {
             () = ended.cancelled() => return Err(PullError::Ended),
         };
         let (record, hold) = match fetched {
-            Outcome::Known(known) => known,
+            Outcome::Known(known) => *known,
             Outcome::Fetched(blobs, in_use) => {
                 meter.phase(Phase::Import);
                 let store = Arc::clone(&self.store);
@@ -197,7 +197,7 @@ impl Registries {
         {
             let (store, name) = (Arc::clone(&self.store), name.to_owned());
             let named = tokio::task::spawn_blocking(move || store.add_name(&known, &name));
-            return Ok(Outcome::Known(named.await??));
+            return Ok(Outcome::Known(Box::new(named.await??)));
         }
         let blobs = image.blobs();
         self.check_sizes(reference, &blobs)?;
@@ -269,7 +269,7 @@ impl Registries {
 
 enum Outcome {
     /// The image is here.
-    Known((ImageRecord, ImageHold)),
+    Known(Box<(ImageRecord, ImageHold)>),
     /// Its blobs are.
     Fetched(Blobs, InUse),
 }

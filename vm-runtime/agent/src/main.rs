@@ -4,16 +4,22 @@
 //! the host says is taken at its word.
 
 mod boot;
+mod care;
 mod cgroups;
+mod checks;
 mod containers;
 mod disks;
+mod etc;
 mod execs;
 mod launch;
+mod life;
 mod network;
 mod outbox;
 mod pod;
 mod port;
+mod probes;
 mod requests;
+mod rights;
 mod rootfs;
 mod server;
 mod stats;

@@ -54,7 +54,7 @@ impl Agent {
         }
         let done = |result: Result<(), Failure>| Some(result.map(|()| Reply::Done));
         let answer = match request {
-            Request::Configure(wanted) => done(self.pod.configure(wanted)),
+            Request::Configure(wanted) => done(self.pod.configure(*wanted)),
             Request::StartPod => done(self.pod.start(&mut self.outbox)),
             Request::Exec(spec) => Some(self.exec(id, &spec)),
             Request::Signal { container, signal } => done(self.signal(&container, signal)),
@@ -66,6 +66,7 @@ impl Agent {
             Request::SetClock { unix_ns } => done(set_clock(unix_ns)),
             Request::Stats => Some(Ok(Reply::Stats(self.stats()))),
             Request::Status => Some(Ok(Reply::Status(self.pod.status()))),
+            Request::Conditions => Some(Ok(Reply::Conditions(self.pod.conditions()))),
             Request::PowerOff => {
                 let refused = reboot(RebootMode::RB_POWER_OFF).map(|never| match never {});
                 done(refused.map_err(failed))

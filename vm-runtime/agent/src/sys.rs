@@ -177,3 +177,9 @@ pub(crate) fn limit_capabilities(keep: u64) -> io::Result<()> {
     // SAFETY: version 3 reads one header and two data structures, which outlive the call.
     check(unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) }).map(drop)
 }
+
+/// No program that this process executes gets more rights than it has (prctl(2)).
+pub(crate) fn no_new_privileges() -> io::Result<()> {
+    // SAFETY: prctl with integers only.
+    check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into()).map(drop)
+}

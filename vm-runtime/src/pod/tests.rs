@@ -101,8 +101,8 @@ fn the_annotation_makes_the_memory_of_huge_pages() {
 fn fields_that_would_be_ignored_are_refused_by_path() {
     for (text, expected) in [
         (
-            pod("", "", "    livenessProbe: {}\n"),
-            "spec.containers[0].livenessProbe: not supported; remove it",
+            pod("", "", "    stdinOnce: true\n"),
+            "spec.containers[0].stdinOnce: not supported; remove it",
         ),
         (
             pod("", "", "    comand: [x]\n"),
@@ -110,7 +110,7 @@ fn fields_that_would_be_ignored_are_refused_by_path() {
         ),
         (
             pod("", "", "    env: [{name: A, valueFrom: {}}]\n"),
-            "spec.containers[0].env[0].valueFrom: not supported; remove it",
+            "spec.containers[0].env[0].valueFrom: not supported; there are no config maps and secrets to take it from: write its `value`",
         ),
         (
             pod("", "", "    resources: {requests: {cpu: 1}}\n"),
@@ -125,8 +125,8 @@ fn fields_that_would_be_ignored_are_refused_by_path() {
             "spec.hostNetwork: not supported; remove it",
         ),
         (
-            pod("", "", "  restartPolicy: Always\n"),
-            "spec.restartPolicy: not supported; containers are not restarted yet: write `Never`, or remove it",
+            pod("", "", "  restartPolicy: Sometimes\n"),
+            "spec.restartPolicy: `Sometimes` is none of Always, OnFailure and Never",
         ),
         (
             pod("", "", "status: {}\n"),

@@ -192,6 +192,7 @@ metadata:
   name: {POD}
   annotations: {{ migrator/ipv4: {ADDRESS}/24, migrator/vm-memory: {memory}Mi }}
 spec:
+  restartPolicy: Never
 {volumes}  containers:
 {containers}"
     )

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::sync::broadcast;
 use tokio::time::MissedTickBehavior;
-use vm_runtime::agent_client::{AgentClient, Event};
+use vm_runtime::agent_client::{AgentClient, Condition, Event};
 use vm_runtime::vm::VmExit;
 
 use super::{Actor, End};
@@ -276,9 +276,27 @@ impl Actor {
                 }
             }),
             Err(error) => {
-                tracing::warn!(pod = self.name(), %error, "the agent does not tell its state")
+                tracing::warn!(pod = self.name(), %error, "the agent does not tell its state");
+                return;
             }
         }
+        // It is asked again at the next change of anything.
+        for condition in agent.conditions().await.unwrap_or_default() {
+            self.fares(&condition);
+        }
+    }
+
+    /// Shows how a container fares.
+    fn fares(&self, condition: &Condition) {
+        self.view.send_modify(|view| {
+            let mut containers = view.containers.iter_mut();
+            if let Some(known) = containers.find(|c| c.name == condition.container) {
+                known.condition = sink::condition(condition);
+                if condition.waits_ms.is_some() {
+                    known.state = ContainerState::Waiting;
+                }
+            }
+        });
     }
 
     fn event(&self, event: Event) {
@@ -288,6 +306,7 @@ impl Actor {
                 tracing::info!(pod = self.name(), container, code, "container ended");
                 self.show(&container, ContainerState::Exited { code });
             }
+            Event::Condition(condition) => self.fares(&condition),
             Event::Error { context, message } => {
                 tracing::warn!(pod = self.name(), context, message, "the agent reports");
             }
