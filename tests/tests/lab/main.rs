@@ -16,6 +16,7 @@ mod net;
 mod policies;
 mod postcopy;
 mod registry;
+mod restarts;
 mod routed;
 mod soak;
 mod tunnel;

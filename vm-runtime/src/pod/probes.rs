@@ -61,6 +61,17 @@ pub(super) fn probe(node: Option<Node<'_>>, ports: &Ports) -> Result<Option<Prob
     let exec = fields.get("exec");
     let tcp = fields.get("tcpSocket");
     let http = fields.get("httpGet");
+    let mut number = |key, least, default| match fields.get(key) {
+        Some(node) => node.number(least, LONGEST_S),
+        None => Ok(default),
+    };
+    let initial_delay_s = number("initialDelaySeconds", 0, 0)?;
+    let period_s = number("periodSeconds", 1, 10)?;
+    let timeout_s = number("timeoutSeconds", 1, 1)?;
+    let successes = number("successThreshold", 1, 1)?;
+    let failures = number("failureThreshold", 1, 3)?;
+    // Before what must be there: one of another kind is told by its name.
+    fields.finish()?;
     let check = match (exec, tcp, http) {
         (Some(node), None, None) => Check::Exec(command(&node)?),
         (None, Some(node), None) => {
@@ -76,19 +87,14 @@ pub(super) fn probe(node: Option<Node<'_>>, ports: &Ports) -> Result<Option<Prob
         (None, None, Some(node)) => get(&node, ports)?,
         _ => return invalid(&path, "must have one of `exec`, `tcpSocket` and `httpGet`"),
     };
-    let mut number = |key, least, default| match fields.get(key) {
-        Some(node) => node.number(least, LONGEST_S),
-        None => Ok(default),
-    };
     let probe = Probe {
         check,
-        initial_delay_s: number("initialDelaySeconds", 0, 0)?,
-        period_s: number("periodSeconds", 1, 10)?,
-        timeout_s: number("timeoutSeconds", 1, 1)?,
-        successes: number("successThreshold", 1, 1)?,
-        failures: number("failureThreshold", 1, 3)?,
+        initial_delay_s,
+        period_s,
+        timeout_s,
+        successes,
+        failures,
     };
-    fields.finish()?;
     if probe.successes != 1 && !path.ends_with("readinessProbe") {
         return invalid(&format!("{path}.successThreshold"), "must be 1 here");
     }
