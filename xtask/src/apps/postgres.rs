@@ -10,6 +10,7 @@ use nix::sys::signal::Signal;
 use super::load::{Load, Program};
 use super::place::Place;
 use crate::cmd;
+use crate::process::poll_until;
 
 /// The container, and its volume.
 pub(super) const CONTAINER: &str = "postgres";
@@ -79,6 +80,13 @@ impl<'a> Postgres<'a> {
     /// The server does not take it.
     pub(super) fn start(place: &'a Place<'a>, pgbench: &Path) -> Result<Self> {
         let program = pgbench.to_str().context("a path that is not UTF-8")?;
+        // It takes connections before it takes questions.
+        let mut ready = ask(place, "select 1");
+        poll_until(FILLS_WITHIN, || {
+            ready = ask(place, "select 1");
+            ready.is_ok()
+        });
+        ready.context("PostgreSQL does not come up")?;
         let server = ["-h", place.address, "-U", "postgres", "postgres"];
         let mut fill = cmd::command(program, ["-i", "-q", "-s", "2"]);
         Program::start(place.namespace, fill.args(server))?.ends_well(FILLS_WITHIN)?;
