@@ -19,6 +19,7 @@
 //! limits: { pods: 64, log_bytes: 16777216, park_bytes: 1073741824, park_bytes_per_pod: 268435456 }   # optional
 //! migration: { connections: 2, compress: auto, max_downtime_ms: 300, on_overflow: abort }   # optional
 //! registries: { mirrors: { docker.io: ["https://mirror.example"] }, auth_file: auth.json, ca: registry-ca.pem }   # optional
+//! storage: { classes: { shared: { driver: file, path: /mnt/nfs/migrator } } }   # optional: see docs/shared-storage.md
 //! ```
 //!
 //! `topology: { kind: routed, pods: [...] }` gives each pod a route of its own (/32 and /128) in place of a port of the bridge.
@@ -29,6 +30,7 @@
 mod forwarding;
 mod names;
 mod registries;
+mod storage;
 mod topology;
 mod tunnel;
 
@@ -46,6 +48,7 @@ use crate::wire::preamble::MAX_DATA_CONNECTIONS;
 pub use forwarding::Forwarding;
 pub use names::{BadInterfaceName, BadNodeName, InterfaceName, NodeName};
 pub use registries::Registries;
+pub use storage::{LOCAL as LOCAL_CLASS, Storage, StorageClass};
 pub use topology::Topology;
 pub use tunnel::Tunnel;
 
@@ -110,6 +113,9 @@ pub struct Config {
     /// Where images come from.
     #[serde(default)]
     pub registries: Registries,
+    /// Where volumes can be beside `state_dir`.
+    #[serde(default)]
+    pub storage: Storage,
 }
 
 /// PEM files of this node.
@@ -276,6 +282,7 @@ impl Config {
         .chain(config.qemu.lib_dir.as_mut())
         .chain(config.qemu.data_dirs.iter_mut())
         .chain(config.registries.files_mut())
+        .chain(config.storage.files_mut())
         {
             *file = folder.join(&*file);
         }
@@ -361,6 +368,7 @@ impl Config {
         if self.migration.max_downtime_ms == 0 {
             return Err(("migration.max_downtime_ms", "must be at least 1".to_owned()));
         }
+        self.storage.check()?;
         self.registries.check()
     }
 

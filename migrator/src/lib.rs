@@ -24,5 +24,6 @@ pub mod migration;
 pub mod network;
 pub mod pods;
 pub mod registry;
+pub mod storage;
 pub mod volumes;
 pub mod wire;

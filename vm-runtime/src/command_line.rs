@@ -73,6 +73,23 @@ pub struct Local<'a> {
     pub disks: &'a [PathBuf],
     /// `-L` folders.
     pub data_dirs: &'a [PathBuf],
+    /// The writable disks that QEMU reads and writes itself, by their index.
+    pub rbd: &'a [(usize, RbdImage)],
+}
+
+/// An image of a Ceph pool, as a node reaches it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RbdImage {
+    /// The pool.
+    pub pool: String,
+    /// The image.
+    pub image: String,
+    /// Whose key it is, without `client.`.
+    pub user: String,
+    /// The file with the key, base64.
+    pub key_file: PathBuf,
+    /// Where the monitors are, and what else librados is told.
+    pub conf: PathBuf,
 }
 
 /// Builds QEMU's arguments (without the program's name). Its working folder must be the VM's own:
@@ -100,7 +117,10 @@ pub fn build(spec: &VmSpec, local: &Local<'_>) -> Result<Vec<OsString>, SpecErro
         args.disk(index, &disk.serial, path);
     }
     for (index, (disk, socket)) in spec.writable.iter().zip(sockets).enumerate() {
-        args.writable(index, &disk.serial, socket);
+        match local.rbd.iter().find(|(at, _)| *at == index) {
+            Some((_, image)) => args.rbd(index, &disk.serial, image),
+            None => args.writable(index, &disk.serial, socket),
+        }
     }
     match local.mode {
         BootMode::Boot => {}
@@ -249,6 +269,49 @@ impl Args {
             "node-name": format!("writable{index}"),
         });
         self.pair("-blockdev", node.to_string());
+        self.writable_device(index, serial);
+    }
+
+    /// A disk that QEMU reads and writes itself. Not cached: another node writes to it before this VM gets the right to, and what was
+    /// answered outlives this QEMU.
+    fn rbd(&mut self, index: usize, serial: &str, image: &RbdImage) {
+        let RbdImage {
+            pool,
+            image,
+            user,
+            key_file,
+            conf,
+        } = image;
+        let secret = serde_json::json!({
+            "qom-type": "secret",
+            "id": format!("key{index}"),
+            "file": key_file.to_string_lossy(),
+            "format": "base64",
+        });
+        self.pair("-object", secret.to_string());
+        let direct = serde_json::json!({ "direct": true });
+        let node = serde_json::json!({
+            "driver": "raw",
+            "file": {
+                "driver": "rbd",
+                "pool": pool,
+                "image": image,
+                "user": user,
+                "conf": conf.to_string_lossy(),
+                "key-secret": format!("key{index}"),
+                "cache": direct,
+                "discard": "unmap",
+            },
+            "cache": direct,
+            "discard": "unmap",
+            "node-name": format!("writable{index}"),
+        });
+        self.pair("-blockdev", node.to_string());
+        self.writable_device(index, serial);
+    }
+
+    /// The same device whoever serves it: the guest does not see the difference, and a saved state fits both.
+    fn writable_device(&mut self, index: usize, serial: &str) {
         self.device(
             &format!(
                 "virtio-blk-pci,drive=writable{index},serial={serial},discard=on,write-zeroes=on,werror=enospc,rerror=report"
@@ -288,6 +351,7 @@ mod tests {
             initramfs: Path::new("/g/initramfs"),
             disks,
             data_dirs: &[],
+            rbd: &[],
         }
     }
 
@@ -351,6 +415,7 @@ mod tests {
             serial: "w0".to_owned(),
             name: "root".to_owned(),
             size: Bytes::mib(64),
+            shared: None,
         });
         let disks = [
             PathBuf::from("/i/a,b.erofs"),
@@ -363,6 +428,44 @@ mod tests {
         assert_eq!(with, format!("{GOLDEN}{more}"));
         spec.writable.push(spec.writable[0].clone());
         assert_eq!(spec.check().unwrap_err().field, "disk serial");
+    }
+
+    #[test]
+    fn a_disk_of_ceph_differs_by_its_node_only_and_tells_no_key() {
+        let mut spec = example();
+        spec.writable.push(WritableDisk {
+            serial: "w0".to_owned(),
+            name: "data".to_owned(),
+            size: Bytes::mib(64),
+            shared: None,
+        });
+        let disks = [
+            PathBuf::from("/i/a,b.erofs"),
+            PathBuf::from("/p/web/d0.nbd"),
+        ];
+        let rbd = [(
+            0,
+            RbdImage {
+                pool: "pods".to_owned(),
+                image: "db".to_owned(),
+                user: "migrator".to_owned(),
+                key_file: PathBuf::from("/e/ceph.key"),
+                conf: PathBuf::from("/s/ceph.conf"),
+            },
+        )];
+        let served = text(&spec, &local(BootMode::Boot, &disks));
+        let own = text(
+            &spec,
+            &Local {
+                rbd: &rbd,
+                ..local(BootMode::Boot, &disks)
+            },
+        );
+        let more: Vec<&str> = own.lines().filter(|l| !served.contains(l)).collect();
+        let wanted = "-object {\"file\":\"/e/ceph.key\",\"format\":\"base64\",\"id\":\"key0\",\"qom-type\":\"secret\"}
+-blockdev {\"cache\":{\"direct\":true},\"discard\":\"unmap\",\"driver\":\"raw\",\"file\":{\"cache\":{\"direct\":true},\"conf\":\"/s/ceph.conf\",\"discard\":\"unmap\",\"driver\":\"rbd\",\"image\":\"db\",\"key-secret\":\"key0\",\"pool\":\"pods\",\"user\":\"migrator\"},\"node-name\":\"writable0\"}";
+        assert_eq!(more.join("\n"), wanted);
+        assert_eq!(own.lines().last(), served.lines().last());
     }
 
     #[test]

@@ -21,6 +21,9 @@ pub struct Args {
     /// Also what only the tests need: tools that make container images, and QEMU 10 beside 7.2
     #[arg(long)]
     pub tests: bool,
+    /// Also what `cargo xtask test ceph` needs: the daemons and tools of Ceph, and QEMU's driver for it
+    #[arg(long)]
+    pub ceph: bool,
 }
 
 /// One Debian package, and why it is needed.
@@ -135,6 +138,34 @@ const TESTS: &[Package] = &[
     },
 ];
 
+const CEPH: &[Package] = &[
+    Package {
+        name: "ceph-mon",
+        program: Some("ceph-mon"),
+        why: "the test of Ceph: a monitor",
+    },
+    Package {
+        name: "ceph-mgr",
+        program: Some("ceph-mgr"),
+        why: "the test of Ceph: a manager",
+    },
+    Package {
+        name: "ceph-osd",
+        program: Some("ceph-osd"),
+        why: "the test of Ceph: an OSD",
+    },
+    Package {
+        name: "ceph-common",
+        program: Some("rbd"),
+        why: "storage classes on Ceph: makes and lists volumes",
+    },
+    Package {
+        name: "qemu-block-extra",
+        program: None,
+        why: "storage classes on Ceph: QEMU's driver rbd",
+    },
+];
+
 /// The verb.
 ///
 /// # Errors
@@ -179,6 +210,9 @@ fn packages(args: &Args) -> Result<()> {
     }
     if args.tests {
         wanted.extend(TESTS);
+    }
+    if args.ceph {
+        wanted.extend(CEPH);
     }
     wanted.retain(|package| {
         package

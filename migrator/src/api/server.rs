@@ -104,6 +104,8 @@ fn router(node: Arc<Node>) -> Router {
         .route("/v1/pushes", post(registry::push))
         .route("/v1/volumes", get(volumes::list).post(volumes::create))
         .route("/v1/volumes/{name}", delete(volumes::remove))
+        .route("/v1/volumes/{name}/release", post(volumes::release))
+        .route("/v1/storage/{class}/init", post(volumes::init))
         .route("/v1/saves", post(images::save))
         .route("/v1/leases", post(images::lease))
         .route("/v1/gc", post(images::gc))

@@ -201,8 +201,11 @@ pub struct DiskInfo {
     pub volume: Option<String>,
     /// Its size in bytes.
     pub size_bytes: u64,
-    /// What it takes on the node, in bytes.
+    /// What it takes on the node, in bytes; of a Ceph image, `GET /v1/volumes` tells.
     pub allocated_bytes: u64,
+    /// Its storage class, if that is a shared one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub class: Option<String>,
 }
 
 /// The body of `POST /v1/volumes`.
@@ -213,6 +216,17 @@ pub struct VolumeRequest {
     pub name: String,
     /// Its size in bytes.
     pub size_bytes: u64,
+    /// Its storage class; `local` if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub class: Option<String>,
+}
+
+/// The body of `POST /v1/volumes/{name}/release`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ReleaseRequest {
+    /// Also from a pod of another node, which must not run any more.
+    pub force: bool,
 }
 
 /// A named volume.
@@ -227,6 +241,19 @@ pub struct VolumeInfo {
     /// The pod that uses it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub used_by: Option<String>,
+    /// Its storage class.
+    #[serde(default = "local_class")]
+    pub class: String,
+    /// The node of the pod that uses it, where that can be another one: in a shared class.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// Whether it ends with its pod.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ephemeral: bool,
+}
+
+fn local_class() -> String {
+    crate::config::LOCAL_CLASS.to_owned()
 }
 
 /// `GET /v1/volumes`.
@@ -234,6 +261,9 @@ pub struct VolumeInfo {
 pub struct VolumeList {
     /// By name.
     pub volumes: Vec<VolumeInfo>,
+    /// Which storage classes could not be asked, and why.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub problems: Vec<String>,
 }
 
 /// `GET /v1/pods`.

@@ -1,8 +1,8 @@
 //! A disk: a file, what was written to it, and what is not here yet.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -20,7 +20,8 @@ use super::missing::Missing;
 pub struct Disk {
     path: PathBuf,
     size: u64,
-    backing: Backing,
+    /// Empty until a disk that comes [later](Disk::later) has come.
+    backing: OnceLock<Backing>,
     dirty: Dirty,
     limit: Limit,
     missing: Missing,
@@ -46,7 +47,39 @@ impl Disk {
     pub fn create(path: &Path, size: u64) -> Result<Self, DiskError> {
         check_size(size)?;
         let backing = Backing::create(path, size).map_err(file("make", path))?;
-        Ok(Self::with(path, size, backing))
+        Ok(Self::with(path, size, OnceLock::from(backing)))
+    }
+
+    /// A disk that another node still writes to: its file is opened by [`Disk::arrive`], and not looked at before. Until then it reads as
+    /// zeros, which is what a VMM may do that awaits its state, and takes no write.
+    ///
+    /// # Errors
+    /// The size is wrong.
+    pub fn later(path: &Path, size: u64) -> Result<Self, DiskError> {
+        check_size(size)?;
+        Ok(Self::with(path, size, OnceLock::new()))
+    }
+
+    /// Opens the file of a disk that comes later: nobody else writes to it any more. Does nothing if it has come.
+    ///
+    /// # Errors
+    /// The file is not there, cannot be opened, or has another size.
+    pub fn arrive(&self) -> Result<(), DiskError> {
+        if self.backing.get().is_some() {
+            return Ok(());
+        }
+        let backing = Backing::open(&self.path).map_err(file("open", &self.path))?;
+        let size = backing.len().map_err(file("ask the size of", &self.path))?;
+        if size != self.size {
+            return Err(DiskError::Size { size });
+        }
+        // Of two that open it at once, one is kept.
+        let _ = self.backing.set(backing);
+        Ok(())
+    }
+
+    fn backing(&self) -> Result<&Backing, DiskError> {
+        self.backing.get().ok_or(DiskError::NotHere)
     }
 
     /// Opens a disk. Nothing of it is missing, and nothing is known to be dirty.
@@ -57,10 +90,10 @@ impl Disk {
         let backing = Backing::open(path).map_err(file("open", path))?;
         let size = backing.len().map_err(file("ask the size of", path))?;
         check_size(size)?;
-        Ok(Self::with(path, size, backing))
+        Ok(Self::with(path, size, OnceLock::from(backing)))
     }
 
-    fn with(path: &Path, size: u64, backing: Backing) -> Self {
+    fn with(path: &Path, size: u64, backing: OnceLock<Backing>) -> Self {
         Self {
             path: path.to_owned(),
             size,
@@ -88,7 +121,7 @@ impl Disk {
     /// # Errors
     /// The file system does not tell.
     pub fn allocated_bytes(&self) -> Result<u64, DiskError> {
-        self.backing
+        self.backing()?
             .allocated_bytes()
             .map_err(file("ask the size of", &self.path))
     }
@@ -99,7 +132,7 @@ impl Disk {
     /// # Errors
     /// The file system does not tell.
     pub fn allocated(&self) -> Result<Vec<Extent>, DiskError> {
-        self.backing
+        self.backing()?
             .data()
             .map_err(file("list the data of", &self.path))
     }
@@ -111,7 +144,13 @@ impl Disk {
     pub fn read_at(&self, data: &mut [u8], offset: u64) -> Result<(), DiskError> {
         let extent = self.extent(offset, data.len() as u64)?;
         self.missing.need(extent)?;
-        self.backing.read(data, offset).map_err(io("read", extent))
+        match self.backing.get() {
+            Some(backing) => backing.read(data, offset).map_err(io("read", extent)),
+            None => {
+                data.fill(0);
+                Ok(())
+            }
+        }
     }
 
     /// Writes `data` at `offset`. Waits for granules that are missing, if it does not overwrite them whole.
@@ -121,7 +160,7 @@ impl Disk {
     pub fn write_at(&self, data: &[u8], offset: u64) -> Result<(), DiskError> {
         let extent = self.extent(offset, data.len() as u64)?;
         self.change(extent, || {
-            self.backing
+            self.backing()?
                 .write(data, offset)
                 .map_err(io("write", extent))
         })
@@ -134,11 +173,12 @@ impl Disk {
     pub fn zero(&self, offset: u64, len: u64, keep_room: bool) -> Result<(), DiskError> {
         let extent = self.extent(offset, len)?;
         self.change(extent, || {
+            let backing = self.backing()?;
             let zeroed = match keep_room {
-                true => self.backing.zero_in_place(extent),
-                false => match self.backing.punch(extent) {
+                true => backing.zero_in_place(extent),
+                false => match backing.punch(extent) {
                     Ok(true) => Ok(()),
-                    Ok(false) => self.backing.write_zeros(extent),
+                    Ok(false) => backing.write_zeros(extent),
                     Err(error) => Err(error),
                 },
             };
@@ -153,7 +193,7 @@ impl Disk {
     pub fn discard(&self, offset: u64, len: u64) -> Result<(), DiskError> {
         let extent = self.extent(offset, len)?;
         self.change(extent, || {
-            self.backing
+            self.backing()?
                 .punch(extent)
                 .map(drop)
                 .map_err(io("discard", extent))
@@ -165,7 +205,11 @@ impl Disk {
     /// # Errors
     /// The device did not take it. What was written since the last flush may be lost then.
     pub fn flush(&self) -> Result<(), DiskError> {
-        self.backing.sync().map_err(file("flush", &self.path))
+        match self.backing.get() {
+            Some(backing) => backing.sync().map_err(file("flush", &self.path)),
+            // Nothing was written.
+            None => Ok(()),
+        }
     }
 
     /// Forgets which granules were written, and begins to remember those that are from now on.
@@ -252,12 +296,15 @@ impl Disk {
         }
         let place = || match data {
             Some(data) => self
-                .backing
+                .backing()?
                 .write(data, offset)
                 .map_err(io("write", extent)),
-            None => match self.backing.punch(extent) {
+            None => match self.backing()?.punch(extent) {
                 Ok(true) => Ok(()),
-                Ok(false) => self.backing.write_zeros(extent).map_err(io("zero", extent)),
+                Ok(false) => self
+                    .backing()?
+                    .write_zeros(extent)
+                    .map_err(io("zero", extent)),
                 Err(source) => Err(io("zero", extent)(source)),
             },
         };

@@ -17,6 +17,7 @@ use crate::migration::journal::Journal;
 use crate::network::NodeNetwork;
 use crate::pods::PodRegistry;
 use crate::registry::Registries;
+use crate::storage::Storage;
 use crate::volumes::Volumes;
 use crate::wire::tls::TlsConfig;
 
@@ -29,6 +30,8 @@ pub struct Node {
     pub images: Arc<ImageStore>,
     /// Named volumes. Its calls block.
     pub volumes: Volumes,
+    /// Storage that other nodes see, too. Its calls block.
+    pub storage: Arc<Storage>,
     /// Where images come from.
     pub registries: Registries,
     /// The bridge, the gates.

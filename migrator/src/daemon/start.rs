@@ -30,6 +30,7 @@ use crate::migration::journal::{Journal, Recovery};
 use crate::network::{Cluster, NodeNetConfig, NodeNetwork, TunnelConfig};
 use crate::pods::PodRegistry;
 use crate::registry::Registries;
+use crate::storage::Storage;
 use crate::volumes::Volumes;
 use crate::wire::tls::TlsConfig;
 
@@ -154,10 +155,14 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
     let directory = network
         .endpoints()
         .map(|endpoints| Directory::new(Arc::clone(endpoints), tls.clone(), shutdown.clone()));
+    let storage = Storage::open(&config.storage, config.name.as_str(), &config.state_dir)
+        .map_err(|e| DaemonError::open("shared storage", e))?;
+    let storage = Arc::new(storage);
     let node = Node {
         registries: Registries::new(config.registries.clone(), Arc::clone(&images)),
         images,
         volumes: Volumes::new(config.state_dir.join("volumes")),
+        storage,
         network,
         qemu,
         machine,

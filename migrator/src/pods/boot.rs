@@ -176,6 +176,10 @@ pub(super) async fn resources(
             .cloned()
             .chain(disks::sockets(&facts.dir, &facts.vm_spec))
             .collect(),
+        rbd: node
+            .storage
+            .rbd_images(&facts.vm_spec)
+            .map_err(|e| PodError::step(name, "find its disks", e))?,
     };
     Ok((port, res))
 }
@@ -200,7 +204,8 @@ pub(super) async fn open_disks(
 ) -> Result<Vec<Arc<PodDisk>>, PodError> {
     let (spec, vm) = (facts.spec.clone(), facts.vm_spec.clone());
     let (dir, volumes) = (facts.dir.clone(), node.volumes.clone());
-    tokio::task::spawn_blocking(move || disks::open(&spec, &vm, &dir, &volumes, origin))
+    let storage = Arc::clone(&node.storage);
+    tokio::task::spawn_blocking(move || disks::open(&spec, &vm, &dir, &volumes, &storage, origin))
         .await
         .map_err(|e| PodError::step(&facts.spec.name, "open its disks", e))?
 }

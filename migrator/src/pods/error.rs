@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use vm_runtime::units::{Bytes, MacAddress};
 
+use super::disks::PlanError;
 use super::upgrade::UpgradeError;
 use crate::api::error::{ApiError, chain};
 use crate::api::types::{ErrorCode, PodState};
@@ -62,7 +63,7 @@ pub enum PodError {
         pod: String,
         /// Why not.
         #[source]
-        source: VolumeError,
+        source: Box<PlanError>,
     },
     /// No slot is free.
     #[error("this node holds {0} pods already, as many as its configuration allows")]
@@ -210,11 +211,11 @@ impl PodError {
             | Self::AddressTaken { .. }
             | Self::AddressElsewhere { .. }
             | Self::VolumeTaken { .. } => ErrorCode::Conflict,
-            Self::Volume {
-                source: VolumeError::NotFound(_),
-                ..
-            } => ErrorCode::NotFound,
-            Self::Volume { .. } => ErrorCode::Internal,
+            Self::Volume { source, .. } => match **source {
+                PlanError::Volume(VolumeError::NotFound(_)) => ErrorCode::NotFound,
+                PlanError::Volume(_) => ErrorCode::Internal,
+                PlanError::Storage(_) => ErrorCode::Refused,
+            },
             Self::TooMany(_) | Self::Memory { .. } | Self::HugePages { .. } => ErrorCode::Exhausted,
             Self::NoImage { .. } | Self::NotFound(_) | Self::NoContainer { .. } => {
                 ErrorCode::NotFound
@@ -249,6 +250,9 @@ impl PodError {
             ),
             Self::VolumeTaken { .. } => {
                 "a volume is one pod's at a time: stop the other, or claim another volume".to_owned()
+            }
+            Self::Volume { source, .. } if matches!(**source, PlanError::Storage(_)) => {
+                return None;
             }
             Self::Volume { .. } => {
                 "`migrator volume ls` lists those of this node, `migrator volume create NAME --size SIZE` makes one".to_owned()

@@ -95,7 +95,7 @@ impl IncomingPod {
     }
 
     /// Makes its disks, one hole each; named volumes too, which must not be here: they are in the pod's folder until
-    /// [`IncomingPod::keep_volumes`]. They are served from [`IncomingPod::build`] on.
+    /// [`IncomingPod::keep_volumes`]. Shared ones are not touched. They are served from [`IncomingPod::build`] on.
     ///
     /// # Errors
     /// A volume is here already, or a file cannot be made.
@@ -104,10 +104,19 @@ impl IncomingPod {
         Ok(())
     }
 
-    /// Its disks, once they are made.
+    /// Its disks whose content comes, once they are made.
     pub fn disks(&self) -> Vec<Arc<Disk>> {
+        let disks = self.disks.iter().filter_map(|disk| disk.local());
+        disks.cloned().collect()
+    }
+
+    /// Its disks on shared storage, which become this node's at the grant.
+    pub fn shared_disks(&self) -> Vec<Arc<PodDisk>> {
         let disks = self.disks.iter();
-        disks.map(|disk| Arc::clone(&disk.disk)).collect()
+        disks
+            .filter(|disk| disk.shared().is_some())
+            .cloned()
+            .collect()
     }
 
     /// The pod is this node's, for good or ill: its named volumes are, too.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 use vm_runtime::pod::PodSpec;
-use vm_runtime::spec::WritableDisk;
+use vm_runtime::spec::{VmSpec, WritableDisk};
 use vm_runtime::units::Epoch;
 
 use super::actor::{self, Birth};
@@ -67,7 +67,7 @@ pub async fn run(
         routed_mtu: node.network.routed_mtu(),
     };
     let uuid = plan::uuid(crate::wire::id::MigrationId::random().0);
-    let writable = writable(node, &spec).await?;
+    let writable = writable(node, &spec, &uuid).await?;
     let plan = plan::plan(&spec, writable, &images, &base, uuid)?;
     check_memory(&spec)?;
     // Until the pod is registered, nothing else says that its images are needed.
@@ -87,9 +87,10 @@ pub async fn run(
     };
     let epoch = own(node, &file.spec.name).await?;
     let facts = make_folder(node, file).await?;
-    let disks = match open_disks(node, &facts, Origin::New).await {
+    let disks = match open_disks(node, &facts, Origin::New(epoch)).await {
         Ok(disks) => disks,
         Err(error) => {
+            give_back(node, &facts.vm_spec, epoch).await;
             // The first error is the one to tell; what stays is removed at the next start.
             let _ = remove_folder(&facts.dir).await;
             let _ = node.journal.stop_owner(&facts.spec.name);
@@ -116,14 +117,15 @@ pub async fn run(
 }
 
 /// The disks that it can write to.
-async fn writable(node: &Node, spec: &PodSpec) -> Result<Vec<WritableDisk>, PodError> {
+async fn writable(node: &Node, spec: &PodSpec, uuid: &str) -> Result<Vec<WritableDisk>, PodError> {
     let (volumes, wanted) = (node.volumes.clone(), spec.clone());
-    tokio::task::spawn_blocking(move || disks::plan(&wanted, &volumes))
+    let (storage, uuid) = (Arc::clone(&node.storage), uuid.to_owned());
+    tokio::task::spawn_blocking(move || disks::plan(&wanted, &volumes, &storage, &uuid))
         .await
         .map_err(|e| PodError::step(&spec.name, "look up its volumes", e))?
         .map_err(|source| PodError::Volume {
             pod: spec.name.clone(),
-            source,
+            source: Box::new(source),
         })
 }
 
@@ -203,6 +205,18 @@ pub(super) async fn make_folder(node: &Node, file: PodFile) -> Result<Facts, Pod
         dir,
         logs: Arc::new(logs),
     })
+}
+
+/// Gives back what a pod has of shared storage, off the runtime's threads: its VM is gone, or never was.
+pub(super) async fn give_back(node: &Node, vm: &VmSpec, epoch: Epoch) {
+    if vm.writable.iter().all(|disk| disk.shared.is_none()) {
+        return;
+    }
+    let (storage, vm) = (Arc::clone(&node.storage), vm.clone());
+    let given = tokio::task::spawn_blocking(move || storage.give_back_all(&vm, epoch)).await;
+    if let Err(error) = given {
+        tracing::error!(%error, "what a pod had of shared storage is not given back");
+    }
 }
 
 /// Removes a pod's folder, off the runtime's threads.

@@ -19,6 +19,7 @@ fn spec(name: &str, last: u8) -> PodSpec {
         vcpus: 1,
         volumes: Vec::new(),
         containers: Vec::new(),
+        storage_class: None,
     }
 }
 

@@ -63,6 +63,14 @@ pub enum UpgradeError {
     /// What was named is no QEMU.
     #[error("there is no QEMU to upgrade to")]
     Qemu(#[source] QemuError),
+    /// A disk that QEMU itself has open: the old one, which is stopped in between, would not let go of Ceph's lock.
+    #[error(
+        "disk `{disk}` is on Ceph, which QEMU has open by itself: move the pod to another node and back instead"
+    )]
+    Ceph {
+        /// The disk.
+        disk: String,
+    },
     /// It does not start.
     #[error("the new QEMU does not start")]
     Start(#[source] SpawnError),
@@ -87,7 +95,9 @@ impl UpgradeError {
     /// What kind of failure it is for a client.
     pub(super) fn code(&self) -> ErrorCode {
         match self {
-            Self::Qemu(_) | Self::Start(_) | Self::State(_) => ErrorCode::Refused,
+            Self::Qemu(_) | Self::Ceph { .. } | Self::Start(_) | Self::State(_) => {
+                ErrorCode::Refused
+            }
             Self::Place(_) | Self::Resume(_) | Self::Network(_) => ErrorCode::Internal,
             Self::Node(error) => error.code(),
         }
@@ -170,6 +180,10 @@ async fn prepare(
     order: UpgradeOrder,
 ) -> Result<Successor, UpgradeError> {
     let name = parts.spec.name.as_str();
+    if let Some(disk) = parts.disks.iter().find(|disk| disk.served().is_none()) {
+        let disk = disk.name.clone();
+        return Err(UpgradeError::Ceph { disk });
+    }
     let config = order.qemu.unwrap_or_else(|| QemuConfig {
         binary: node.config.qemu.binary.clone(),
         lib_dir: node.config.qemu.lib_dir.clone(),

@@ -212,6 +212,7 @@ pub(crate) fn offer() -> Offer {
             vcpus: 1,
             volumes: Vec::new(),
             containers: Vec::new(),
+            storage_class: None,
         },
         vm: VmSpec {
             name: "web".to_owned(),

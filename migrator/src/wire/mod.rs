@@ -33,6 +33,7 @@
 //!
 //! Version 2 adds `Flows` (both lanes) and `FlowsTaken`. Version 3 adds `Bound` (both lanes) and `BoundTaken`, [`Offer::disks`](message::Offer::disks),
 //! `Blocks`, `DiskAck` and `DisksDone`. Over a session of an earlier version they are not sent; a pod with writable disks does not move over one.
+//! Version 4 knows disks on shared storage ([`SharedDisk`](vm_runtime::spec::SharedDisk) in the offered VM), which need no message of their own.
 //!
 //! # A migration
 //!

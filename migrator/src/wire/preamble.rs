@@ -7,13 +7,15 @@ pub const MAGIC: [u8; 8] = *b"migratr\0";
 /// The oldest version this program speaks.
 pub const VERSION_MIN: u16 = 1;
 /// The newest version this program speaks.
-pub const VERSION_MAX: u16 = 3;
+pub const VERSION_MAX: u16 = 4;
 /// The first version with [`Flows`](crate::wire::message::Flows) on the control and urgent lanes, and the answer to them.
 pub const VERSION_FLOWS: u16 = 2;
 /// The first version with [`Bound`](crate::wire::message::Bound) on the control and urgent lanes, and the answer to them.
 pub const VERSION_BOUND: u16 = 3;
 /// The first version that moves writable disks: [`Offer::disks`](crate::wire::message::Offer::disks) and what follows from them.
 pub const VERSION_DISKS: u16 = 3;
+/// The first version that knows disks on shared storage ([`SharedDisk`](vm_runtime::spec::SharedDisk) in an offer's VM), which do not move.
+pub const VERSION_SHARED: u16 = 4;
 /// Data connections that one session may have: what it takes to fill a long path whose single streams are held down by loss.
 /// The command line, the API and the configuration have the same bound.
 pub const MAX_DATA_CONNECTIONS: u8 = 64;

@@ -17,6 +17,7 @@ mod policies;
 mod postcopy;
 mod registry;
 mod routed;
+mod shared_disks;
 mod soak;
 mod tunnel;
 mod upgrade;

@@ -15,6 +15,7 @@
 //!     migrator/gateway6: fd77::1
 //!     migrator/mac: 52:54:00:12:34:56   # derived from the name if missing
 //!     migrator/vm-memory: 512Mi         # else the sum of the limits and 128Mi for the guest itself
+//!     migrator/storage-class: ceph      # where its root disk and emptyDirs are: else on the node that it runs on
 //!     migrator/hugepages: "true"        # guest RAM of huge pages (2 MiB), which each node must have reserved
 //! spec:
 //!   restartPolicy: Never                # the only one so far
@@ -76,6 +77,9 @@ pub struct PodSpec {
     pub volumes: Vec<VolumeSpec>,
     /// The containers, started in this order.
     pub containers: Vec<ContainerSpec>,
+    /// The storage class of the disks that end with the pod: the annotation `migrator/storage-class`. `None`: they are on its node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub storage_class: Option<String>,
 }
 
 /// A volume of a pod: a disk that containers mount.

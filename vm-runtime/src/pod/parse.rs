@@ -21,6 +21,9 @@ const DEFAULT_LIMIT: Bytes = Bytes::mib(128);
 /// What the guest needs for itself: kernel, agent, page tables, and the writable layer's first pages.
 const GUEST_OVERHEAD: Bytes = Bytes::mib(128);
 
+/// The storage class of disks that are on one node.
+const LOCAL_CLASS: &str = "local";
+
 /// Annotations of ours.
 const PREFIX: &str = "migrator/";
 
@@ -57,6 +60,7 @@ pub(super) fn pod(text: &str) -> Result<PodSpec, PodError> {
         None => needed_memory(&containers)?,
     };
     let hugepages = annotations.parse("hugepages", "true or false")?;
+    let storage_class = annotations.take("storage-class").map(|(_, text)| text);
     annotations.finish()?;
     let milli: u64 = containers
         .iter()
@@ -73,6 +77,7 @@ pub(super) fn pod(text: &str) -> Result<PodSpec, PodError> {
         vcpus,
         volumes,
         containers,
+        storage_class: storage_class.filter(|class| class != LOCAL_CLASS),
     };
     validate::pod(&pod)?;
     Ok(pod)

@@ -61,6 +61,9 @@ pub(super) fn pod(pod: &PodSpec) -> Result<(), PodError> {
         );
     }
     storage::check(pod)?;
+    if let Some(class) = &pod.storage_class {
+        label("metadata.annotations[\"migrator/storage-class\"]", class)?;
+    }
     let mut names = BTreeSet::new();
     for (index, spec) in pod.containers.iter().enumerate() {
         let path = format!("spec.containers[{index}]");

@@ -45,6 +45,7 @@ pub use self::successor::{HandOver, Successor, SuccessorResources};
 use self::process::Process;
 use self::spawn::Birth;
 use self::start::start;
+use crate::command_line::RbdImage;
 use crate::memory::GuestMemory;
 use crate::qemu::QemuBinary;
 use crate::qmp::{Qmp, QmpError, QmpEvent};
@@ -83,6 +84,8 @@ pub struct VmResources {
     pub initramfs: PathBuf,
     /// The files behind the spec's images, in its order, then the sockets of its writable disks.
     pub disks: Vec<PathBuf>,
+    /// The writable disks that QEMU reads and writes itself, by their index; their sockets are nothing.
+    pub rbd: Vec<(usize, RbdImage)>,
 }
 
 /// What QEMU says its VM is doing.

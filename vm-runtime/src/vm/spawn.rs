@@ -138,6 +138,7 @@ impl Plan {
                 initramfs: &res.initramfs,
                 disks: &res.disks,
                 data_dirs: &res.qemu.data_dirs,
+                rbd: &res.rbd,
             },
         )?;
         let log = open_log(&res.dir).map_err(system("open QEMU's log"))?;

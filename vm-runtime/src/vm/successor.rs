@@ -140,6 +140,7 @@ impl Vm {
             kernel: res.kernel,
             initramfs: res.initramfs,
             disks: res.disks,
+            rbd: Vec::new(),
         };
         let birth = Birth::Successor(succession);
         let (vm, guard) = start(self.spec(), resources, birth).await?;

@@ -247,6 +247,6 @@ fn code(error: &DiskError) -> u32 {
         DiskError::Range { .. } | DiskError::Size { .. } => error::EINVAL,
         full if full.is_full() => error::ENOSPC,
         DiskError::File { .. } | DiskError::Io { .. } => error::EIO,
-        DiskError::Closed | DiskError::Busy { .. } => error::EIO,
+        DiskError::Closed | DiskError::NotHere | DiskError::Busy { .. } => error::EIO,
     }
 }

@@ -23,7 +23,7 @@ use crate::migration::status;
 use crate::network::{Port, Stage};
 use crate::pods::{MigrationEnd, PodHandle, PodResources};
 use crate::wire::message::{Ledger, Offer};
-use crate::wire::preamble::{VERSION_DISKS, VERSION_FLOWS};
+use crate::wire::preamble::{VERSION_DISKS, VERSION_FLOWS, VERSION_SHARED};
 use crate::wire::session;
 
 /// For TCP, TLS and the preambles of all connections.
@@ -55,6 +55,7 @@ pub(super) async fn outgoing(node: Arc<Node>, job: Outgoing) {
             .await
             .map_err(|error| chain(&error))?;
         speaks_disks(&offer, session.version, to.as_str())?;
+        speaks_shared(&offer, session.version, to.as_str())?;
         Ok::<_, String>((offer, session))
     };
     let begun = tokio::select! {
@@ -111,6 +112,19 @@ fn speaks_disks(offer: &Offer, version: u16, to: &str) -> Result<(), String> {
         false => Err(format!(
             "{} has writable disks, and {to} speaks version {version} of the protocol, which does not move them: upgrade migrator on {to}, or \
              choose another node",
+            offer.pod.name
+        )),
+    }
+}
+
+/// Whether the other end knows that disks can be on shared storage: an older one would take them for its own, and make them anew.
+fn speaks_shared(offer: &Offer, version: u16, to: &str) -> Result<(), String> {
+    let shared = offer.vm.writable.iter().any(|disk| disk.shared.is_some());
+    match !shared || version >= VERSION_SHARED {
+        true => Ok(()),
+        false => Err(format!(
+            "{} has disks on shared storage, and {to} speaks version {version} of the protocol, which does not know such: upgrade migrator on \
+             {to}, or choose another node",
             offer.pod.name
         )),
     }
@@ -215,6 +229,9 @@ pub(super) async fn end_pod(pod: &PodHandle, end: MigrationEnd) {
 
 #[cfg(test)]
 mod tests {
+    use vm_runtime::spec::{SharedDisk, SharedDriver, WritableDisk};
+    use vm_runtime::units::Bytes;
+
     use super::*;
     use crate::wire::golden;
     use crate::wire::message::DiskOffer;
@@ -234,5 +251,21 @@ mod tests {
         for word in ["web", "version 2", "upgrade migrator on b"] {
             assert!(refused.contains(word), "{refused}");
         }
+        assert_eq!(speaks_shared(&offer, VERSION_SHARED - 1, "b"), Ok(()));
+        offer.vm.writable.push(WritableDisk {
+            serial: "w0".to_owned(),
+            name: "data".to_owned(),
+            size: Bytes::mib(64),
+            shared: Some(SharedDisk {
+                class: "ceph".to_owned(),
+                class_id: "id".to_owned(),
+                volume: "db".to_owned(),
+                driver: SharedDriver::Rbd,
+                ephemeral: false,
+            }),
+        });
+        assert_eq!(speaks_shared(&offer, VERSION_MAX, "b"), Ok(()));
+        let refused = speaks_shared(&offer, VERSION_SHARED - 1, "b").unwrap_err();
+        assert!(refused.contains("upgrade migrator on b"), "{refused}");
     }
 }

@@ -20,6 +20,7 @@ use super::link::{Link, LinkEvent};
 use super::packets;
 use super::prepare::{self, Built, Chunk, Images, Prepared};
 use super::runner::{JournalFailed, News, Runner, Side};
+use super::shared_disks;
 use super::steps::wire_ledger;
 use crate::api::error::chain;
 use crate::daemon::node::Node;
@@ -27,7 +28,7 @@ use crate::memory::receive::{self, Arrival, Target};
 use crate::memory::verify::PageHashes;
 use crate::migration::destination::{Destination, Input, Output};
 use crate::network::Port;
-use crate::pods::{PodHandle, PodResources};
+use crate::pods::{PodDisk, PodHandle, PodResources};
 use crate::wire::bulk::Urgent;
 use crate::wire::conn::Connection;
 use crate::wire::fault::Fault;
@@ -56,6 +57,8 @@ pub(super) struct Run {
     pub(super) target: Arc<OnceLock<Target>>,
     /// The pod's writable disks, from when its memory is there.
     pub(super) disks: Filling,
+    /// Those of its disks that do not move.
+    pub(super) shared_disks: Vec<Arc<PodDisk>>,
     pub(super) hashes: Option<Arc<PageHashes>>,
     pub(super) theirs: Vec<(vm_runtime::units::PageIndex, Vec<u64>)>,
     /// The device state, as it comes, and how much of it has come.
@@ -108,6 +111,7 @@ impl Run {
             stale: Vec::new(),
             target: Arc::new(OnceLock::new()),
             disks: Filling::default(),
+            shared_disks: Vec::new(),
             hashes: None,
             theirs: Vec::new(),
             state,
@@ -222,6 +226,9 @@ impl Run {
         match event {
             LinkEvent::Lost(reason) => {
                 self.runner.link = None;
+                if self.machine.granted() {
+                    self.fence_source();
+                }
                 Some(Input::LinkLost { reason })
             }
             LinkEvent::Message(Control::StateChunk(chunk)) => {
@@ -392,9 +399,14 @@ impl Side for Run {
             Output::Resume => {
                 self.times.begin("resume");
                 let resume = prepare::resume(self.vm());
-                self.runner.step(async {
+                let (shared, epoch) = (self.shared_disks.clone(), self.machine.epoch());
+                self.runner.step(async move {
                     let failed = |reason| Input::ResumeFailed { reason };
-                    Ok(resume.await.unwrap_or_else(failed))
+                    let resumed = async {
+                        shared_disks::take(shared, epoch).await?;
+                        resume.await
+                    };
+                    Ok(resumed.await.unwrap_or_else(failed))
                 });
             }
             Output::MarkStale { last } => self.mark_stale(last),

@@ -42,6 +42,7 @@ impl Run {
         let checked = prepare::check(&self.runner.node, &offer).await;
         let checked = match checked {
             Ok((pod, images, wants)) => {
+                self.shared_disks = pod.shared_disks();
                 *self.prepared.lock().await = Some(pod);
                 self.images = images;
                 Ok(wants)
@@ -225,6 +226,7 @@ impl Run {
         if let Some(problem) = prepare::discard(&self.prepared).await {
             tracing::error!(reason = problem, "something of the pod is left behind");
         }
+        self.give_back_disks().await;
         let name = self.machine.pod().to_owned();
         if let Err(reason) =
             blocking_journal(&self.runner.node, move |journal| journal.stop_owner(&name)).await
@@ -239,6 +241,7 @@ impl Run {
         self.end_pager();
         self.flows_taken().await;
         self.parts = None;
+        self.shared_disks = Vec::new();
         if let Some(reason) = prepare::discard(&self.prepared).await {
             tracing::error!(reason, "something of a discarded pod is left behind");
         }

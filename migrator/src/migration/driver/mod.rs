@@ -43,6 +43,7 @@ mod packets;
 mod prepare;
 mod report;
 mod runner;
+mod shared_disks;
 mod source;
 mod source_disks;
 mod source_link;

@@ -56,19 +56,20 @@ pub(super) async fn offer(
     })
 }
 
-/// The pod's writable disks.
+/// The pod's writable disks that move; those on shared storage are in the VM's specification.
 async fn writable_disks(resources: &PodResources) -> Result<Vec<DiskOffer>, String> {
     let disks = resources.disks.clone();
     blocking(move || {
-        let offer = |pod: Arc<PodDisk>| {
-            let allocated = pod.disk.allocated_bytes();
-            Ok(DiskOffer {
+        let offer = |pod: &Arc<PodDisk>| {
+            let disk = pod.local()?;
+            let allocated = disk.allocated_bytes().map_err(|error| chain(&error));
+            Some(allocated.map(|allocated| DiskOffer {
                 name: pod.name.clone(),
-                size: pod.disk.size(),
-                allocated: allocated.map_err(|error| chain(&error))?,
-            })
+                size: disk.size(),
+                allocated,
+            }))
         };
-        disks.into_iter().map(offer).collect()
+        disks.iter().filter_map(offer).collect()
     })
     .await
 }

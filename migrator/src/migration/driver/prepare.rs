@@ -16,6 +16,7 @@ use super::clock::unix_us;
 use super::depart::end_pod;
 use super::destination_disks::{Filling, fill};
 use super::handoff::Handoff;
+use super::shared_disks;
 use super::steps::blocking;
 use crate::api::error::chain;
 use crate::daemon::node::Node;
@@ -79,6 +80,7 @@ pub(super) async fn check(
             routed: checks::routed(node),
         },
     )?;
+    shared_disks::check(node, offer).await?;
     let record: PodRecord = serde_json::from_str(&offer.record)
         .map_err(|error| internal(format!("the pod's record cannot be read: {error}")))?;
     let pod = IncomingPod::prepare(node, offer.pod.clone(), offer.vm.clone(), record)

@@ -185,8 +185,10 @@ impl Run {
         let (pod, to) = (self.pod.clone(), self.figures.to.clone());
         let resources = self.resources.take();
         let books = Arc::clone(&self.figures.books);
-        let volumes = self.runner.node.volumes.clone();
+        let node = &self.runner.node;
+        let places = (node.volumes.clone(), Arc::clone(&node.storage));
+        let granted = self.machine.offered();
         self.runner
-            .step(steps::release(resources, pod, to, books, volumes));
+            .step(steps::release(resources, pod, to, books, places, granted));
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::{Instant, sleep, sleep_until};
 use vm_runtime::agent_client::{AgentClient, AgentState};
-use vm_runtime::units::PageIndex;
+use vm_runtime::units::{Epoch, PageIndex};
 use vm_runtime::vm::RunState;
 
 use super::clock::unix_us;
@@ -27,6 +27,7 @@ use crate::memory::verify::hash_all;
 use crate::migration::source::{Input, Rollback};
 use crate::network::Stage;
 use crate::pods::{MigrationEnd, PodHandle, PodResources};
+use crate::storage::Storage;
 use crate::volumes::{Volumes, remove_moved};
 use crate::wire::bulk::Data;
 use crate::wire::conn::Reader;
@@ -256,6 +257,10 @@ pub(super) async fn roll_back(
 ) -> Vec<String> {
     let mut problems = Vec::new();
     let Some(parts) = parts else { return problems };
+    // Before the guest runs: where that fails, somebody else may write, and it must not.
+    let back = take_back(parts).await;
+    let may_run = back.is_ok();
+    problems.extend(back.err());
     if what.stop_tracking {
         let tracking = tracking.clone();
         let stopped = blocking(move || {
@@ -271,7 +276,7 @@ pub(super) async fn roll_back(
         problems.push(chain(&error));
     }
     // After the gate: what the guest sends on its first instruction must go out.
-    if what.resume_vm {
+    if what.resume_vm && may_run {
         problems.extend(resume(parts).await.err());
     }
     if what.attach_agent
@@ -281,6 +286,26 @@ pub(super) async fn roll_back(
         problems.push(chain(&error));
     }
     problems
+}
+
+/// Takes shared disks back that were let go for a grant that was not sent, or was not taken.
+async fn take_back(parts: &PodResources) -> Result<(), String> {
+    let disks = parts.disks.clone();
+    if disks.iter().all(|disk| disk.shared().is_none()) {
+        return Ok(());
+    }
+    blocking(move || {
+        let mut disks = disks.iter();
+        disks.try_for_each(|disk| disk.take_back().map_err(|error| chain(&error)))
+    })
+    .await
+    .inspect_err(|reason| {
+        tracing::error!(
+            pod = parts.spec.name,
+            reason,
+            "its guest stands still: its shared disks are not to be had back"
+        );
+    })
 }
 
 async fn resume(parts: &PodResources) -> Result<(), String> {
@@ -323,11 +348,17 @@ pub(super) async fn release(
     pod: PodHandle,
     to: String,
     books: Books,
-    volumes: Volumes,
+    (volumes, storage): (Volumes, Arc<Storage>),
+    granted: Epoch,
 ) -> Step {
     let mut ledger = Ledger::default();
     if let Some(parts) = parts {
-        parts.vm.kill().await.map_err(|error| chain(&error))?;
+        match parts.disks.iter().all(|disk| disk.served().is_some()) {
+            true => parts.vm.kill().await,
+            // It has images of Ceph open: one that is killed keeps their locks for half a minute.
+            false => parts.vm.quit().await,
+        }
+        .map_err(|error| chain(&error))?;
         parts.disks.iter().for_each(|disk| disk.close());
         let booked = parts.port.release().await.map_err(|error| chain(&error))?;
         ledger = wire_ledger(&booked);
@@ -335,9 +366,11 @@ pub(super) async fn release(
         let _ = books.set(booked);
     }
     // The destination has them, durably. Before the folder goes: a service that is killed in between finds the pod, and does it again.
-    let spec = pod.spec().clone();
+    let (spec, vm) = (pod.spec().clone(), pod.vm_spec().clone());
+    let node = to.clone();
     blocking(move || {
-        remove_moved(&volumes, &spec);
+        remove_moved(&volumes, &spec, &vm);
+        storage.hand_over_all(&vm, &node, granted);
         Ok(())
     })
     .await?;

@@ -153,6 +153,7 @@ fn offer(verify: bool) -> Offer {
             vcpus: 1,
             volumes: Vec::new(),
             containers: Vec::new(),
+            storage_class: None,
         },
         vm: VmSpec {
             name: "web".to_owned(),

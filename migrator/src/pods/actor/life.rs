@@ -216,6 +216,8 @@ impl Actor {
     async fn release(&self, resources: &PodResources) {
         if let Err(error) = resources.vm.quit().await {
             tracing::error!(pod = self.name(), %error, "cannot end the VM");
+        } else {
+            resources.disks.iter().for_each(|disk| disk.let_go());
         }
         if let Err(error) = resources.port.release().await {
             tracing::error!(pod = self.name(), %error, "cannot remove the network port");
@@ -226,7 +228,7 @@ impl Actor {
     async fn relieve(&self, resources: &PodResources, starved: &mut bool) {
         let mut found = false;
         for disk in &resources.disks {
-            found |= disk.disk.take_starved();
+            found |= disk.served().is_some_and(|disk| disk.take_starved());
         }
         *starved |= found;
         if !*starved {
