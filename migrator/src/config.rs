@@ -16,9 +16,11 @@
 //! qemu: { binary: /usr/bin/qemu-system-x86_64, accel: auto }   # optional
 //! tunnel: { kind: vxlan, vni: 7077, port: 4789, mtu: 1500 }    # optional: off
 //! forwarding: { bound_limit_s: 3600 }                           # optional
-//! limits: { pods: 64, log_bytes: 16777216, park_bytes: 1073741824, park_bytes_per_pod: 268435456 }   # optional
+//! limits: { pods: 64, log_bytes: 16777216, park_bytes: 1073741824, park_bytes_per_pod: 268435456, template_bytes: 1073741824 }   # optional
 //! migration: { connections: 2, compress: auto, max_downtime_ms: 300, on_overflow: abort }   # optional
+//! templates: auto                # optional: pods start from saved guests of their shape; `manual`: only from those that were asked for; `off`
 //! registries: { mirrors: { docker.io: ["https://mirror.example"] }, auth_file: auth.json, ca: registry-ca.pem }   # optional
+//! storage: { classes: { shared: { driver: file, path: /mnt/nfs/migrator } } }   # optional: see docs/shared-storage.md
 //! ```
 //!
 //! `topology: { kind: routed, pods: [...] }` gives each pod a route of its own (/32 and /128) in place of a port of the bridge.
@@ -29,6 +31,7 @@
 mod forwarding;
 mod names;
 mod registries;
+mod storage;
 mod topology;
 mod tunnel;
 
@@ -46,6 +49,7 @@ use crate::wire::preamble::MAX_DATA_CONNECTIONS;
 pub use forwarding::Forwarding;
 pub use names::{BadInterfaceName, BadNodeName, InterfaceName, NodeName};
 pub use registries::Registries;
+pub use storage::{LOCAL as LOCAL_CLASS, Storage, StorageClass};
 pub use topology::Topology;
 pub use tunnel::Tunnel;
 
@@ -110,6 +114,25 @@ pub struct Config {
     /// Where images come from.
     #[serde(default)]
     pub registries: Registries,
+    /// Whether pods start from templates.
+    #[serde(default)]
+    pub templates: TemplateMode,
+    /// Where volumes can be beside `state_dir`.
+    #[serde(default)]
+    pub storage: Storage,
+}
+
+/// Whether pods start from templates, and who makes those.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TemplateMode {
+    /// The service makes one, once a pod of a shape has been booted and the node is idle.
+    #[default]
+    Auto,
+    /// Only `migrator template build` does.
+    Manual,
+    /// Every pod is booted.
+    Off,
 }
 
 /// PEM files of this node.
@@ -164,6 +187,8 @@ pub struct Limits {
     pub park_bytes: u64,
     /// Bytes of packets kept for one of them: at a gigabit a second, 256 MiB are two seconds.
     pub park_bytes_per_pod: u64,
+    /// Bytes of disk that templates take together; the one made last may take more.
+    pub template_bytes: u64,
 }
 
 impl Default for Limits {
@@ -173,6 +198,7 @@ impl Default for Limits {
             log_bytes: 16 << 20,
             park_bytes: 1 << 30,
             park_bytes_per_pod: 256 << 20,
+            template_bytes: 1 << 30,
         }
     }
 }
@@ -276,6 +302,7 @@ impl Config {
         .chain(config.qemu.lib_dir.as_mut())
         .chain(config.qemu.data_dirs.iter_mut())
         .chain(config.registries.files_mut())
+        .chain(config.storage.files_mut())
         {
             *file = folder.join(&*file);
         }
@@ -361,6 +388,7 @@ impl Config {
         if self.migration.max_downtime_ms == 0 {
             return Err(("migration.max_downtime_ms", "must be at least 1".to_owned()));
         }
+        self.storage.check()?;
         self.registries.check()
     }
 

@@ -24,5 +24,8 @@ pub mod migration;
 pub mod network;
 pub mod pods;
 pub mod registry;
+pub mod storage;
+pub mod supply;
+pub mod templates;
 pub mod volumes;
 pub mod wire;

@@ -8,10 +8,13 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use vm_runtime::pod::PodSpec;
+use vm_runtime::spec::VmSpec;
 use vm_runtime::units::Bytes;
 
 use crate::block::mkfs::{MkfsError, mkfs};
 use crate::block::{Disk, DiskError};
+use crate::pods::disks::local_claims;
+use crate::storage::StorageError;
 
 /// Longest name: an RFC 1123 label, as the names of pods.
 const MAX_NAME: usize = 63;
@@ -60,6 +63,9 @@ pub enum VolumeError {
         /// Why not.
         source: MkfsError,
     },
+    /// It is of a shared class.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
     /// The folder cannot be used.
     #[error("cannot {verb} {}", path.display())]
     Folder {
@@ -111,15 +117,25 @@ impl Volumes {
         }
     }
 
+    /// Whether name and size are those of a volume.
+    ///
+    /// # Errors
+    /// [`VolumeError::Name`], [`VolumeError::Small`].
+    pub fn check(&self, name: &str, size: Bytes) -> Result<(), VolumeError> {
+        self.path(name)?;
+        match size < MIN_SIZE {
+            true => Err(VolumeError::Small(size)),
+            false => Ok(()),
+        }
+    }
+
     /// Makes a volume with an empty file system; the size becomes whole MiB. It is there after a power cut, or not at all.
     ///
     /// # Errors
     /// Name or size are none, it is there already, or there is no room.
     pub fn create(&self, name: &str, size: Bytes) -> Result<Volume, VolumeError> {
+        self.check(name, size)?;
         let path = self.path(name)?;
-        if size < MIN_SIZE {
-            return Err(VolumeError::Small(size));
-        }
         self.make_dir()?;
         if path.exists() {
             return Err(VolumeError::Taken(name.to_owned()));
@@ -239,8 +255,8 @@ impl Volumes {
 }
 
 /// Removes the volumes of a pod that runs elsewhere and has them there. What cannot be removed is logged. Blocks for a moment.
-pub(crate) fn remove_moved(volumes: &Volumes, pod: &PodSpec) {
-    for claim in pod.claims() {
+pub(crate) fn remove_moved(volumes: &Volumes, pod: &PodSpec, vm: &VmSpec) {
+    for claim in local_claims(pod, vm) {
         match volumes.remove(claim) {
             Ok(()) | Err(VolumeError::NotFound(_)) => {}
             Err(error) => {

@@ -115,6 +115,23 @@ impl TestLab {
         Ok(test)
     }
 
+    /// As [`TestLab::up`], with lines added to the top level of each node's configuration.
+    ///
+    /// # Errors
+    /// As [`TestLab::up`].
+    pub fn up_with(lines: impl Fn(&Self) -> String) -> Result<Self> {
+        let test = Self::up()?;
+        let lines = lines(&test);
+        for node in Node::ALL {
+            test.restart(node, || {
+                let path = test.lab.node_dir(node).join("config.yaml");
+                let config = std::fs::read_to_string(&path)?;
+                Ok(std::fs::write(&path, lines.clone() + "\n" + &config)?)
+            })?;
+        }
+        Ok(test)
+    }
+
     /// Kills a node's service, and starts it again after `meanwhile`.
     ///
     /// # Errors

@@ -1,7 +1,6 @@
 //! Tests that need root.
 
 pub mod bpf;
-pub mod images;
 pub mod inbox;
 pub mod jobs;
 pub mod lab;

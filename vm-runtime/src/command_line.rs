@@ -13,7 +13,10 @@ use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
+use serde_json::{Value, json};
+
 use crate::spec::{Accel, MAX_DISKS, SpecError, VmSpec};
+use crate::units::Bytes;
 
 /// Name of the virtio-serial port that the guest agent opens.
 pub const AGENT_PORT: &str = "migrator.agent";
@@ -21,6 +24,9 @@ pub const AGENT_PORT: &str = "migrator.agent";
 /// How long QEMU waits for a disk's server that has gone, in seconds, until the guest sees an error: a day. A service that is
 /// restarted is back within seconds; a guest that waits can be saved yet, one that saw an error has its file system read-only.
 const RECONNECT_DELAY: u32 = 86_400;
+
+/// What the name of an image's socket ends with: a path with another name is a file.
+const SOCKET: &str = "nbd";
 
 /// PCI slots on the root bus. 0x1f is the chipset's own; images start at [`slot::DISK`] and go up, writable disks at
 /// [`slot::WRITABLE`] and go down.
@@ -43,6 +49,8 @@ pub enum BootMode {
     Boot,
     /// With a state that another VM saved.
     Incoming,
+    /// As [`BootMode::Boot`], with nothing behind its disks: the guest must not look at them.
+    Template,
 }
 
 /// Descriptor numbers in the QEMU process.
@@ -69,10 +77,28 @@ pub struct Local<'a> {
     pub kernel: &'a Path,
     /// The initramfs.
     pub initramfs: &'a Path,
-    /// One read-only file an image of the spec, in its order, then the socket of each writable disk.
+    /// Of each image of the spec, in its order, the socket that it is served at (`*.nbd`) or its file; then the socket of each writable disk;
+    /// none for a template.
     pub disks: &'a [PathBuf],
     /// `-L` folders.
     pub data_dirs: &'a [PathBuf],
+    /// The writable disks that QEMU reads and writes itself, by their index.
+    pub rbd: &'a [(usize, RbdImage)],
+}
+
+/// An image of a Ceph pool, as a node reaches it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RbdImage {
+    /// The pool.
+    pub pool: String,
+    /// The image.
+    pub image: String,
+    /// Whose key it is, without `client.`.
+    pub user: String,
+    /// The file with the key, base64.
+    pub key_file: PathBuf,
+    /// Where the monitors are, and what else librados is told.
+    pub conf: PathBuf,
 }
 
 /// Builds QEMU's arguments (without the program's name). Its working folder must be the VM's own:
@@ -82,7 +108,11 @@ pub struct Local<'a> {
 /// The spec is not right, or the disks are not as many as the spec says.
 pub fn build(spec: &VmSpec, local: &Local<'_>) -> Result<Vec<OsString>, SpecError> {
     spec.check()?;
-    let wanted = spec.disks.len() + spec.writable.len();
+    let is_template = local.mode == BootMode::Template;
+    let wanted = match is_template {
+        true => 0,
+        false => spec.disks.len() + spec.writable.len(),
+    };
     if wanted != local.disks.len() {
         return Err(SpecError {
             name: spec.name.clone(),
@@ -95,15 +125,28 @@ pub fn build(spec: &VmSpec, local: &Local<'_>) -> Result<Vec<OsString>, SpecErro
     args.machine(spec, local.fds.memory);
     args.guest_code(spec, local);
     args.devices(spec, local.fds);
-    let (images, sockets) = local.disks.split_at(spec.disks.len());
-    for (index, (disk, path)) in spec.disks.iter().zip(images).enumerate() {
-        args.disk(index, &disk.serial, path);
+    let images = spec.disks.len().min(local.disks.len());
+    let (images, sockets) = local.disks.split_at(images);
+    for (index, disk) in spec.disks.iter().enumerate() {
+        let node = match images.get(index) {
+            Some(path) => image(path),
+            None => nothing(disk.size),
+        };
+        args.disk(index, &disk.serial, node);
     }
-    for (index, (disk, socket)) in spec.writable.iter().zip(sockets).enumerate() {
-        args.writable(index, &disk.serial, socket);
+    for (index, disk) in spec.writable.iter().enumerate() {
+        if let Some((_, image)) = local.rbd.iter().find(|(at, _)| *at == index) {
+            args.rbd(index, &disk.serial, image);
+            continue;
+        }
+        let node = match sockets.get(index) {
+            Some(socket) => served(socket),
+            None => nothing(disk.size),
+        };
+        args.writable(index, &disk.serial, node);
     }
     match local.mode {
-        BootMode::Boot => {}
+        BootMode::Boot | BootMode::Template => {}
         BootMode::Incoming => args.pair("-incoming", "defer"),
     }
     Ok(args.0)
@@ -218,19 +261,9 @@ impl Args {
         }
     }
 
-    fn disk(&mut self, index: usize, serial: &str, path: &Path) {
-        // As JSON, a path may hold commas; lossy only for names that are no UTF-8, which our
-        // own image store never makes.
-        let node = serde_json::json!({
-            "driver": "raw",
-            "file": {
-                "driver": "file",
-                "filename": path.to_string_lossy(),
-                "read-only": true,
-            },
-            "node-name": format!("disk{index}"),
-            "read-only": true,
-        });
+    fn disk(&mut self, index: usize, serial: &str, mut node: Value) {
+        node["node-name"] = format!("disk{index}").into();
+        node["read-only"] = true.into();
         self.pair("-blockdev", node.to_string());
         self.device(
             &format!("virtio-blk-pci,drive=disk{index},serial={serial}"),
@@ -238,17 +271,55 @@ impl Args {
         );
     }
 
-    /// A disk that the service serves. Where it says that its file system is full, the guest stops until there is room again
-    /// (`werror=enospc`); any other error is the guest's to see.
-    fn writable(&mut self, index: usize, serial: &str, socket: &Path) {
+    /// Where its server says that its file system is full, the guest stops until there is room again (`werror=enospc`); any other
+    /// error is the guest's to see.
+    fn writable(&mut self, index: usize, serial: &str, mut node: Value) {
+        node["node-name"] = format!("writable{index}").into();
+        node["discard"] = "unmap".into();
+        self.pair("-blockdev", node.to_string());
+        self.writable_device(index, serial);
+    }
+
+    /// A disk that QEMU reads and writes itself. Not cached: another node writes to it before this VM gets the right to, and what was
+    /// answered outlives this QEMU.
+    fn rbd(&mut self, index: usize, serial: &str, image: &RbdImage) {
+        let RbdImage {
+            pool,
+            image,
+            user,
+            key_file,
+            conf,
+        } = image;
+        let secret = serde_json::json!({
+            "qom-type": "secret",
+            "id": format!("key{index}"),
+            "file": key_file.to_string_lossy(),
+            "format": "base64",
+        });
+        self.pair("-object", secret.to_string());
+        let direct = serde_json::json!({ "direct": true });
         let node = serde_json::json!({
-            "driver": "nbd",
-            "server": { "type": "unix", "path": socket.to_string_lossy() },
-            "reconnect-delay": RECONNECT_DELAY,
+            "driver": "raw",
+            "file": {
+                "driver": "rbd",
+                "pool": pool,
+                "image": image,
+                "user": user,
+                "conf": conf.to_string_lossy(),
+                "key-secret": format!("key{index}"),
+                "cache": direct,
+                "discard": "unmap",
+            },
+            "cache": direct,
             "discard": "unmap",
             "node-name": format!("writable{index}"),
         });
         self.pair("-blockdev", node.to_string());
+        self.writable_device(index, serial);
+    }
+
+    /// The same device whoever serves it: the guest does not see the difference, and a saved state fits both.
+    fn writable_device(&mut self, index: usize, serial: &str) {
         self.device(
             &format!(
                 "virtio-blk-pci,drive=writable{index},serial={serial},discard=on,write-zeroes=on,werror=enospc,rerror=report"
@@ -266,12 +337,40 @@ impl Args {
     }
 }
 
+/// An image. As JSON, a path may hold commas; lossy only for names that are no UTF-8, which our own image store never makes.
+fn image(path: &Path) -> Value {
+    if path.extension().is_some_and(|ext| ext == SOCKET) {
+        return served(path);
+    }
+    json!({
+        "driver": "raw",
+        "file": {
+            "driver": "file",
+            "filename": path.to_string_lossy(),
+            "read-only": true,
+        },
+    })
+}
+
+/// A disk that the service serves.
+fn served(socket: &Path) -> Value {
+    json!({
+        "driver": "nbd",
+        "server": { "type": "unix", "path": socket.to_string_lossy() },
+        "reconnect-delay": RECONNECT_DELAY,
+    })
+}
+
+/// A disk of a template: zeros.
+fn nothing(size: Bytes) -> Value {
+    json!({ "driver": "null-co", "size": size.0, "read-zeroes": true })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::spec::WritableDisk;
     use crate::spec::tests::example;
-    use crate::units::Bytes;
 
     const FDS: FdNumbers = FdNumbers {
         memory: 200,
@@ -288,6 +387,7 @@ mod tests {
             initramfs: Path::new("/g/initramfs"),
             disks,
             data_dirs: &[],
+            rbd: &[],
         }
     }
 
@@ -339,6 +439,16 @@ mod tests {
 -device virtio-blk-pci,drive=disk0,serial=img0,bus=pcie.0,addr=0x8,disable-legacy=on,disable-modern=off";
 
     #[test]
+    fn an_image_that_is_served_is_read_over_its_socket() {
+        let disks = [PathBuf::from("/p/web/i0.nbd")];
+        let built = text(&example(), &local(BootMode::Boot, &disks));
+        assert!(
+            built.contains(r#"-blockdev {"driver":"nbd","node-name":"disk0","read-only":true,"reconnect-delay":86400,"server":{"path":"/p/web/i0.nbd","type":"unix"}}"#),
+            "{built}"
+        );
+    }
+
+    #[test]
     fn the_command_line_is_pinned() {
         let disks = [PathBuf::from("/i/a,b.erofs")];
         assert_eq!(text(&example(), &local(BootMode::Boot, &disks)), GOLDEN);
@@ -351,6 +461,7 @@ mod tests {
             serial: "w0".to_owned(),
             name: "root".to_owned(),
             size: Bytes::mib(64),
+            shared: None,
         });
         let disks = [
             PathBuf::from("/i/a,b.erofs"),
@@ -366,10 +477,69 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_of_ceph_differs_by_its_node_only_and_tells_no_key() {
+        let mut spec = example();
+        spec.writable.push(WritableDisk {
+            serial: "w0".to_owned(),
+            name: "data".to_owned(),
+            size: Bytes::mib(64),
+            shared: None,
+        });
+        let disks = [
+            PathBuf::from("/i/a,b.erofs"),
+            PathBuf::from("/p/web/d0.nbd"),
+        ];
+        let rbd = [(
+            0,
+            RbdImage {
+                pool: "pods".to_owned(),
+                image: "db".to_owned(),
+                user: "migrator".to_owned(),
+                key_file: PathBuf::from("/e/ceph.key"),
+                conf: PathBuf::from("/s/ceph.conf"),
+            },
+        )];
+        let served = text(&spec, &local(BootMode::Boot, &disks));
+        let own = text(
+            &spec,
+            &Local {
+                rbd: &rbd,
+                ..local(BootMode::Boot, &disks)
+            },
+        );
+        let more: Vec<&str> = own.lines().filter(|l| !served.contains(l)).collect();
+        let wanted = "-object {\"file\":\"/e/ceph.key\",\"format\":\"base64\",\"id\":\"key0\",\"qom-type\":\"secret\"}
+-blockdev {\"cache\":{\"direct\":true},\"discard\":\"unmap\",\"driver\":\"raw\",\"file\":{\"cache\":{\"direct\":true},\"conf\":\"/s/ceph.conf\",\"discard\":\"unmap\",\"driver\":\"rbd\",\"image\":\"db\",\"key-secret\":\"key0\",\"pool\":\"pods\",\"user\":\"migrator\"},\"node-name\":\"writable0\"}";
+        assert_eq!(more.join("\n"), wanted);
+        assert_eq!(own.lines().last(), served.lines().last());
+    }
+
+    #[test]
     fn the_destination_differs_by_its_boot_mode_only() {
         let disks = [PathBuf::from("/i/a,b.erofs")];
         let incoming = text(&example(), &local(BootMode::Incoming, &disks));
         assert_eq!(incoming, format!("{GOLDEN}\n-incoming defer"));
+    }
+
+    #[test]
+    fn a_template_differs_by_what_is_behind_its_disks_only() {
+        let mut spec = example();
+        spec.writable.push(WritableDisk {
+            serial: "w0".to_owned(),
+            name: "root".to_owned(),
+            size: Bytes::mib(64),
+            shared: None,
+        });
+        let paths = [PathBuf::from("/i/a"), PathBuf::from("/p/web/d0.nbd")];
+        let devices = |text: &str| -> Vec<String> {
+            let lines = text.lines().filter(|line| !line.starts_with("-blockdev"));
+            lines.map(str::to_owned).collect()
+        };
+        let template = text(&spec, &local(BootMode::Template, &[]));
+        let boot = text(&spec, &local(BootMode::Boot, &paths));
+        assert_eq!(devices(&template), devices(&boot));
+        assert_eq!(template.matches("null-co").count(), 2);
+        assert!(build(&spec, &local(BootMode::Template, &paths)).is_err());
     }
 
     #[test]

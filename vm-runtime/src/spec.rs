@@ -33,6 +33,8 @@ pub const MAX_VCPUS: u32 = 64;
 const MAX_CMDLINE: usize = 2047;
 /// Longest serial of virtio-blk, `VIRTIO_BLK_ID_BYTES` in linux/virtio_blk.h.
 const MAX_SERIAL: usize = 20;
+/// Longest name of a volume of a shared class, in bytes: with a suffix it is a file's name.
+const MAX_VOLUME: usize = 200;
 
 /// What runs the guest's instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -126,6 +128,45 @@ pub struct WritableDisk {
     pub name: String,
     /// Size in bytes.
     pub size: Bytes,
+    /// Where it is, if that is a place that several nodes see: such a disk does not move with its pod. From version 4 of the
+    /// protocol on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shared: Option<SharedDisk>,
+}
+
+/// A disk on storage that several nodes see.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SharedDisk {
+    /// The storage class, by the name that it has on every node.
+    pub class: String,
+    /// What the storage itself says that it is: two nodes may call different places by one name.
+    pub class_id: String,
+    /// The volume, unique in its class.
+    pub volume: String,
+    /// Who does its reads and writes.
+    pub driver: SharedDriver,
+    /// Whether it ends with its pod.
+    #[serde(default)]
+    pub ephemeral: bool,
+}
+
+/// Who does the reads and writes of a shared disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SharedDriver {
+    /// The service, on a file of a mounted file system.
+    File,
+    /// QEMU itself, on an image of a Ceph pool.
+    Rbd,
+}
+
+impl fmt::Display for SharedDriver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::File => "file",
+            Self::Rbd => "rbd",
+        })
+    }
 }
 
 /// A spec that cannot become a VM.
@@ -207,6 +248,18 @@ impl VmSpec {
         if self.writable.iter().any(|disk| !only(&disk.name, 63, dns)) {
             return bad("disk name", "must be 1 to 63 of a-z, 0-9 and `-`");
         }
+        // Part of a path, or of a node's name in QEMU.
+        let dotted = |c: u8| dns(c) || c == b'.';
+        let shared = self.writable.iter().filter_map(|disk| disk.shared.as_ref());
+        for shared in shared {
+            let volume = &shared.volume;
+            if !only(volume, MAX_VOLUME, dotted) || volume.starts_with('.') {
+                return bad("disk volume", "must be 1 to 200 of a-z, 0-9, `-` and `.`");
+            }
+            if !only(&shared.class, 63, dns) || !only(&shared.class_id, 64, dns) {
+                return bad("disk class", "must be 1 to 63 of a-z, 0-9 and `-`");
+            }
+        }
         let printable = |c: u8| (b' '..=b'~').contains(&c);
         if !only(&self.cmdline, MAX_CMDLINE, printable) {
             return bad("cmdline", "must be 1 to 2047 printable ASCII characters");
@@ -260,6 +313,33 @@ pub(crate) mod tests {
         fields.remove("hugepages");
         let spec: VmSpec = serde_json::from_value(text).unwrap();
         assert!(!spec.free_page_reporting && !spec.hugepages);
+    }
+
+    #[test]
+    fn a_shared_disk_leads_nowhere_else() {
+        for (volume, fine) in [
+            ("db", true),
+            ("web.8a5e2f0c.root", true),
+            ("../db", false),
+            (".db", false),
+            ("a/b", false),
+            ("", false),
+        ] {
+            let mut spec = example();
+            spec.writable.push(WritableDisk {
+                serial: "w0".to_owned(),
+                name: "data".to_owned(),
+                size: Bytes::mib(64),
+                shared: Some(SharedDisk {
+                    class: "ceph".to_owned(),
+                    class_id: "6f0a".to_owned(),
+                    volume: volume.to_owned(),
+                    driver: SharedDriver::Rbd,
+                    ephemeral: false,
+                }),
+            });
+            assert_eq!(spec.check().is_ok(), fine, "{volume}");
+        }
     }
 
     #[test]

@@ -33,7 +33,7 @@ enum Form {
     Memory(plan::Args),
     /// The gate's cost, parking and injecting, the flip, and latency around a move, against plain sockets and QEMU's own
     Network(plan::Args),
-    /// Start without the image, reads through the block server, moves of disks and start from a template, against podman and QEMU's own
+    /// Start without the image, what crosses before the resume, the block server, and start from a template, against podman and QEMU's own
     Image(plan::Args),
 }
 

@@ -2,9 +2,11 @@
 //!
 //! A library too, so that the tests that need root use the same lab, probe and reports as the demo.
 
+pub mod apps;
 pub mod bench;
 pub mod check;
 pub mod cmd;
+pub mod data_image;
 pub mod deb;
 pub mod demo_image;
 pub mod guest;

@@ -21,6 +21,12 @@ pub struct Args {
     /// Also what only the tests need: tools that make container images, and QEMU 10 beside 7.2
     #[arg(long)]
     pub tests: bool,
+    /// Also what `cargo xtask test ceph` needs: the daemons and tools of Ceph, and QEMU's driver for it
+    #[arg(long)]
+    pub ceph: bool,
+    /// Also what the benchmarks compare with
+    #[arg(long)]
+    pub bench: bool,
 }
 
 /// One Debian package, and why it is needed.
@@ -119,6 +125,16 @@ const TESTS: &[Package] = &[
         why: "tests: a client whose connection must live through a move",
     },
     Package {
+        name: "wrk",
+        program: Some("wrk"),
+        why: "tests: load on a web server in a pod",
+    },
+    Package {
+        name: "libpq5",
+        program: None,
+        why: "tests: what PostgreSQL's load generator is linked with",
+    },
+    Package {
         name: "nftables",
         program: Some("nft"),
         why: "tests: rules that drop what connection tracking does not know",
@@ -132,6 +148,52 @@ const TESTS: &[Package] = &[
         name: "conntrack",
         program: Some("conntrack"),
         why: "tests: makes and lists entries of connection tracking, without this project's code",
+    },
+];
+
+const CEPH: &[Package] = &[
+    Package {
+        name: "ceph-mon",
+        program: Some("ceph-mon"),
+        why: "the test of Ceph: a monitor",
+    },
+    Package {
+        name: "ceph-mgr",
+        program: Some("ceph-mgr"),
+        why: "the test of Ceph: a manager",
+    },
+    Package {
+        name: "ceph-osd",
+        program: Some("ceph-osd"),
+        why: "the test of Ceph: an OSD",
+    },
+    Package {
+        name: "ceph-common",
+        program: Some("rbd"),
+        why: "storage classes on Ceph: makes and lists volumes",
+    },
+    Package {
+        name: "qemu-block-extra",
+        program: None,
+        why: "storage classes on Ceph: QEMU's driver rbd",
+    },
+];
+
+const BENCH: &[Package] = &[
+    Package {
+        name: "docker-registry",
+        program: Some("docker-registry"),
+        why: "benchmarks: a registry that both sides pull from",
+    },
+    Package {
+        name: "podman",
+        program: Some("podman"),
+        why: "benchmarks: pulls an image and starts it, in folders of its own, to compare with",
+    },
+    Package {
+        name: "runc",
+        program: Some("runc"),
+        why: "benchmarks: runs podman's containers",
     },
 ];
 
@@ -179,6 +241,12 @@ fn packages(args: &Args) -> Result<()> {
     }
     if args.tests {
         wanted.extend(TESTS);
+    }
+    if args.ceph {
+        wanted.extend(CEPH);
+    }
+    if args.bench {
+        wanted.extend(BENCH);
     }
     wanted.retain(|package| {
         package

@@ -9,7 +9,7 @@ use clap::{Subcommand, ValueEnum};
 
 use crate::lab::{self, Lab};
 use crate::project::Project;
-use crate::{check, cmd, demo_image, qemu10, setup, soak};
+use crate::{apps, check, cmd, demo_image, qemu10, setup, soak};
 
 /// Arguments of the verb.
 #[derive(Clone, Debug, clap::Args)]
@@ -30,6 +30,10 @@ pub struct Args {
 enum Long {
     /// A pod that checks its own memory moves to and fro, many times
     Soak(soak::Args),
+    /// Pods whose volumes are on a real Ceph cluster of one node: installs it, runs it in the lab, and ends it
+    Ceph,
+    /// Debian's servers under load move to and fro
+    Apps(apps::Args),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -55,15 +59,18 @@ struct Tally {
 /// # Errors
 /// Something that the tests need is missing and cannot be installed.
 pub fn main(project: &Project, args: &Args) -> Result<ExitCode> {
-    if let Some(Long::Soak(args)) = &args.long {
-        return soak::main(project, args);
+    match &args.long {
+        Some(Long::Soak(args)) => return soak::main(project, args),
+        Some(Long::Ceph) => return ceph(project),
+        Some(Long::Apps(args)) => return apps::main(project, args),
+        None => {}
     }
     let wants = |part| args.part.is_none_or(|only| only == part);
     setup::ensure(
         project,
         &setup::Args {
-            no_install: false,
             tests: wants(Part::Root),
+            ..setup::Args::default()
         },
     )?;
     let clean = !wants(Part::Check) || check::all(project);
@@ -89,23 +96,43 @@ pub fn main(project: &Project, args: &Args) -> Result<ExitCode> {
     })
 }
 
+/// The test of volumes on Ceph, which no other verb runs: its packages take as long to install as it takes.
+fn ceph(project: &Project) -> Result<ExitCode> {
+    let all = setup::Args {
+        tests: true,
+        ceph: true,
+        ..setup::Args::default()
+    };
+    setup::ensure(project, &all)?;
+    let mut test = of_root(project, "--test")?;
+    let tally = tests(test.arg("ceph").args(["--", "--test-threads=1"]))?;
+    println!("{} passed, {} failed", tally.passed, tally.failed);
+    Ok(match tally.failed {
+        0 => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
+    })
+}
+
 /// The `tests` crate: one test at a time, because they share the machine's two CPUs and the lab's names.
 fn root(project: &Project, filter: &[String]) -> Result<Tally> {
+    let mut test = of_root(project, "--no-fail-fast")?;
+    tests(test.arg("--").arg("--test-threads=1").args(filter))
+}
+
+/// Cargo with what the tests of that crate need, and an option.
+fn of_root(project: &Project, option: &str) -> Result<Command> {
     setup::require_root("for the tests of the `tests` crate; `cargo xtask test unit` needs none")?;
     bridge_filters()?;
     let image = demo_image::ensure(project)?;
     lab::build(project)?;
     let lab = Lab::new(project)?;
-    let mut test = cmd::cargo(
-        project,
-        ["test", "--quiet", "-p", "migrator-tests", "--no-fail-fast"],
-    );
+    let mut test = cmd::cargo(project, ["test", "--quiet", "-p", "migrator-tests", option]);
     test.env("MIGRATOR_GUEST_DIR", project.guest_dir())
         .env("MIGRATOR_BIN", project.migrator())
         .env("MIGRATOR_DEMO_IMAGE", image)
         .env("MIGRATOR_QEMU10_DIR", qemu10::root(project))
         .env("MIGRATOR_LAB_DIR", lab.dir());
-    tests(test.arg("--").arg("--test-threads=1").args(filter))
+    Ok(test)
 }
 
 /// Tests of connection tracking look at what bridges pass on.

@@ -30,6 +30,9 @@ pub struct ImageSummary {
     pub digest: String,
     /// Size of its file system in bytes.
     pub size_bytes: u64,
+    /// Bytes of it that are on the node; the rest is fetched.
+    #[serde(default)]
+    pub here_bytes: u64,
     /// Chunks that it is cut into for the way to other nodes.
     pub chunks: usize,
     /// Pods of this node that use it.
@@ -37,6 +40,9 @@ pub struct ImageSummary {
     /// Until when `POST /v1/gc` leaves it alone, milliseconds of Unix time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub leased_until_unix_ms: Option<u64>,
+    /// What holds up the rest, if anything does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
 }
 
 /// `GET /v1/images`.
@@ -67,6 +73,9 @@ pub struct PullRequest {
     /// Keep the layers, so that the image can be pushed and saved.
     #[serde(default)]
     pub keep_layers: bool,
+    /// Whether the image may be used while its chunks still come, if the registry has them; as configured if absent.
+    #[serde(default)]
+    pub lazy: Option<bool>,
     /// Seconds for which `POST /v1/gc` leaves the image alone.
     #[serde(default)]
     pub lease_s: u64,
@@ -86,6 +95,20 @@ pub struct PushRequest {
     /// As in [`PullRequest`].
     #[serde(default)]
     pub plain_http: bool,
+    /// Push the image's chunks, too. Its layers need not be kept, if the registry has the image.
+    #[serde(default)]
+    pub chunks: bool,
+}
+
+/// What a push says of an image's chunks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PushedChunks {
+    /// Digest of the manifest that leads to them.
+    pub digest: String,
+    /// Bytes that they have in the registry.
+    pub packed_bytes: u64,
+    /// Bytes that these are on a node.
+    pub plain_bytes: u64,
 }
 
 /// Body of `POST /v1/saves`.
@@ -169,10 +192,57 @@ pub enum TransferEvent {
         digest: String,
         /// Bytes of blobs that crossed the network.
         transferred_bytes: u64,
+        /// Its chunks, if they were pushed.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        chunks: Option<PushedChunks>,
     },
     /// It failed.
     Failed {
         /// Why.
         error: ErrorInfo,
     },
+}
+
+/// Body of `POST /v1/verify`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VerifyRequest {
+    /// Images of the node; all if there is none.
+    pub images: Vec<String>,
+    /// Fetch what is damaged or missing again.
+    pub repair: bool,
+}
+
+/// Answer of `POST /v1/verify`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerifyResult {
+    /// Each image.
+    pub images: Vec<VerifiedImage>,
+}
+
+/// An image whose chunks were read and hashed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerifiedImage {
+    /// Its name.
+    pub name: String,
+    /// The digest of its manifest.
+    pub digest: String,
+    /// Chunks that it has.
+    pub chunks: usize,
+    /// Of these, those that were damaged: they are set aside.
+    pub damaged: Vec<u32>,
+    /// And those that were not there.
+    pub missing: Vec<u32>,
+    /// Of both, how many are there now.
+    pub repaired: usize,
+    /// Why one of them is not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+}
+
+impl VerifiedImage {
+    /// Whether all of it is there now.
+    pub fn is_whole(&self) -> bool {
+        self.damaged.len() + self.missing.len() == self.repaired
+    }
 }

@@ -21,7 +21,7 @@ use crate::daemon::node::Node;
 use crate::image::{Digest, ImageRecord};
 
 /// Each disk in use on this node, with the pod that uses it.
-pub(super) fn in_use(node: &Node) -> Vec<(Digest, String)> {
+pub(crate) fn in_use(node: &Node) -> Vec<(Digest, String)> {
     let mut used = Vec::new();
     for pod in node.pods.list() {
         for disk in &pod.vm_spec().disks {
@@ -42,6 +42,8 @@ pub(super) fn summary(node: &Node, record: ImageRecord, used: &[(Digest, String)
             .map(|(_, pod)| pod.clone())
             .collect(),
         digest: record.manifest_digest.to_string(),
+        here_bytes: node.images.chunks().bytes_here(&record),
+        problem: node.supply.problem(&record.erofs_digest),
         size_bytes: record.erofs_size,
         chunks: record.chunks.len(),
         name: record.name,

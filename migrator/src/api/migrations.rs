@@ -76,6 +76,7 @@ pub(super) async fn start(
         bandwidth: request.options.bandwidth,
         compress: request.options.compress.unwrap_or(defaults.compress),
         on_overflow: request.options.on_overflow.unwrap_or(defaults.on_overflow),
+        images: request.options.images.unwrap_or_default(),
     };
     let id = MigrationId::random();
     // The pod is marked before anybody hears of the migration, so that two cannot take the same one.

@@ -38,13 +38,12 @@ fn default_timeout() -> u64 {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct StopQuery {
-    #[serde(default = "default_grace")]
-    grace_ms: u64,
+    /// The pod's own, if missing.
+    grace_ms: Option<u64>,
 }
 
-fn default_grace() -> u64 {
-    10_000
-}
+/// Between the first signal and the last, where neither request nor pod names a time.
+const GRACE: Duration = Duration::from_secs(10);
 
 fn bounded(time: Duration, what: &str) -> Result<Duration, ApiError> {
     if time > LONGEST {
@@ -85,7 +84,10 @@ pub(super) async fn stop(
     Path(name): Path<String>,
     Query(query): Query<StopQuery>,
 ) -> Result<Json<Value>, ApiError> {
-    let grace = bounded(Duration::from_millis(query.grace_ms), "grace_ms")?;
-    node.pods.get(&name)?.stop(grace).await?;
+    let pod = node.pods.get(&name)?;
+    let own = pod.spec().settings.grace_s;
+    let own = own.map_or(GRACE, |seconds| Duration::from_secs(seconds.into()));
+    let grace = query.grace_ms.map_or(own, Duration::from_millis);
+    pod.stop(bounded(grace, "grace_ms")?).await?;
     Ok(Json(json!({ "stopped": name })))
 }

@@ -16,7 +16,7 @@ use tokio::time::{Interval, MissedTickBehavior, interval};
 use tokio_util::sync::DropGuard;
 
 use super::error::ApiError;
-use super::image_types::{PullRequest, PushRequest, TransferEvent};
+use super::image_types::{PullRequest, PushRequest, PushedChunks, TransferEvent};
 use super::images::{absolute, in_use, summary};
 use super::registry_errors::{of_pull, of_push};
 use super::types::ErrorCode;
@@ -45,6 +45,7 @@ pub(super) async fn pull(
         plain_http: request.plain_http,
         platform,
         keep_layers: request.keep_layers,
+        lazy: request.lazy.unwrap_or(node.config.registries.lazy),
         lease: Duration::from_secs(request.lease_s),
     };
     let ended = node.shutdown.child_token();
@@ -54,10 +55,15 @@ pub(super) async fn pull(
     let task = node.tasks.spawn(async move {
         let pulled = own.registries.pull(&reference, &options, &meter, &ended);
         match pulled.await {
-            Ok(pulled) => TransferEvent::Pulled {
-                image: summary(&own, pulled.record, &in_use(&own)),
-                transferred_bytes: pulled.transferred_bytes,
-            },
+            Ok(pulled) => {
+                if pulled.lazy {
+                    own.supply.fill(&Arc::new(pulled.record.clone()));
+                }
+                TransferEvent::Pulled {
+                    image: summary(&own, pulled.record, &in_use(&own)),
+                    transferred_bytes: pulled.transferred_bytes,
+                }
+            }
             Err(error) => TransferEvent::Failed {
                 error: of_pull(&error).0,
             },
@@ -77,6 +83,7 @@ pub(super) async fn push(
     let options = PushOptions {
         auth_file: request.auth_file,
         plain_http: request.plain_http,
+        chunks: request.chunks,
     };
     let ended = node.shutdown.child_token();
     let gone = ended.clone().drop_guard();
@@ -90,6 +97,11 @@ pub(super) async fn push(
                 to: target.to_string(),
                 digest: pushed.digest.to_string(),
                 transferred_bytes: pushed.transferred_bytes,
+                chunks: pushed.chunks.map(|chunks| PushedChunks {
+                    digest: chunks.artifact.to_string(),
+                    packed_bytes: chunks.packed_bytes,
+                    plain_bytes: chunks.plain_bytes,
+                }),
             },
             Err(error) => TransferEvent::Failed {
                 error: of_push(&error).0,

@@ -3,17 +3,26 @@
 use super::error::ApiError;
 use super::types::ErrorCode;
 use crate::image::{ContentError, ImportError, KeptError, SaveError, StoreError};
+use crate::registry::chunks::{OpenError, PackError};
 use crate::registry::{FetchError, PullError, PushError, RequestError, SetupError};
 
 pub(super) fn of_pull(error: &PullError) -> ApiError {
     let hint = error.request().and_then(RequestError::hint);
-    with_hint(ApiError::caused(code(error), error), hint)
+    with_hint(ApiError::caused(code_of_pull(error), error), hint)
 }
 
 pub(super) fn of_push(error: &PushError) -> ApiError {
     let (code, hint) = match error {
         PushError::Kept(error) => return of_kept(error),
         PushError::Request { source, .. } => (code_of_request(source), source.hint()),
+        PushError::Subject { source, .. } => (code_of_fetch(source), None),
+        PushError::Pack(PackError::Store(error)) => return of_store(error),
+        PushError::Pack(PackError::Write(error))
+            if error.kind() == std::io::ErrorKind::StorageFull =>
+        {
+            (ErrorCode::Exhausted, None)
+        }
+        PushError::Pack(PackError::Write(_)) => (ErrorCode::Internal, None),
         PushError::Pinned(..) => (ErrorCode::Invalid, None),
         PushError::Setup(error) => (code_of_setup(error), None),
         PushError::Content(error) => (code_of_content(error), None),
@@ -56,7 +65,10 @@ pub(super) fn of_store(error: &StoreError) -> ApiError {
         StoreError::Io { .. }
         | StoreError::Locked { .. }
         | StoreError::NoChunk { .. }
-        | StoreError::Damaged { .. } => ErrorCode::Internal,
+        | StoreError::Damaged { .. }
+        | StoreError::Chunk(_)
+        | StoreError::Misfit { .. }
+        | StoreError::Record(_) => ErrorCode::Internal,
     };
     ApiError::caused(code, error)
 }
@@ -84,13 +96,22 @@ fn code_of_request(error: &RequestError) -> ErrorCode {
     }
 }
 
-fn code(error: &PullError) -> ErrorCode {
+fn code_of_fetch(error: &FetchError) -> ErrorCode {
     match error {
-        PullError::Fetch { source, .. } => match source {
-            FetchError::Request(error) => code_of_request(error),
-            FetchError::OtherManifest { .. } | FetchError::Incomplete { .. } => ErrorCode::Registry,
-            FetchError::Content(error) => code_of_content(error),
-            FetchError::Task(_) => ErrorCode::Internal,
+        FetchError::Request(error) => code_of_request(error),
+        FetchError::OtherManifest { .. } | FetchError::Incomplete { .. } => ErrorCode::Registry,
+        FetchError::Content(error) => code_of_content(error),
+        FetchError::Task(_) => ErrorCode::Internal,
+    }
+}
+
+/// The class of a pull's failure.
+pub(crate) fn code_of_pull(error: &PullError) -> ErrorCode {
+    match error {
+        PullError::Fetch { source, .. } => code_of_fetch(source),
+        PullError::Chunks { source, .. } => match source {
+            OpenError::Fetch(source) => code_of_fetch(source),
+            OpenError::Artifact(_) | OpenError::Index { .. } => ErrorCode::Registry,
         },
         PullError::Content(error) => code_of_content(error),
         PullError::Import { source, .. } if matches!(**source, ImportError::DiskFull { .. }) => {

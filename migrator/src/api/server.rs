@@ -15,7 +15,9 @@ use tokio::net::UnixListener;
 
 use super::error::ApiError;
 use super::types::{ErrorCode, Health, NodeInfo, QemuInfo};
-use super::{exec, images, logs, migrations, net, pods, registry, upgrade, volumes};
+use super::{
+    exec, images, logs, migrations, net, pods, registry, templates, upgrade, verify, volumes,
+};
 use crate::daemon::node::Node;
 use crate::doctor;
 use crate::network::Ground;
@@ -104,9 +106,14 @@ fn router(node: Arc<Node>) -> Router {
         .route("/v1/pushes", post(registry::push))
         .route("/v1/volumes", get(volumes::list).post(volumes::create))
         .route("/v1/volumes/{name}", delete(volumes::remove))
+        .route("/v1/templates", get(templates::list).post(templates::build))
+        .route("/v1/templates/{key}", delete(templates::remove))
+        .route("/v1/volumes/{name}/release", post(volumes::release))
+        .route("/v1/storage/{class}/init", post(volumes::init))
         .route("/v1/saves", post(images::save))
         .route("/v1/leases", post(images::lease))
         .route("/v1/gc", post(images::gc))
+        .route("/v1/verify", post(verify::verify))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(DefaultBodyLimit::max(MAX_BODY))

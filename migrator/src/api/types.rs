@@ -5,13 +5,14 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
 use crate::memory::compress::Compress;
-use crate::migration::mode::{Mode, OnStall};
+use crate::migration::mode::{ImagesMode, Mode, OnStall};
 use crate::network::{OnOverflow, PodNetworks, TunnelInfo, UplinkPath};
 use serde::{Deserialize, Serialize};
 use vm_runtime::pod::PodSpec;
 use vm_runtime::spec::{Accel, VmSpec};
 use vm_runtime::units::{Epoch, MacAddress};
 
+pub use super::container_types::{ContainerCondition, ContainerState, ContainerStatus};
 use crate::pods::logs::LogStream;
 
 /// `GET /v1/health`.
@@ -108,33 +109,6 @@ impl PodState {
     }
 }
 
-/// Where a container is in its life.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", tag = "state")]
-pub enum ContainerState {
-    /// Not started yet.
-    Waiting,
-    /// Its first process runs.
-    Running,
-    /// Its first process ended.
-    Exited {
-        /// Exit code; 128 + signal if a signal ended it.
-        code: i32,
-    },
-}
-
-/// One container of a pod.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ContainerStatus {
-    /// Its name.
-    pub name: String,
-    /// The image's reference.
-    pub image: String,
-    /// Where it is.
-    #[serde(flatten)]
-    pub state: ContainerState,
-}
-
 /// One pod in a list.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PodSummary {
@@ -189,6 +163,25 @@ pub struct PodDetail {
     /// Its disks that can be written, while it has a VM.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskInfo>,
+    /// Its images, while it has a VM.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub images: Vec<ImageInfo>,
+}
+
+/// An image that a pod reads.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageInfo {
+    /// Its name.
+    pub name: String,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// Bytes of it that are on the node; the rest is fetched.
+    pub here_bytes: u64,
+    /// Chunks that the pod waits for.
+    pub waiting: usize,
+    /// Why one of them does not come.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
 }
 
 /// A disk of a pod that can be written.
@@ -201,8 +194,11 @@ pub struct DiskInfo {
     pub volume: Option<String>,
     /// Its size in bytes.
     pub size_bytes: u64,
-    /// What it takes on the node, in bytes.
+    /// What it takes on the node, in bytes; of a Ceph image, `GET /v1/volumes` tells.
     pub allocated_bytes: u64,
+    /// Its storage class, if that is a shared one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub class: Option<String>,
 }
 
 /// The body of `POST /v1/volumes`.
@@ -213,6 +209,17 @@ pub struct VolumeRequest {
     pub name: String,
     /// Its size in bytes.
     pub size_bytes: u64,
+    /// Its storage class; `local` if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub class: Option<String>,
+}
+
+/// The body of `POST /v1/volumes/{name}/release`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ReleaseRequest {
+    /// Also from a pod of another node, which must not run any more.
+    pub force: bool,
 }
 
 /// A named volume.
@@ -227,6 +234,19 @@ pub struct VolumeInfo {
     /// The pod that uses it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub used_by: Option<String>,
+    /// Its storage class.
+    #[serde(default = "local_class")]
+    pub class: String,
+    /// The node of the pod that uses it, where that can be another one: in a shared class.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// Whether it ends with its pod.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ephemeral: bool,
+}
+
+fn local_class() -> String {
+    crate::config::LOCAL_CLASS.to_owned()
 }
 
 /// `GET /v1/volumes`.
@@ -234,6 +254,9 @@ pub struct VolumeInfo {
 pub struct VolumeList {
     /// By name.
     pub volumes: Vec<VolumeInfo>,
+    /// Which storage classes could not be asked, and why.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub problems: Vec<String>,
 }
 
 /// `GET /v1/pods`.
@@ -342,6 +365,8 @@ pub struct MigrateOptions {
     pub compress: Option<Compress>,
     /// What is done when more packets come than may be kept.
     pub on_overflow: Option<OnOverflow>,
+    /// When images cross that the destination lacks; `demand` if absent.
+    pub images: Option<ImagesMode>,
 }
 
 /// Answer of `POST /v1/pods/NAME/migrate`.

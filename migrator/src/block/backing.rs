@@ -10,6 +10,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Whence, lseek};
 
 use super::granule::Extent;
+use super::sys::read_cached;
 
 /// Zeros to write where the file system cannot make holes.
 const ZEROS: &[u8] = &[0; 64 << 10];
@@ -50,6 +51,11 @@ impl Backing {
 
     pub(super) fn read(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
         self.file.read_exact_at(data, offset)
+    }
+
+    /// Reads, if all of it is in the page cache. False: it is not, or nobody knows.
+    pub(super) fn read_cached(&self, data: &mut [u8], offset: u64) -> bool {
+        read_cached(&self.file, data, offset).is_ok_and(|read| read == data.len())
     }
 
     pub(super) fn write(&self, data: &[u8], offset: u64) -> io::Result<()> {

@@ -1,8 +1,9 @@
 //! A disk: a file, what was written to it, and what is not here yet.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -12,16 +13,18 @@ use super::admission::{Admission, Admitted, Quiet};
 use super::backing::Backing;
 use super::dirty::{Dirty, Generation, StaleGeneration};
 use super::granule::{Extent, GRANULE, check_size};
-use super::limit::Limit;
+use super::limit::{Limit, Shared};
 use super::missing::Missing;
+use super::pipe::Pipe;
 
 /// A writable disk. Its calls block; any number of threads may make them at once.
 #[derive(Debug)]
 pub struct Disk {
     path: PathBuf,
     size: u64,
-    backing: Backing,
-    dirty: Dirty,
+    /// Empty until a disk that comes [later](Disk::later) has come.
+    backing: OnceLock<Backing>,
+    dirty: Arc<Dirty>,
     limit: Limit,
     missing: Missing,
     admission: Arc<Admission>,
@@ -46,7 +49,39 @@ impl Disk {
     pub fn create(path: &Path, size: u64) -> Result<Self, DiskError> {
         check_size(size)?;
         let backing = Backing::create(path, size).map_err(file("make", path))?;
-        Ok(Self::with(path, size, backing))
+        Ok(Self::with(path, size, OnceLock::from(backing)))
+    }
+
+    /// A disk that another node still writes to: its file is opened by [`Disk::arrive`], and not looked at before. Until then it reads as
+    /// zeros, which is what a VMM may do that awaits its state, and takes no write.
+    ///
+    /// # Errors
+    /// The size is wrong.
+    pub fn later(path: &Path, size: u64) -> Result<Self, DiskError> {
+        check_size(size)?;
+        Ok(Self::with(path, size, OnceLock::new()))
+    }
+
+    /// Opens the file of a disk that comes later: nobody else writes to it any more. Does nothing if it has come.
+    ///
+    /// # Errors
+    /// The file is not there, cannot be opened, or has another size.
+    pub fn arrive(&self) -> Result<(), DiskError> {
+        if self.backing.get().is_some() {
+            return Ok(());
+        }
+        let backing = Backing::open(&self.path).map_err(file("open", &self.path))?;
+        let size = backing.len().map_err(file("ask the size of", &self.path))?;
+        if size != self.size {
+            return Err(DiskError::Size { size });
+        }
+        // Of two that open it at once, one is kept.
+        let _ = self.backing.set(backing);
+        Ok(())
+    }
+
+    fn backing(&self) -> Result<&Backing, DiskError> {
+        self.backing.get().ok_or(DiskError::NotHere)
     }
 
     /// Opens a disk. Nothing of it is missing, and nothing is known to be dirty.
@@ -57,16 +92,16 @@ impl Disk {
         let backing = Backing::open(path).map_err(file("open", path))?;
         let size = backing.len().map_err(file("ask the size of", path))?;
         check_size(size)?;
-        Ok(Self::with(path, size, backing))
+        Ok(Self::with(path, size, OnceLock::from(backing)))
     }
 
-    fn with(path: &Path, size: u64, backing: Backing) -> Self {
+    fn with(path: &Path, size: u64, backing: OnceLock<Backing>) -> Self {
         Self {
             path: path.to_owned(),
             size,
             backing,
-            dirty: Dirty::new(size),
-            limit: Limit::none(),
+            dirty: Arc::new(Dirty::new(size)),
+            limit: Limit::default(),
             missing: Missing::none(),
             admission: Arc::default(),
             starved: AtomicBool::new(false),
@@ -88,7 +123,7 @@ impl Disk {
     /// # Errors
     /// The file system does not tell.
     pub fn allocated_bytes(&self) -> Result<u64, DiskError> {
-        self.backing
+        self.backing()?
             .allocated_bytes()
             .map_err(file("ask the size of", &self.path))
     }
@@ -99,7 +134,7 @@ impl Disk {
     /// # Errors
     /// The file system does not tell.
     pub fn allocated(&self) -> Result<Vec<Extent>, DiskError> {
-        self.backing
+        self.backing()?
             .data()
             .map_err(file("list the data of", &self.path))
     }
@@ -111,7 +146,46 @@ impl Disk {
     pub fn read_at(&self, data: &mut [u8], offset: u64) -> Result<(), DiskError> {
         let extent = self.extent(offset, data.len() as u64)?;
         self.missing.need(extent)?;
-        self.backing.read(data, offset).map_err(io("read", extent))
+        match self.backing.get() {
+            Some(backing) => backing.read(data, offset).map_err(io("read", extent)),
+            None => {
+                data.fill(0);
+                Ok(())
+            }
+        }
+    }
+
+    /// Fills `data` from `offset` on, without waiting for anything. False: that cannot be, ask with [`Disk::read_at`].
+    pub fn read_now(&self, data: &mut [u8], offset: u64) -> bool {
+        self.extent(offset, data.len() as u64).is_ok()
+            && self.missing.is_empty()
+            && self
+                .backing
+                .get()
+                .is_some_and(|backing| backing.read_cached(data, offset))
+    }
+
+    /// Takes `len` bytes from `offset` on into an empty pipe that they fit; as [`Disk::read_at`]. What is written meanwhile, and until
+    /// they leave the pipe, may be seen or not. False: the file system has no pages to give, and the pipe is empty.
+    ///
+    /// # Errors
+    /// As for [`Disk::read_at`]. The pipe is of no more use then.
+    pub fn read_into(&self, pipe: &Pipe, offset: u64, len: usize) -> Result<bool, DiskError> {
+        let extent = self.extent(offset, len as u64)?;
+        self.missing.need(extent)?;
+        let Some(backing) = self.backing.get() else {
+            return Ok(false);
+        };
+        match pipe.fill(&backing.file, offset, len) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == ErrorKind::InvalidInput => Ok(false),
+            Err(error) => Err(io("read", extent)(error)),
+        }
+    }
+
+    /// Whether a request waits for no more than the file: nothing is missing, and writes are not limited.
+    pub fn is_free(&self) -> bool {
+        self.missing.is_empty() && self.limit.is_none()
     }
 
     /// Writes `data` at `offset`. Waits for granules that are missing, if it does not overwrite them whole.
@@ -121,7 +195,7 @@ impl Disk {
     pub fn write_at(&self, data: &[u8], offset: u64) -> Result<(), DiskError> {
         let extent = self.extent(offset, data.len() as u64)?;
         self.change(extent, || {
-            self.backing
+            self.backing()?
                 .write(data, offset)
                 .map_err(io("write", extent))
         })
@@ -134,11 +208,12 @@ impl Disk {
     pub fn zero(&self, offset: u64, len: u64, keep_room: bool) -> Result<(), DiskError> {
         let extent = self.extent(offset, len)?;
         self.change(extent, || {
+            let backing = self.backing()?;
             let zeroed = match keep_room {
-                true => self.backing.zero_in_place(extent),
-                false => match self.backing.punch(extent) {
+                true => backing.zero_in_place(extent),
+                false => match backing.punch(extent) {
                     Ok(true) => Ok(()),
-                    Ok(false) => self.backing.write_zeros(extent),
+                    Ok(false) => backing.write_zeros(extent),
                     Err(error) => Err(error),
                 },
             };
@@ -153,7 +228,7 @@ impl Disk {
     pub fn discard(&self, offset: u64, len: u64) -> Result<(), DiskError> {
         let extent = self.extent(offset, len)?;
         self.change(extent, || {
-            self.backing
+            self.backing()?
                 .punch(extent)
                 .map(drop)
                 .map_err(io("discard", extent))
@@ -165,7 +240,11 @@ impl Disk {
     /// # Errors
     /// The device did not take it. What was written since the last flush may be lost then.
     pub fn flush(&self) -> Result<(), DiskError> {
-        self.backing.sync().map_err(file("flush", &self.path))
+        match self.backing.get() {
+            Some(backing) => backing.sync().map_err(file("flush", &self.path)),
+            // Nothing was written.
+            None => Ok(()),
+        }
     }
 
     /// Forgets which granules were written, and begins to remember those that are from now on.
@@ -180,13 +259,18 @@ impl Disk {
     /// [`StaleGeneration`]: somebody else tracks by now.
     pub fn take_dirty(&self, generation: Generation) -> Result<Vec<Extent>, StaleGeneration> {
         let taken = self.dirty.take(generation);
-        self.limit.taken();
+        self.limit.changed();
         taken
     }
 
-    /// Has writes wait while the dirty granules have more than so many bytes, until a take, a higher limit, or `None`: none.
-    pub fn limit_dirty(&self, bytes: Option<u64>) {
-        self.limit.set(bytes);
+    /// Has writes to any of these disks wait while their dirty granules have more than so many bytes together, until a take, another
+    /// limit, or `None`: none.
+    pub fn limit_dirty(disks: &[Arc<Self>], bytes: Option<u64>) {
+        let of = || disks.iter().map(|disk| Arc::clone(&disk.dirty)).collect();
+        let limit = bytes.map(|bytes| Arc::new(Shared::new(bytes, of())));
+        for disk in disks {
+            disk.limit.set(limit.clone());
+        }
     }
 
     /// Bytes of the granules that a take would give now.
@@ -214,7 +298,7 @@ impl Disk {
     /// Serves no more requests: those that wait, for a granule or in a hold, and new ones, end with [`DiskError::Closed`]. For ever.
     pub fn close(&self) {
         self.admission.close();
-        self.limit.close();
+        self.limit.changed();
         self.missing.close();
     }
 
@@ -252,12 +336,15 @@ impl Disk {
         }
         let place = || match data {
             Some(data) => self
-                .backing
+                .backing()?
                 .write(data, offset)
                 .map_err(io("write", extent)),
-            None => match self.backing.punch(extent) {
+            None => match self.backing()?.punch(extent) {
                 Ok(true) => Ok(()),
-                Ok(false) => self.backing.write_zeros(extent).map_err(io("zero", extent)),
+                Ok(false) => self
+                    .backing()?
+                    .write_zeros(extent)
+                    .map_err(io("zero", extent)),
                 Err(source) => Err(io("zero", extent)(source)),
             },
         };
@@ -289,7 +376,7 @@ impl Disk {
         extent: Extent,
         change: impl FnOnce() -> Result<(), DiskError>,
     ) -> Result<(), DiskError> {
-        self.limit.wait(|| self.dirty.bytes())?;
+        self.limit.wait(|| self.is_closed())?;
         let changed = self.missing.overwrite(extent, change);
         self.dirty.mark(extent);
         if let Err(error) = &changed

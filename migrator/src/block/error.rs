@@ -50,9 +50,15 @@ pub enum DiskError {
         /// Why not.
         source: io::Error,
     },
+    /// It is not there to be written.
+    #[error("an image is only read")]
+    ReadOnly,
     /// The disk was closed: it is served no more here.
     #[error("the disk is closed")]
     Closed,
+    /// Another node writes to it as yet.
+    #[error("the disk is another node's as yet")]
+    NotHere,
     /// Requests did not end in time.
     #[error("{under_way} requests to the disk did not end in time")]
     Busy {
@@ -66,7 +72,12 @@ impl DiskError {
     pub fn errno(&self) -> Option<i32> {
         match self {
             Self::File { source, .. } | Self::Io { source, .. } => source.raw_os_error(),
-            Self::Size { .. } | Self::Range { .. } | Self::Closed | Self::Busy { .. } => None,
+            Self::Size { .. }
+            | Self::Range { .. }
+            | Self::ReadOnly
+            | Self::Closed
+            | Self::NotHere
+            | Self::Busy { .. } => None,
         }
     }
 

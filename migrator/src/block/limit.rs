@@ -1,71 +1,96 @@
-//! How much may be dirty: writes beyond it wait for the mover.
+//! How much the disks of a pod may have dirty together: writes beyond it wait for the mover.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 
 use super::DiskError;
+use super::dirty::Dirty;
 
-/// The limit, and who waits for it.
+/// A limit, and who waits for it.
 #[derive(Debug)]
-pub(super) struct Limit {
-    /// `u64::MAX` without a limit: for the common case.
-    bytes: AtomicU64,
-    closed: Mutex<bool>,
+pub(super) struct Shared {
+    bytes: u64,
+    of: Vec<Arc<Dirty>>,
+    waiting: Mutex<()>,
     changed: Condvar,
 }
 
-impl Limit {
-    pub(super) fn none() -> Self {
+impl Shared {
+    pub(super) fn new(bytes: u64, of: Vec<Arc<Dirty>>) -> Self {
         Self {
-            bytes: AtomicU64::new(u64::MAX),
-            closed: Mutex::new(false),
+            bytes,
+            of,
+            waiting: Mutex::default(),
             changed: Condvar::new(),
         }
     }
 
-    pub(super) fn set(&self, bytes: Option<u64>) {
-        let closed = self.lock();
-        self.bytes
-            .store(bytes.unwrap_or(u64::MAX), Ordering::SeqCst);
-        drop(closed);
-        self.changed.notify_all();
+    fn is_over(&self) -> bool {
+        self.of.iter().map(|dirty| dirty.bytes()).sum::<u64>() > self.bytes
     }
 
-    /// Waits while there are more dirty bytes than the limit allows.
-    pub(super) fn wait(&self, dirty: impl Fn() -> u64) -> Result<(), DiskError> {
-        let over = || {
-            let limit = self.bytes.load(Ordering::SeqCst);
-            limit != u64::MAX && dirty() > limit
-        };
-        if !over() {
-            return Ok(());
-        }
-        let mut closed = self.lock();
-        while !*closed && over() {
-            closed = self
-                .changed
-                .wait(closed)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-        match *closed {
-            true => Err(DiskError::Closed),
-            false => Ok(()),
-        }
-    }
-
-    /// There are fewer dirty bytes.
-    pub(super) fn taken(&self) {
+    fn wake(&self) {
         // With the lock: whoever has looked, and not begun to wait, would miss it otherwise.
         drop(self.lock());
         self.changed.notify_all();
     }
 
-    pub(super) fn close(&self) {
-        *self.lock() = true;
-        self.changed.notify_all();
+    fn lock(&self) -> MutexGuard<'_, ()> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The limit that a disk is under.
+#[derive(Debug, Default)]
+pub(super) struct Limit(RwLock<Option<Arc<Shared>>>);
+
+impl Limit {
+    pub(super) fn is_none(&self) -> bool {
+        self.0
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_none()
     }
 
-    fn lock(&self) -> MutexGuard<'_, bool> {
-        self.closed.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Replaces it.
+    pub(super) fn set(&self, limit: Option<Arc<Shared>>) {
+        let mut current = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let before = std::mem::replace(&mut *current, limit);
+        drop(current);
+        if let Some(before) = before {
+            before.wake();
+        }
+    }
+
+    /// Waits while there are more dirty bytes than it allows.
+    pub(super) fn wait(&self, is_closed: impl Fn() -> bool) -> Result<(), DiskError> {
+        while let Some(limit) = self.current().filter(|limit| limit.is_over()) {
+            let waiting = limit.lock();
+            if is_closed() {
+                return Err(DiskError::Closed);
+            }
+            let is_this = |current: Arc<Shared>| Arc::ptr_eq(&current, &limit);
+            if limit.is_over() && self.current().is_some_and(is_this) {
+                drop(
+                    limit
+                        .changed
+                        .wait(waiting)
+                        .unwrap_or_else(PoisonError::into_inner),
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// There are fewer dirty bytes, or the disk is closed.
+    pub(super) fn changed(&self) {
+        if let Some(limit) = self.current() {
+            limit.wake();
+        }
+    }
+
+    fn current(&self) -> Option<Arc<Shared>> {
+        // One pointer, whole in any case.
+        let current = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        current.clone()
     }
 }

@@ -25,6 +25,7 @@
 
 pub mod disk;
 pub mod error;
+pub mod export;
 pub mod granule;
 pub mod mkfs;
 pub mod nbd;
@@ -35,6 +36,8 @@ mod backing;
 mod dirty;
 mod limit;
 mod missing;
+mod pipe;
+mod sys;
 
 #[cfg(test)]
 mod tests;
@@ -43,4 +46,6 @@ pub use admission::{Admitted, Quiet};
 pub use dirty::{Generation, StaleGeneration};
 pub use disk::{Disk, Supplied};
 pub use error::DiskError;
+pub use export::{Export, ReadOnly};
 pub use granule::{Extent, GRANULE, MAX_SIZE};
+pub use pipe::Pipe;

@@ -252,3 +252,41 @@ fn a_new_expectation_has_the_waiting_ask_anew() {
     disk.supply(0, None).unwrap();
     assert_eq!(waits.join().unwrap(), [0]);
 }
+
+#[test]
+fn disks_under_one_limit_wait_for_each_other_and_end_with_their_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let disks: Vec<Arc<Disk>> = ["a", "b"]
+        .iter()
+        .map(|name| Arc::new(Disk::create(&dir.path().join(name), 1 << 20).unwrap()))
+        .collect();
+    let generations: Vec<_> = disks.iter().map(|disk| disk.start_tracking()).collect();
+    let write = |disk: usize, granule: u64| {
+        let disk = Arc::clone(&disks[disk]);
+        let (told, done) = std::sync::mpsc::channel();
+        thread::spawn(move || {
+            let written = disk.write_at(&[1], granule * GRANULE);
+            told.send(written.map_err(|error| matches!(error, DiskError::Closed)))
+        });
+        done
+    };
+    let soon = Duration::from_secs(20);
+    Disk::limit_dirty(&disks, Some(GRANULE));
+    for (disk, granule) in [(0, 0), (0, 1)] {
+        assert_eq!(write(disk, granule).recv_timeout(soon), Ok(Ok(())));
+    }
+    // The other disk has written nothing, and waits all the same; a take of the first lets it on.
+    let waits = write(1, 0);
+    assert!(waits.recv_timeout(Duration::from_millis(50)).is_err());
+    disks[0].take_dirty(generations[0]).unwrap();
+    assert_eq!(waits.recv_timeout(soon), Ok(Ok(())));
+    assert_eq!(write(1, 1).recv_timeout(soon), Ok(Ok(())));
+    // Another limit, and one that is closed.
+    let waits = write(0, 0);
+    let ends = write(1, 2);
+    assert!(ends.recv_timeout(Duration::from_millis(50)).is_err());
+    disks[1].close();
+    assert_eq!(ends.recv_timeout(soon), Ok(Err(true)));
+    Disk::limit_dirty(&disks, None);
+    assert_eq!(waits.recv_timeout(soon), Ok(Ok(())));
+}

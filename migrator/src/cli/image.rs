@@ -5,6 +5,7 @@ mod keep;
 mod pull;
 mod push;
 mod span;
+mod verify;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -49,6 +50,8 @@ enum ImageVerb {
     Lease(keep::LeaseArgs),
     /// Remove the images that no pod and no lease needs
     Gc(keep::GcArgs),
+    /// Read and hash every chunk of images, and say what is damaged or missing
+    Verify(verify::VerifyArgs),
     /// List the node's images
     Ls,
     /// Remove an image that no pod uses
@@ -76,6 +79,7 @@ impl ImageArgs {
             ImageVerb::Save(args) => args.run(context).await?,
             ImageVerb::Lease(args) => args.run(context).await?,
             ImageVerb::Gc(args) => args.run(context).await?,
+            ImageVerb::Verify(args) => args.run(context).await?,
             ImageVerb::Import { path, options }
             | ImageVerb::Load {
                 file: path,
@@ -105,6 +109,7 @@ impl ImageArgs {
                                     image.name.clone(),
                                     short(&image.digest),
                                     Bytes(image.size_bytes).to_string(),
+                                    part(image.here_bytes, image.size_bytes),
                                     image
                                         .leased_until_unix_ms
                                         .map_or_else(String::new, span::until),
@@ -112,7 +117,10 @@ impl ImageArgs {
                                 ]
                             })
                             .collect();
-                        output::table(&["IMAGE", "DIGEST", "SIZE", "LEASE", "USED BY"], &rows)?;
+                        output::table(
+                            &["IMAGE", "DIGEST", "SIZE", "HERE", "LEASE", "USED BY"],
+                            &rows,
+                        )?;
                     }
                 }
             }
@@ -143,6 +151,15 @@ fn print(image: &ImageSummary) -> std::io::Result<()> {
         Bytes(image.size_bytes),
         image.chunks
     ))
+}
+
+/// How much of it is on the node.
+fn part(here: u64, size: u64) -> String {
+    match here >= size {
+        true => "all".to_owned(),
+        // Never 100 before it is all.
+        false => format!("{}%", here.saturating_mul(100) / size.max(1)),
+    }
 }
 
 /// The digest's start: enough to tell images apart by eye.

@@ -13,7 +13,7 @@ use super::{Context, Output, output};
 use crate::api::client::{Client, ClientError, encode};
 use crate::api::types::{MigrateOptions, MigrateRequest, MigrationStarted};
 use crate::memory::compress::Compress;
-use crate::migration::mode::{Mode, OnStall};
+use crate::migration::mode::{ImagesMode, Mode, OnStall};
 use crate::migration::status::{ConntrackReport, MigrationReport, MigrationStatus, Outcome};
 use crate::network::OnOverflow;
 use crate::wire::preamble::MAX_DATA_CONNECTIONS;
@@ -60,6 +60,10 @@ pub(super) struct MigrateArgs {
     /// and count them
     #[arg(long, value_enum)]
     on_overflow: Option<OnOverflow>,
+    /// Images that the destination lacks: let them follow the guest, from any node that has them (demand), or send all before it moves
+    /// (complete)
+    #[arg(long, value_enum)]
+    images: Option<ImagesMode>,
     /// Print the migration's id and return at once
     #[arg(long, conflicts_with = "watch")]
     detach: bool,
@@ -83,6 +87,7 @@ impl MigrateArgs {
                     .map(|mb| NonZeroU64::from(mb).saturating_mul(MEGABYTE)),
                 compress: self.compress,
                 on_overflow: self.on_overflow,
+                images: self.images,
             },
         };
         let path = format!("/v1/pods/{}/migrate", encode(&self.pod));

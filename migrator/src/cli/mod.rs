@@ -15,6 +15,7 @@ mod ps;
 mod run;
 mod status;
 mod stop;
+mod template;
 mod tty;
 mod upgrade;
 mod volume;
@@ -104,6 +105,8 @@ enum Verb {
     Image(image::ImageArgs),
     /// Make, list and remove volumes that outlive pods
     Volume(volume::VolumeArgs),
+    /// List, make and remove the saved guests that pods start from
+    Template(template::TemplateArgs),
     /// Check what the kernel and the machine must have
     Doctor(doctor::DoctorArgs),
 }
@@ -148,6 +151,7 @@ pub fn main() -> ExitCode {
         | Verb::Net(_)
         | Verb::Image(_)
         | Verb::Volume(_)
+        | Verb::Template(_)
         | Verb::Doctor(_) => tokio::runtime::Builder::new_current_thread(),
     };
     let runtime = match builder.enable_all().build() {
@@ -181,6 +185,7 @@ async fn dispatch(verb: Verb, context: &Context) -> Result<ExitCode, Failure> {
         Verb::Net(args) => args.run(context).await,
         Verb::Image(args) => args.run(context).await,
         Verb::Volume(args) => args.run(context).await,
+        Verb::Template(args) => args.run(context).await,
         Verb::Doctor(args) => args.run(context).await,
     }
 }

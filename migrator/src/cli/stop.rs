@@ -12,18 +12,18 @@ use crate::api::client::encode;
 pub(super) struct StopArgs {
     /// The pod
     pod: String,
-    /// How long its containers get between the first signal and the last, in seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
-    grace: u32,
+    /// How long its containers get between the first signal and the last, in seconds [default: the pod's
+    /// terminationGracePeriodSeconds, or 10]
+    #[arg(long, value_name = "SECONDS")]
+    grace: Option<u32>,
 }
 
 impl StopArgs {
     pub(super) async fn run(self, context: &Context) -> Result<ExitCode, Failure> {
-        let path = format!(
-            "/v1/pods/{}?grace_ms={}",
-            encode(&self.pod),
-            u64::from(self.grace) * 1000
-        );
+        let mut path = format!("/v1/pods/{}", encode(&self.pod));
+        if let Some(grace) = self.grace {
+            path.push_str(&format!("?grace_ms={}", u64::from(grace) * 1000));
+        }
         let answer: serde_json::Value = context.client.delete(&path).await?;
         match context.output {
             Output::Json => output::json(&answer)?,

@@ -22,6 +22,8 @@ pub struct Registries {
     pub plain_http: Vec<String>,
     /// Keep the layers of images, so that they can be pushed and saved.
     pub keep_layers: bool,
+    /// Pull only the description of images whose chunks a registry has, also for `run` of a pod whose image is not here.
+    pub lazy: bool,
 }
 
 impl Registries {

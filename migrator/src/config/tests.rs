@@ -16,6 +16,7 @@ qemu: { binary: qemu-system-x86_64, lib_dir: lib, data_dirs: [share], accel: tcg
 tunnel: { kind: vxlan, vni: 77 }
 limits: { pods: 3, park_bytes_per_pod: 65536 }
 migration: { connections: 4, compress: zstd, on_overflow: drop }
+templates: manual
 registries:
   mirrors: { docker.io: ["https://mirror.example:8443/hub"], "reg.example:5000": ["http://10.0.0.1:5000"] }
   auth_file: auth.json
@@ -54,6 +55,7 @@ fn a_full_file_is_read_and_relative_paths_start_at_its_folder() {
     assert_eq!(config.api_socket(), Path::new("/run/a.sock"));
     assert_eq!(config.advertised().port(), 7078);
     assert_eq!(config.limits.log_bytes, Limits::default().log_bytes);
+    assert_eq!(config.templates, TemplateMode::Manual);
     let tunnel = Tunnel::Vxlan {
         vni: 77,
         port: 4789,

@@ -237,6 +237,7 @@ mod tests {
             frozen_at_unix_us: 1,
             memory: MemoryReport::default(),
             disk: None,
+            images: None,
             packets: PacketReport::default(),
             conntrack: ConntrackReport::default(),
             phases: Vec::new(),

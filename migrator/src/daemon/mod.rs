@@ -20,6 +20,7 @@ use crate::api;
 use crate::config::{Config, NodeName};
 use crate::migration::driver;
 use crate::pods::recover;
+use crate::supply;
 use crate::wire::preamble::Shape;
 use crate::wire::session::{Limits, Listener};
 use node::Node;
@@ -94,6 +95,8 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
     let mut interrupt = signals(SignalKind::interrupt())?;
     let (node, journal) = start::open(config).await?;
     let listener = listen(&node).await?;
+    // Before VMMs are found again, which may read what is not here.
+    node.supply.start();
     // A VMM that waits for a page cannot be found again before the page comes.
     driver::page_early(&node, &journal).await;
     node.tasks.spawn(accept(Arc::clone(&node), listener));
@@ -161,6 +164,11 @@ async fn accept(node: Arc<Node>, mut listener: Listener) {
             () = node.shutdown.cancelled() => return,
         };
         match (session.shape, &node.directory) {
+            (Shape::Chunks, _) => {
+                let chunks = Arc::clone(node.images.chunks());
+                let serve = supply::serve(chunks, session, node.shutdown.clone());
+                node.tasks.spawn(serve);
+            }
             (Shape::Places, Some(directory)) => {
                 node.tasks.spawn(directory.clone().serve(session));
             }

@@ -17,6 +17,9 @@ use crate::migration::journal::Journal;
 use crate::network::NodeNetwork;
 use crate::pods::PodRegistry;
 use crate::registry::Registries;
+use crate::storage::Storage;
+use crate::supply::Supply;
+use crate::templates::Templates;
 use crate::volumes::Volumes;
 use crate::wire::tls::TlsConfig;
 
@@ -27,8 +30,14 @@ pub struct Node {
     pub config: Config,
     /// Images. Its calls block.
     pub images: Arc<ImageStore>,
+    /// What brings the chunks that images lack.
+    pub supply: Supply,
     /// Named volumes. Its calls block.
     pub volumes: Volumes,
+    /// Saved guests that pods start from. Its calls block.
+    pub templates: Arc<Templates>,
+    /// Storage that other nodes see, too. Its calls block.
+    pub storage: Arc<Storage>,
     /// Where images come from.
     pub registries: Registries,
     /// The bridge, the gates.

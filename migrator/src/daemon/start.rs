@@ -30,6 +30,9 @@ use crate::migration::journal::{Journal, Recovery};
 use crate::network::{Cluster, NodeNetConfig, NodeNetwork, TunnelConfig};
 use crate::pods::PodRegistry;
 use crate::registry::Registries;
+use crate::storage::Storage;
+use crate::supply::{PeerSource, Supply};
+use crate::templates::Templates;
 use crate::volumes::Volumes;
 use crate::wire::tls::TlsConfig;
 
@@ -108,6 +111,11 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
         .await?
         .map_err(|e| DaemonError::open("the image store", e))?;
     let images = Arc::new(images);
+    let (templates_dir, mode) = (state.join("templates"), config.templates);
+    let limit = config.limits.template_bytes;
+    let templates = blocking(move || Templates::open(templates_dir, mode, limit))
+        .await?
+        .map_err(|e| DaemonError::open("the templates", e))?;
     let qemu = QemuBinary::open(&QemuConfig {
         binary: config.qemu.binary.clone(),
         lib_dir: config.qemu.lib_dir.clone(),
@@ -154,10 +162,24 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
     let directory = network
         .endpoints()
         .map(|endpoints| Directory::new(Arc::clone(endpoints), tls.clone(), shutdown.clone()));
+    let tasks = TaskTracker::new();
+    let supply = Supply::new(Arc::clone(&images), shutdown.clone(), tasks.clone());
+    for (peer, addr) in &config.peers {
+        let source = PeerSource::start(peer.as_str(), *addr, tls.clone());
+        supply.add(Arc::new(source));
+    }
+    let storage = Storage::open(&config.storage, config.name.as_str(), &config.state_dir)
+        .map_err(|e| DaemonError::open("shared storage", e))?;
+    let storage = Arc::new(storage);
+    let registries = Registries::new(config.registries.clone(), Arc::clone(&images));
+    supply.add(registries.source());
     let node = Node {
-        registries: Registries::new(config.registries.clone(), Arc::clone(&images)),
+        registries,
         images,
+        supply,
+        templates: Arc::new(templates),
         volumes: Volumes::new(config.state_dir.join("volumes")),
+        storage,
         network,
         qemu,
         machine,
@@ -172,7 +194,7 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
         arrivals: Arrivals::default(),
         found: CancellationToken::new(),
         shutdown,
-        tasks: TaskTracker::new(),
+        tasks,
         config,
     };
     Ok((Arc::new(node), recovery))

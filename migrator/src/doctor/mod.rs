@@ -7,6 +7,7 @@
 mod kernel;
 mod machine;
 mod sandbox;
+mod storage;
 mod sys;
 
 use std::path::PathBuf;
@@ -27,6 +28,7 @@ pub struct Subject {
     links: Option<(Option<String>, String)>,
     routed: Vec<Setting>,
     state_dir: Option<PathBuf>,
+    storage: Option<(crate::config::Storage, String)>,
 }
 
 impl Subject {
@@ -45,6 +47,7 @@ impl Subject {
                 Ground::Routed(pods) => routing_settings(config.uplink.as_str(), pods.has_ipv6()),
             },
             state_dir: Some(config.state_dir.clone()),
+            storage: Some((config.storage.clone(), config.name.to_string())),
         }
     }
 
@@ -126,6 +129,7 @@ pub async fn examine(subject: &Subject) -> Report {
     checks.push(machine::mke2fs());
     checks.extend(machine::qemu(subject).await);
     checks.extend(machine::configured(subject));
+    checks.extend(storage::checks(subject).await);
     Report {
         ok: checks.iter().all(|c| c.result.is_ok() || !c.required),
         checks,

@@ -109,7 +109,7 @@ pub fn resolve(
         argv,
         env,
         cwd,
-        user: config.user.clone(),
+        user: container.user.as_ref().unwrap_or(&config.user).clone(),
         uid: config.uid,
         gid: config.gid,
         groups: config.groups.clone(),
@@ -166,6 +166,8 @@ mod tests {
             cpu_limit_milli: None,
             disk_limit: None,
             volume_mounts: Vec::new(),
+            user: None,
+            settings: Default::default(),
         }
     }
 
@@ -179,6 +181,7 @@ mod tests {
             uid: 33,
             gid: 33,
             groups: vec![4],
+            stop_signal: String::new(),
         }
     }
 

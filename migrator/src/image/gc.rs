@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use super::digest::Digest;
 use super::record::ImageRecord;
 use super::store::{ImageStore, State};
+use super::store_chunks::unshared;
 use super::store_files::{StoreError, io_error};
 
 /// Until when images are kept, in milliseconds of Unix time, by [`ImageRecord::id`].
@@ -17,6 +18,8 @@ pub(super) type Leases = BTreeMap<Digest, u64>;
 pub struct Garbage {
     /// Images, under the first of their names.
     pub images: Vec<ImageRecord>,
+    /// Bytes of chunks that only these images needed.
+    pub chunk_bytes: u64,
     /// Blobs of registries, with their sizes in bytes.
     pub blobs: Vec<(Digest, u64)>,
 }
@@ -24,8 +27,7 @@ pub struct Garbage {
 impl Garbage {
     /// Bytes on the disk.
     pub fn bytes(&self) -> u64 {
-        let images = self.images.iter().map(|image| image.erofs_size);
-        images.chain(self.blobs.iter().map(|(_, size)| *size)).sum()
+        self.chunk_bytes + self.blobs.iter().map(|(_, size)| *size).sum::<u64>()
     }
 }
 
@@ -129,8 +131,13 @@ impl ImageStore {
             .map(|(id, _)| *id)
             .collect();
         let images = doomed.iter().filter_map(|id| named(&state, id)).collect();
+        let chunks = unshared(&state, &doomed).into_iter();
+        let here = chunks.filter(|(digest, _)| self.chunks().has(digest));
+        let chunk_bytes = here.map(|(_, len)| len).sum();
         if !dry_run {
             self.remove_all(&mut state, &doomed)?;
+            let cleared = self.chunks().clear_bad();
+            cleared.map_err(io_error("clear", self.chunks().root()))?;
         }
         drop(state);
         let needed = self.needed_blobs(&doomed);
@@ -138,7 +145,11 @@ impl ImageStore {
             true => self.content().unneeded(&needed, now)?,
             false => self.content().clear(&needed, now)?,
         };
-        Ok(Garbage { images, blobs })
+        Ok(Garbage {
+            images,
+            chunk_bytes,
+            blobs,
+        })
     }
 
     fn remove_all(&self, state: &mut State, doomed: &[Digest]) -> Result<(), StoreError> {
@@ -155,9 +166,10 @@ impl ImageStore {
             let folder = self.folder(*id);
             fs::rename(&folder, scratch.path().join(id.hex()))
                 .map_err(io_error("remove", &folder))?;
-            state.images.remove(id);
         }
-        self.sync_root()
+        self.sync_root()?;
+        self.drop_images(state, doomed);
+        Ok(())
     }
 }
 

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use super::chunks::{ChunkError, Chunks, Pin};
 use super::digest::Digest;
 use super::holds::ImageHold;
 use super::json::ProcessConfig;
@@ -93,6 +94,9 @@ pub enum ImportError {
     /// The result is out of bounds.
     #[error("the image cannot be used")]
     Record(#[from] BadRecord),
+    /// The chunks.
+    #[error(transparent)]
+    Chunk(#[from] ChunkError),
     /// The store.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -106,7 +110,9 @@ pub(super) fn import(
     wanted: Option<&str>,
 ) -> Result<(ImageRecord, ImageHold), ImportError> {
     let scratch = store.scratch()?;
-    build(store, limits, path, wanted, scratch).map_err(|error| disk_full(store, error))
+    build(store, limits, path, wanted, scratch)
+        .inspect_err(|_| store.sweep_all())
+        .map_err(|error| disk_full(store, error))
 }
 
 fn build(
@@ -132,7 +138,10 @@ fn build(
     let erofs = scratch.path().join(EROFS);
     mkfs::run(&tree, &erofs, newest)?;
     fs::remove_dir_all(&tree).map_err(io("remove the unpacked image"))?;
-    let (erofs_size, chunks) = cut(&erofs).map_err(io("read the image's block device"))?;
+    let (erofs_size, chunks, _pin) = cut(store.chunks(), &erofs)?;
+    fs::remove_file(&erofs).map_err(io("remove the image's file"))?;
+    // From here on the image is complete whatever happens.
+    store.chunks().sync()?;
     let record = ImageRecord {
         name,
         manifest_digest: chosen.manifest,
@@ -214,29 +223,38 @@ fn image_config(config: &ProcessConfig, rootfs: &Rootfs) -> Result<ImageConfig, 
         uid: numbers.uid,
         gid: numbers.gid,
         groups: numbers.groups,
+        stop_signal: config.stop_signal.clone().unwrap_or_default(),
     };
     config.validate()?;
     Ok(config)
 }
 
-/// Size and chunks of the file.
-fn cut(path: &Path) -> io::Result<(u64, Vec<Digest>)> {
-    let mut file = File::open(path)?;
+/// Cuts the file into chunks and stores them: its size, the chunks, and what keeps them until the image is the store's.
+pub(super) fn cut(store: &Chunks, path: &Path) -> Result<(u64, Vec<Digest>, Pin), ImportError> {
+    let io = |source| ImportError::Io {
+        what: "read the image's block device",
+        source,
+    };
+    let mut file = File::open(path).map_err(io)?;
     let mut buffer = vec![0u8; CHUNK_SIZE as usize];
-    let (mut size, mut chunks) = (0, Vec::new());
+    let (mut size, mut chunks, mut pin) = (0, Vec::new(), store.pin(Vec::new()));
     loop {
         let mut filled = 0;
         while filled < buffer.len() {
-            match file.read(&mut buffer[filled..])? {
+            match file.read(&mut buffer[filled..]).map_err(io)? {
                 0 => break,
                 n => filled += n,
             }
         }
         if filled == 0 {
-            return Ok((size, chunks));
+            return Ok((size, chunks, pin));
         }
         size += filled as u64;
-        chunks.push(Digest::of(&buffer[..filled]));
+        let chunk = &buffer[..filled];
+        let digest = Digest::of(chunk);
+        pin.add(digest);
+        store.put(&digest, chunk)?;
+        chunks.push(digest);
     }
 }
 

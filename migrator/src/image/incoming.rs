@@ -1,20 +1,18 @@
 //! An image that comes from another node: chunks by digest, only the missing ones, each verified.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use bytes::Bytes;
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
-use tempfile::TempDir;
+use nix::sys::statvfs::statvfs;
 
+use super::chunks::{Pin, Supplied};
 use super::digest::Digest;
 use super::record::{BadRecord, ImageRecord};
 use super::store::{ImageStore, StoreError};
-use super::store_files::EROFS;
 
 /// Why an image is not taken over. Dropping the [`Incoming`] leaves nothing behind.
 #[derive(Debug, thiserror::Error)]
@@ -23,20 +21,12 @@ pub enum HandoverError {
     #[error("the peer's record of the image is not valid")]
     Record(#[from] BadRecord),
     /// Not enough room.
-    #[error("the disk of {folder} has no room for the image's {size} bytes")]
+    #[error("the disk of {folder} has no room for {size} more bytes of the image")]
     DiskFull {
         /// The store's folder.
         folder: PathBuf,
         /// Bytes needed.
         size: u64,
-        /// The error.
-        source: io::Error,
-    },
-    /// The file system.
-    #[error("cannot {what} the incoming image")]
-    Io {
-        /// What was being done.
-        what: &'static str,
         /// The error.
         source: io::Error,
     },
@@ -61,58 +51,45 @@ pub enum HandoverError {
     Incomplete(u32),
 }
 
-/// An image under way. Chunks may be placed from several threads at once.
+/// An image under way, of which all is to come before it is used. Chunks may be placed from several threads at once.
 #[derive(Debug)]
 pub struct Incoming {
     store: Arc<ImageStore>,
     record: ImageRecord,
-    /// `None` if the image was here before.
-    target: Option<(TempDir, File)>,
     /// Where each distinct chunk goes.
-    places: HashMap<Digest, Vec<u32>>,
-    state: Mutex<Present>,
-}
-
-#[derive(Debug)]
-struct Present {
-    chunks: Vec<bool>,
-    missing: u32,
+    places: HashMap<Digest, u32>,
+    /// Until the image is the store's.
+    pin: Option<Pin>,
 }
 
 impl Incoming {
-    /// Starts taking over the image `record` of a peer. Reserves the disk space, takes from images that are here
-    /// what they have in common, and returns the chunks still missing: of chunks with equal bytes only the
-    /// first, placing it fills them all.
+    /// Starts taking over the image `record` of a peer. Looks whether there is room, and returns the chunks that no image here has: of chunks with
+    /// equal bytes only the first.
     pub fn begin(
         store: &Arc<ImageStore>,
         record: ImageRecord,
     ) -> Result<(Self, Vec<u32>), HandoverError> {
         record.validate()?;
-        let known = store.has(&record);
-        let mut places: HashMap<Digest, Vec<u32>> = HashMap::new();
+        let mut places: HashMap<Digest, u32> = HashMap::new();
         for (index, digest) in (0u32..).zip(&record.chunks) {
-            places.entry(*digest).or_default().push(index);
+            places.entry(*digest).or_insert(index);
         }
-        let count = record.chunks.len();
-        let target = if known {
-            None
-        } else {
-            Some(reserve(store, record.erofs_size)?)
-        };
+        let pin = store.chunks().pin(places.keys().copied().collect());
+        store.check_lengths(&record)?;
         let incoming = Self {
-            store: store.clone(),
-            state: Mutex::new(Present {
-                chunks: vec![known; count],
-                missing: if known { 0 } else { count as u32 },
-            }),
+            store: Arc::clone(store),
             record,
-            target,
             places,
+            pin: Some(pin),
         };
-        if !known {
-            incoming.take_local()?;
-        }
         let missing = incoming.missing();
+        let lengths = missing
+            .iter()
+            .map(|index| incoming.record.chunk_len(*index) as u64);
+        let needed = lengths.sum();
+        if room(store.root()) < needed {
+            return Err(incoming.disk_full(needed, Errno::ENOSPC.into()));
+        }
         Ok((incoming, missing))
     }
 
@@ -123,136 +100,92 @@ impl Incoming {
 
     /// The chunks still missing: of chunks with equal bytes only the first.
     pub fn missing(&self) -> Vec<u32> {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let first = |index: &u32| {
-            let digest = &self.record.chunks[*index as usize];
-            self.places[digest].first() == Some(index)
-        };
-        (0u32..)
-            .zip(&state.chunks)
-            .filter(|(_, present)| !**present)
-            .map(|(index, _)| index)
-            .filter(first)
+        let missing = self.store.chunks().missing(&self.record).into_iter();
+        missing
+            .filter(|index| self.places[&self.record.chunks[*index as usize]] == *index)
             .collect()
     }
 
-    /// Verifies chunk `index` and writes it. A chunk that is there already is left as it is.
-    pub fn place(&self, index: u32, bytes: &[u8]) -> Result<(), HandoverError> {
+    /// Verifies chunk `index` and stores it. A chunk that is there already is left as it is.
+    pub fn place(&self, index: u32, bytes: &Bytes) -> Result<(), HandoverError> {
         let expected = *self
             .record
             .chunks
             .get(index as usize)
             .ok_or_else(|| HandoverError::Unknown(index.to_string()))?;
-        let found = Digest::of(bytes);
-        if found != expected || !self.fits(&expected, bytes) {
-            return Err(HandoverError::Damaged {
+        match self.store.chunks().supply(&self.record, index, bytes) {
+            Supplied::Kept => Ok(()),
+            Supplied::Wrong { found, .. } => Err(HandoverError::Damaged {
                 index,
                 found,
                 expected,
-            });
+            }),
+            Supplied::Passed(error) if error.is_full() => {
+                Err(self.disk_full(bytes.len() as u64, error.source))
+            }
+            Supplied::Passed(error) => Err(StoreError::from(error).into()),
         }
-        self.write(expected, bytes)
     }
 
     /// [`Incoming::place`] for a chunk known by its digest.
-    pub fn place_digest(&self, digest: &Digest, bytes: &[u8]) -> Result<(), HandoverError> {
-        let index = self.places.get(digest).and_then(|places| places.first());
+    pub fn place_digest(&self, digest: &Digest, bytes: &Bytes) -> Result<(), HandoverError> {
+        let index = self.places.get(digest);
         let index = index.ok_or_else(|| HandoverError::Unknown(digest.to_string()))?;
         self.place(*index, bytes)
     }
 
     /// Makes the image one of the store's, durably. It gets its name unless another image here has it.
-    pub fn finish(self) -> Result<ImageRecord, HandoverError> {
-        let missing = self
-            .state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .missing;
+    pub fn finish(mut self) -> Result<ImageRecord, HandoverError> {
+        let missing = self.store.chunks().missing(&self.record).len();
         if missing > 0 {
-            return Err(HandoverError::Incomplete(missing));
+            return Err(HandoverError::Incomplete(missing as u32));
         }
-        let Some((scratch, file)) = self.target else {
-            return Ok(self.record);
-        };
-        file.sync_all().map_err(|source| HandoverError::Io {
-            what: "write",
+        if !self.store.has(&self.record) {
+            self.store.chunks().sync().map_err(StoreError::from)?;
+            let scratch = self.store.scratch()?;
+            self.store.commit(scratch, self.record.clone(), false)?;
+        }
+        self.pin = None;
+        Ok(self.record.clone())
+    }
+
+    fn disk_full(&self, size: u64, source: io::Error) -> HandoverError {
+        HandoverError::DiskFull {
+            folder: self.store.root().to_owned(),
+            size,
             source,
-        })?;
-        Ok(self.store.commit(scratch, self.record, false)?.0)
-    }
-
-    /// Whether the bytes have the length of every place they go to: a record may claim that the short last
-    /// chunk equals a whole one.
-    fn fits(&self, digest: &Digest, bytes: &[u8]) -> bool {
-        let fits = |index: &u32| self.record.chunk_len(*index) == bytes.len();
-        self.places[digest].iter().all(fits)
-    }
-
-    /// Writes verified bytes to every place that has them.
-    fn write(&self, digest: Digest, bytes: &[u8]) -> Result<(), HandoverError> {
-        let Some((_, file)) = &self.target else {
-            return Ok(());
-        };
-        for &index in &self.places[&digest] {
-            // Two threads that write the same chunk write the same bytes.
-            file.write_all_at(bytes, self.record.chunk_offset(index))
-                .map_err(|source| HandoverError::Io {
-                    what: "write",
-                    source,
-                })?;
-            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-            if !std::mem::replace(&mut state.chunks[index as usize], true) {
-                state.missing -= 1;
-            }
         }
-        Ok(())
-    }
-
-    /// Copies what other images of this node have in common with this one.
-    fn take_local(&self) -> Result<(), HandoverError> {
-        let mut taken = std::collections::HashSet::new();
-        for (id, local) in self.store.snapshot() {
-            for (index, digest) in (0u32..).zip(&local.chunks) {
-                if !self.places.contains_key(digest) || !taken.insert(*digest) {
-                    continue;
-                }
-                // Removed meanwhile, or damaged on the disk: the peer has it as well.
-                if let Ok(bytes) = self.store.local_chunk(id, &local, index)
-                    && self.fits(digest, &bytes)
-                {
-                    self.write(*digest, &bytes)?;
-                }
-            }
-        }
-        Ok(())
     }
 }
 
-/// A file with its blocks allocated, so that a full disk is known before anything is sent.
-fn reserve(store: &ImageStore, size: u64) -> Result<(TempDir, File), HandoverError> {
-    let io = |source| HandoverError::Io {
-        what: "make the file of",
-        source,
-    };
-    let scratch = store.scratch()?;
-    let file = File::options()
-        .create_new(true)
-        .read(true)
-        .write(true)
-        .open(scratch.path().join(EROFS))
-        .map_err(io)?;
-    let length = i64::try_from(size).map_err(|e| io(io::Error::other(e)))?;
-    match fallocate(&file, FallocateFlags::empty(), 0, length) {
-        Ok(()) => {}
-        Err(Errno::EOPNOTSUPP) => file.set_len(size).map_err(io)?,
-        Err(errno @ (Errno::ENOSPC | Errno::EDQUOT)) => {
-            return Err(HandoverError::DiskFull {
-                folder: store.root().to_owned(),
-                size,
-                source: errno.into(),
-            });
+impl Drop for Incoming {
+    /// What came for an image that does not become the store's goes again.
+    fn drop(&mut self) {
+        if let Some(pin) = self.pin.take() {
+            drop(pin);
+            self.store.sweep(&self.places.keys().copied().collect());
         }
-        Err(errno) => return Err(io(errno.into())),
     }
-    Ok((scratch, file))
+}
+
+/// Refuses an image of which `missing` bytes are to follow its pod, where they and `spare` bytes for others have no room.
+///
+/// # Errors
+/// [`HandoverError::DiskFull`].
+pub fn check_room(store: &ImageStore, missing: u64, spare: u64) -> Result<(), HandoverError> {
+    if missing == 0 || room(store.root()) >= missing.saturating_add(spare) {
+        return Ok(());
+    }
+    Err(HandoverError::DiskFull {
+        folder: store.root().to_owned(),
+        size: missing,
+        source: io::Error::from(io::ErrorKind::StorageFull),
+    })
+}
+
+/// Bytes that are free on the file system of `folder`; where that is not known, what comes will show.
+fn room(folder: &Path) -> u64 {
+    statvfs(folder).map_or(u64::MAX, |stat| {
+        stat.blocks_available().saturating_mul(stat.fragment_size())
+    })
 }

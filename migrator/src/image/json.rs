@@ -63,6 +63,7 @@ pub(crate) struct ProcessConfig {
     pub(crate) env: Option<Vec<String>>,
     pub(crate) working_dir: Option<String>,
     pub(crate) user: Option<String>,
+    pub(crate) stop_signal: Option<String>,
 }
 
 #[derive(Deserialize)]

@@ -61,11 +61,8 @@ impl ImageStore {
     /// The blobs of all images whose layers are kept, but for those that are about to go.
     pub(super) fn needed_blobs(&self, doomed: &[Digest]) -> BTreeSet<Digest> {
         let mut needed = BTreeSet::new();
-        for (_, record) in self
-            .snapshot()
-            .into_iter()
-            .filter(|(id, _)| !doomed.contains(id))
-        {
+        let images = self.records().into_iter();
+        for record in images.filter(|record| !doomed.contains(&record.id())) {
             match self.blobs_of(record.manifest_digest) {
                 Ok(blobs) => needed.extend(blobs.iter().flat_map(Blobs::all)),
                 Err(error) => {

@@ -3,13 +3,14 @@
 //! ```text
 //!  OCI layout / archive ──source──▶ manifest ──oci──▶ layers ──tar──▶ rootfs ──mkfs──▶ image.erofs
 //!  (dir, .tar, .tar.gz)             verified          verified        openat2           cut in chunks
-//!                                                                                          │
-//!  destination:  begin(record) ─▶ missing chunks ─▶ place(verified) ─▶ finish() ◀──────────┘
+//!                                                                                          ▼
+//!  destination:  adopt(record), with or without its chunks ─────────────────────────────▶ chunks ──▶ export ──▶ a VM
+//!                begin(record) ─▶ missing chunks ─▶ place(verified) ─▶ finish()
 //! ```
 //!
 //! An image is imported once: its layers are merged into a private tree, the tree becomes one EROFS
-//! file, and the file is cut into chunks of equal size, each known by its SHA-256. A pod's VM gets the
-//! file as a block device. Because a migrated guest keeps the device's blocks in its page cache, both
+//! file, and the file is cut into chunks of equal size, each known by its SHA-256 and kept once ([`chunks`]). A pod's VM
+//! gets them as a block device. Because a migrated guest keeps the device's blocks in its page cache, both
 //! nodes must have *the same bytes*: a disk is known by [`ImageRecord::erofs_digest`], and not by the
 //! OCI manifest's digest (two versions of mkfs.erofs lay the same manifest out differently).
 //!
@@ -17,6 +18,7 @@
 //!
 //! What is absent: no network, no async. `registry` fetches blobs into [`content`], and has them imported from here.
 
+pub mod chunks;
 pub mod config;
 pub(crate) mod content;
 pub mod digest;
@@ -39,6 +41,7 @@ mod import;
 mod kept;
 mod layer;
 mod mkfs;
+mod origin;
 pub(crate) mod partial;
 mod passwd;
 mod path;
@@ -46,6 +49,7 @@ mod pax;
 mod rootfs;
 mod save;
 mod source;
+mod store_chunks;
 mod store_files;
 mod store_load;
 mod sys;
@@ -55,13 +59,14 @@ mod xattr;
 #[cfg(test)]
 mod tests;
 
+pub use chunks::{Chunk, Chunks, ImageExport, NoChunk, Supplied, UseOrder, Verified, Waiting};
 pub use config::{ResolvedProcess, resolve};
 pub use content::ContentError;
 pub use digest::Digest;
 pub use gc::Garbage;
 pub use holds::ImageHold;
 pub use import::{ImportError, ImportLimits};
-pub use incoming::{HandoverError, Incoming};
+pub use incoming::{HandoverError, Incoming, check_room};
 pub use kept::KeptError;
 pub use manifest::{BadPlatform, ManifestError, Platform};
 pub use mkfs::find_mkfs;

@@ -14,7 +14,10 @@ pub const CHUNK_SIZE: u32 = 256 << 10;
 pub const MAX_EROFS_SIZE: u64 = 64 << 30;
 
 /// Bounds of the chunk size that a peer's record may name, in bytes: its own choice may differ from ours.
-const CHUNK_SIZE_RANGE: std::ops::RangeInclusive<u32> = (64 << 10)..=(4 << 20);
+const CHUNK_SIZE_RANGE: std::ops::RangeInclusive<u32> = (64 << 10)..=MAX_CHUNK_SIZE;
+
+/// Largest chunk, in bytes.
+pub(super) const MAX_CHUNK_SIZE: u32 = 4 << 20;
 
 /// Block size of the EROFS files made here, in bytes.
 const EROFS_BLOCK: u64 = 4096;
@@ -60,6 +63,9 @@ pub struct ImageConfig {
     pub gid: u32,
     /// Supplementary groups of `user`, from the image's /etc/group.
     pub groups: Vec<u32>,
+    /// `StopSignal`, such as `SIGQUIT`; empty if the image names none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub stop_signal: String,
 }
 
 /// Why a record that came from elsewhere is not used.
@@ -82,6 +88,9 @@ pub enum BadRecord {
         /// As the size asks.
         expected: u64,
     },
+    /// A short last chunk that claims the bytes of a whole one.
+    #[error("the last chunk, which is shorter, has the digest of another one")]
+    LastChunk,
     /// The digest over the chunks.
     #[error("the chunk list hashes to {found}, the record says {expected}")]
     Digest {
@@ -147,6 +156,12 @@ impl ImageRecord {
         if found != expected {
             return Err(BadRecord::ChunkCount { found, expected });
         }
+        if let Some((last, others)) = self.chunks.split_last()
+            && self.chunk_len(others.len() as u32) != self.chunk_size as usize
+            && others.contains(last)
+        {
+            return Err(BadRecord::LastChunk);
+        }
         let found = Self::digest_of(self.erofs_size, self.chunk_size, &self.chunks);
         if found != self.erofs_digest {
             return Err(BadRecord::Digest {
@@ -166,7 +181,7 @@ impl ImageConfig {
             .iter()
             .chain(&self.cmd)
             .chain(self.env.iter().flat_map(|(name, value)| [name, value]))
-            .chain([&self.working_dir, &self.user]);
+            .chain([&self.working_dir, &self.user, &self.stop_signal]);
         let mut total = self.groups.len() * 4;
         for text in texts {
             // One byte more than the text: empty strings count too.

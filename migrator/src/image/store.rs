@@ -4,8 +4,9 @@
 //! images/lock                  held by the service: one store at a time
 //! images/names.json            name -> id
 //! images/leases.json           id -> until when it is kept, milliseconds of Unix time
-//! images/<id>/image.erofs      the block device
 //! images/<id>/record.json      its ImageRecord
+//! images/<id>/order            in which order its chunks were first read
+//! images/chunks/               the chunks of all images, see `chunks`
 //! images/content/              blobs of registries, see `content`
 //! images/.tmp-*                work under way; removed at the next start
 //! ```
@@ -16,7 +17,7 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fs::{self, File};
-use std::os::unix::fs::{DirBuilderExt, FileExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -24,6 +25,7 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use tempfile::TempDir;
 
+use super::chunks::{Chunks, UseOrder};
 use super::content::Content;
 use super::digest::Digest;
 use super::gc::Leases;
@@ -31,7 +33,7 @@ use super::holds::{Holds, ImageHold};
 use super::import::{self, ImportError, ImportLimits};
 use super::name;
 use super::record::ImageRecord;
-use super::store_files::{EROFS, RECORD, TMP, io_error, sync_folder, write_json, write_synced};
+use super::store_files::{CHUNKS, RECORD, TMP, io_error, sync_folder, write_json, write_synced};
 
 pub use super::store_files::StoreError;
 
@@ -45,6 +47,9 @@ pub struct ImageStore {
     root: PathBuf,
     limits: ImportLimits,
     content: Arc<Content>,
+    pub(super) chunks: Arc<Chunks>,
+    /// By the image's bytes.
+    pub(super) orders: Mutex<BTreeMap<Digest, Arc<UseOrder>>>,
     state: Mutex<State>,
     holds: Arc<Holds>,
     _lock: Flock<File>,
@@ -89,6 +94,8 @@ impl ImageStore {
             root: root.to_owned(),
             limits,
             content: Arc::new(Content::open(root)?),
+            chunks: Arc::new(Chunks::open(root.join(CHUNKS))?),
+            orders: Mutex::default(),
             state: Mutex::default(),
             holds: Arc::default(),
             _lock: lock,
@@ -157,44 +164,13 @@ impl ImageStore {
         }
         self.write_names(&names)?;
         state.names = names;
-        state.images.remove(&id);
         let doomed = self.scratch()?;
         let folder = self.folder(id);
         fs::rename(&folder, doomed.path().join("image")).map_err(io_error("remove", &folder))?;
-        self.sync_root()
+        self.sync_root()?;
+        self.drop_images(&mut state, &[id]);
+        Ok(())
         // The files go when `doomed` is dropped.
-    }
-
-    /// The file with these bytes ([`ImageRecord::erofs_digest`]): what a VM gets as a read-only disk.
-    pub fn erofs_path(&self, digest: &Digest) -> Result<PathBuf, StoreError> {
-        let (id, _) = self.by_bytes(digest)?;
-        Ok(self.folder(id).join(EROFS))
-    }
-
-    /// Reads chunk `index` of the image with these bytes, and verifies it.
-    pub fn read_chunk(&self, digest: &Digest, index: u32) -> Result<Vec<u8>, StoreError> {
-        let (id, record) = self.by_bytes(digest)?;
-        self.chunk_of(id, &record, index)
-    }
-
-    fn chunk_of(
-        &self,
-        id: Digest,
-        record: &ImageRecord,
-        index: u32,
-    ) -> Result<Vec<u8>, StoreError> {
-        let image = record.erofs_digest;
-        let expected = record.chunks.get(index as usize);
-        let expected = expected.ok_or(StoreError::NoChunk { image, index })?;
-        let path = self.folder(id).join(EROFS);
-        let mut chunk = vec![0u8; record.chunk_len(index)];
-        File::open(&path)
-            .and_then(|file| file.read_exact_at(&mut chunk, record.chunk_offset(index)))
-            .map_err(io_error("read", &path))?;
-        if Digest::of(&chunk) != *expected {
-            return Err(StoreError::Damaged { image, index });
-        }
-        Ok(chunk)
     }
 
     /// Blobs of registries.
@@ -221,26 +197,6 @@ impl ImageStore {
         self.state().images.contains_key(&record.id())
     }
 
-    /// Every image of the store, for a search of chunks.
-    pub(super) fn snapshot(&self) -> Vec<(Digest, Arc<ImageRecord>)> {
-        let state = self.state();
-        state
-            .images
-            .iter()
-            .map(|(id, record)| (*id, record.clone()))
-            .collect()
-    }
-
-    /// Reads and verifies a chunk of an image of [`ImageStore::snapshot`].
-    pub(super) fn local_chunk(
-        &self,
-        id: Digest,
-        record: &ImageRecord,
-        index: u32,
-    ) -> Result<Vec<u8>, StoreError> {
-        self.chunk_of(id, record, index)
-    }
-
     /// An image made from this manifest, if there is one.
     pub(crate) fn by_manifest(&self, manifest: &Digest) -> Option<Arc<ImageRecord>> {
         let state = self.state();
@@ -259,7 +215,7 @@ impl ImageStore {
             .map_err(io_error("make a folder in", &self.root))
     }
 
-    /// Takes over an image whose file is complete in `scratch`, and gives it its name: always if `take_name`,
+    /// Takes over an image, its folder being made from `scratch`, and gives it its name: always if `take_name`,
     /// else only if nothing else has it.
     pub(super) fn commit(
         &self,
@@ -349,7 +305,10 @@ impl ImageStore {
         Ok((*id, record.clone()))
     }
 
-    fn by_bytes(&self, digest: &Digest) -> Result<(Digest, Arc<ImageRecord>), StoreError> {
+    pub(super) fn by_bytes(
+        &self,
+        digest: &Digest,
+    ) -> Result<(Digest, Arc<ImageRecord>), StoreError> {
         let state = self.state();
         let mut images = state.images.iter();
         images
@@ -358,7 +317,8 @@ impl ImageStore {
             .ok_or_else(|| StoreError::NotFound(digest.to_string()))
     }
 
-    pub(super) fn folder(&self, id: Digest) -> PathBuf {
+    /// The folder of an image, by [`ImageRecord::id`]; what is in it goes with the image.
+    pub(crate) fn folder(&self, id: Digest) -> PathBuf {
         self.root.join(id.hex())
     }
 

@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::chunks::ChunkError;
 use super::digest::Digest;
 use super::name::BadName;
-use super::record::ImageRecord;
+use super::record::{BadRecord, ImageRecord};
 
-/// File name of the block device.
+/// File name of a block device while it is made. Earlier versions kept it in this file.
 pub(super) const EROFS: &str = "image.erofs";
 
 /// What names of files and folders begin with that are gone after a restart.
@@ -19,6 +20,12 @@ pub(super) const TMP: &str = ".tmp-";
 
 /// File name of the record.
 pub(super) const RECORD: &str = "record.json";
+
+/// File name of the order in which chunks were first read.
+pub(super) const ORDER: &str = "order";
+
+/// Folder of the chunks of all images.
+pub(super) const CHUNKS: &str = "chunks";
 
 /// Why the store cannot do something.
 #[derive(Debug, thiserror::Error)]
@@ -65,7 +72,7 @@ pub enum StoreError {
     },
     /// The disk's bytes are not those that were stored.
     #[error(
-        "chunk {index} of image {image} is damaged on this node's disk: remove the image and import it again"
+        "chunk {index} of image {image} is not on this node's disk, or damaged there: `migrator image verify --repair` fetches it again"
     )]
     Damaged {
         /// The image.
@@ -73,6 +80,20 @@ pub enum StoreError {
         /// The chunk.
         index: u32,
     },
+    /// Its chunks.
+    #[error(transparent)]
+    Chunk(#[from] ChunkError),
+    /// The image says of a chunk that is here what is not true.
+    #[error(
+        "chunk {index} of the image has another length than the chunk of that digest that is here: its record is wrong"
+    )]
+    Misfit {
+        /// The chunk.
+        index: u32,
+    },
+    /// What is said of the image contradicts itself.
+    #[error("the image's record is not valid")]
+    Record(#[from] BadRecord),
 }
 
 pub(super) fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
@@ -114,16 +135,9 @@ pub(super) fn read_json<T: DeserializeOwned + Default>(path: &Path) -> Result<T,
     }
 }
 
-/// Reads the record of an image and checks that its file is there in full length.
+/// Reads the record of an image.
 pub(super) fn load_image(folder: &Path) -> io::Result<ImageRecord> {
     let record: ImageRecord = serde_json::from_slice(&fs::read(folder.join(RECORD))?)?;
     record.validate().map_err(io::Error::other)?;
-    let size = fs::metadata(folder.join(EROFS))?.len();
-    if size != record.erofs_size {
-        return Err(io::Error::other(format!(
-            "{EROFS} has {size} bytes, not {}",
-            record.erofs_size
-        )));
-    }
     Ok(record)
 }

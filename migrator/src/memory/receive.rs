@@ -35,6 +35,11 @@ pub enum ReceiveError {
         "the source sent content of a disk, and the pod has none here: the peer is broken or not ours"
     )]
     NoDisk,
+    /// An answer without a question.
+    #[error(
+        "the source says that it lacks a chunk that nobody asked it for: the peer is broken or not ours"
+    )]
+    NotAsked,
     /// The data connection is lost.
     #[error("a data connection from the source is lost")]
     Link(#[from] LinkError),
@@ -183,6 +188,7 @@ async fn run<R: AsyncRead + Unpin>(
             Ok(Data::Chunk { digest, raw }) => {
                 report(arrivals, Arrival::Chunk { digest, raw }).await
             }
+            Ok(Data::Absent { .. }) => Err(ReceiveError::NotAsked),
         };
         if let Err(error) = placed {
             return error;

@@ -45,5 +45,18 @@ pub enum OnStall {
     Fail,
 }
 
+/// When images cross that the destination lacks.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum ImagesMode {
+    /// Before the guest moves what it read first, a small part; the rest afterwards, from any node that has it.
+    #[default]
+    Demand,
+    /// All of them before the guest moves, which then depends on nobody.
+    Complete,
+}
+
 /// Steps of the throttle: the part of the time, in percent, for which the guest's CPUs stand still.
 pub const THROTTLE_STEPS: [u8; 6] = [20, 40, 60, 75, 85, 95];

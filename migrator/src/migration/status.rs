@@ -89,6 +89,17 @@ pub struct DiskReport {
     pub frozen_bytes: u64,
 }
 
+/// What of the pod's images was at the destination.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageReport {
+    /// Their size in bytes.
+    pub bytes_size: u64,
+    /// Bytes of them that were there before.
+    pub bytes_here: u64,
+    /// Bytes of them that crossed before the guest resumed.
+    pub bytes_before_resume: u64,
+}
+
 /// One round.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RoundReport {
@@ -200,6 +211,9 @@ pub struct MigrationReport {
     /// Writable disks; absent if the pod has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<DiskReport>,
+    /// The images; absent if the destination did not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub images: Option<ImageReport>,
     /// Packet figures.
     pub packets: PacketReport,
     /// Connection tracking.

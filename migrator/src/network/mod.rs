@@ -61,7 +61,7 @@ pub use networks::{BadNetwork, BadNetworks, MAX_NETWORKS, PodNetwork, PodNetwork
 pub use node::{
     Cluster, ExistingDevices, NodeNetConfig, NodeNetwork, PodNetId, Role, park_name, tap_name,
 };
-pub use port::Port;
+pub use port::{Port, idle_tap};
 pub use show::{
     ConntrackFacts, CounterFacts, GateFacts, LinkFacts, NodeFacts, PortFacts, QueueFacts, WaitFacts,
 };

@@ -27,6 +27,7 @@ use super::ledger::{Ledger, Tally, book};
 use super::node::{ExistingDevices, NodeInner, PodNetId};
 
 pub(super) use register::Ports;
+pub use replace::idle_tap;
 
 pub(crate) struct Parts {
     pub(crate) node: Arc<NodeInner>,

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::Instant;
 use vm_runtime::agent_client::AgentClient;
 use vm_runtime::agent_client::Configuration;
 use vm_runtime::memory::{GuestMemory, huge_pages_available};
@@ -17,16 +18,19 @@ use super::console;
 use super::disks::{self, Origin, PodDisk};
 use super::error::PodError;
 use super::handle::{Facts, PodResources};
+use super::images::{self, PodImage};
 use super::plan::{VMM_OVERHEAD, ordinary_and_huge};
 use super::sink::LogSink;
+use super::warm;
 use crate::daemon::node::Node;
 use crate::network::{ExistingDevices, PodNetId, Port, Role};
+use crate::templates::make_later;
 
 /// What a boot needs beside the pod's facts.
 #[derive(Debug)]
 pub(super) struct BootOrder {
-    pub(super) configuration: Configuration,
-    pub(super) images: Vec<PathBuf>,
+    pub(super) configuration: Box<Configuration>,
+    pub(super) images: Vec<Arc<PodImage>>,
     /// Already made.
     pub(super) disks: Vec<Arc<PodDisk>>,
     /// From the VMM's start to the last container's.
@@ -60,32 +64,42 @@ impl Parts {
     }
 }
 
-/// Boots a pod and starts its containers; what was built is in `parts` at any moment.
+/// Starts a pod's guest, from a template if there is one of its shape, and its containers; what was built is in `parts` at any moment.
 ///
 /// # Errors
 /// The step that failed; the caller takes `parts` down.
 pub(super) async fn boot(
-    node: &Node,
+    node: &Arc<Node>,
     facts: &Facts,
     order: &BootOrder,
     epoch: Epoch,
     parts: &mut Parts,
 ) -> Result<PodResources, PodError> {
     let name = facts.spec.name.as_str();
-    let memory = memory(&facts.vm_spec)?;
+    let until = Instant::now() + order.deadline;
     disks::serve(name, &order.disks)?;
-    let (port, res) = resources(node, facts, &order.images, memory, Role::Local, parts).await?;
+    let port = make_port(node, facts, Role::Local, parts).await?;
     // Its first packets may be answered from anywhere.
     port.claim(epoch)
         .map_err(|e| PodError::step(name, "tell other nodes of it", e))?;
-    let vm = Vm::boot(&facts.vm_spec, res)
-        .await
-        .map_err(|e| PodError::step(name, "start its VM", e))?;
-    let vm = Arc::new(vm);
-    parts.vm = Some(Arc::clone(&vm));
-    let start = start_containers(facts, &vm, order, parts);
+    let warm = warm::start(node, facts, order, &port, parts).await;
+    let vm = match &parts.vm {
+        Some(vm) => Arc::clone(vm),
+        None => {
+            let memory = memory(&facts.vm_spec)?;
+            let res = resources(node, facts, memory, &port)?;
+            let vm = Vm::boot(&facts.vm_spec, res)
+                .await
+                .map_err(|e| PodError::step(name, "start its VM", e))?;
+            let vm = Arc::new(vm);
+            parts.vm = Some(Arc::clone(&vm));
+            vm
+        }
+    };
+    let is_cold = warm.is_none();
+    let start = start_containers(facts, &vm, warm, order, parts);
     let started = tokio::select! {
-        started = tokio::time::timeout(order.deadline, start) => started,
+        started = tokio::time::timeout_at(until, start) => started,
         exit = vm.wait_exit() => return Err(PodError::Died {
             pod: name.to_owned(),
             reason: death(exit.ok().as_ref(), &facts.dir),
@@ -101,33 +115,45 @@ pub(super) async fn boot(
             });
         }
     };
+    if is_cold && !facts.spec.cold_start {
+        make_later(node, &facts.vm_spec);
+    }
     Ok(PodResources {
         spec: facts.spec.clone(),
         vm_spec: facts.vm_spec.clone(),
         vm,
         port,
+        images: order.images.clone(),
         disks: order.disks.clone(),
         agent: AgentSlot::with(agent),
         logs: Arc::clone(&facts.logs),
     })
 }
 
+/// Configures the guest and starts its containers; `agent` is there if the guest was started from a template.
 async fn start_containers(
     facts: &Facts,
     vm: &Vm,
+    agent: Option<AgentClient>,
     order: &BootOrder,
     parts: &mut Parts,
 ) -> Result<AgentClient, PodError> {
     let name = facts.spec.name.as_str();
-    let sink = Arc::new(LogSink::new(Arc::clone(&facts.logs)));
-    let agent = AgentClient::connect(&vm.agent_socket(), sink, order.deadline)
-        .await
-        .map_err(|e| PodError::step(name, "reach the agent in its guest", e))?;
+    let agent = match agent {
+        Some(agent) => agent,
+        None => {
+            let sink = Arc::new(LogSink::new(Arc::clone(&facts.logs)));
+            AgentClient::connect(&vm.agent_socket(), sink, order.deadline)
+                .await
+                .map_err(|e| PodError::step(name, "reach the agent in its guest", e))?
+        }
+    };
     parts.agent = Some(agent.clone());
     agent
-        .configure(order.configuration.clone())
+        .configure(Configuration::clone(&order.configuration))
         .await
         .map_err(|e| PodError::step(name, "configure its guest", e))?;
+    tracing::debug!(pod = name, "configured");
     agent
         .start_pod()
         .await
@@ -146,24 +172,32 @@ pub(super) fn memory(spec: &VmSpec) -> Result<Arc<GuestMemory>, PodError> {
     Ok(Arc::new(memory))
 }
 
-/// Makes the port, and gathers what the VMM needs.
-pub(super) async fn resources(
+/// Makes the port.
+pub(super) async fn make_port(
     node: &Node,
     facts: &Facts,
-    images: &[PathBuf],
-    memory: Arc<GuestMemory>,
     role: Role,
     parts: &mut Parts,
-) -> Result<(Port, VmResources), PodError> {
-    let name = facts.spec.name.as_str();
+) -> Result<Port, PodError> {
     let port = node
         .network
         .attach(&net_id(&facts.spec), facts.slot, role, None)
         .await
-        .map_err(|e| PodError::step(name, "make its network port", e))?;
+        .map_err(|e| PodError::step(&facts.spec.name, "make its network port", e))?;
     parts.port = Some(port.clone());
+    Ok(port)
+}
+
+/// Gathers what the VMM needs.
+pub(super) fn resources(
+    node: &Node,
+    facts: &Facts,
+    memory: Arc<GuestMemory>,
+    port: &Port,
+) -> Result<VmResources, PodError> {
+    let name = facts.spec.name.as_str();
     let dup = |e| PodError::step(name, "share its TAP with the VMM", e);
-    let res = VmResources {
+    Ok(VmResources {
         dir: facts.dir.clone(),
         memory,
         tap: port.tap_fd().map_err(dup)?,
@@ -171,13 +205,12 @@ pub(super) async fn resources(
         qemu: node.qemu.clone(),
         kernel: node.guest.kernel.clone(),
         initramfs: node.guest.initramfs.clone(),
-        disks: images
-            .iter()
-            .cloned()
-            .chain(disks::sockets(&facts.dir, &facts.vm_spec))
-            .collect(),
-    };
-    Ok((port, res))
+        disks: sockets(&facts.dir, &facts.vm_spec),
+        rbd: node
+            .storage
+            .rbd_images(&facts.vm_spec)
+            .map_err(|e| PodError::step(name, "find its disks", e))?,
+    })
 }
 
 /// The descriptors of a running VM's port.
@@ -200,7 +233,8 @@ pub(super) async fn open_disks(
 ) -> Result<Vec<Arc<PodDisk>>, PodError> {
     let (spec, vm) = (facts.spec.clone(), facts.vm_spec.clone());
     let (dir, volumes) = (facts.dir.clone(), node.volumes.clone());
-    tokio::task::spawn_blocking(move || disks::open(&spec, &vm, &dir, &volumes, origin))
+    let storage = Arc::clone(&node.storage);
+    tokio::task::spawn_blocking(move || disks::open(&spec, &vm, &dir, &volumes, &storage, origin))
         .await
         .map_err(|e| PodError::step(&facts.spec.name, "open its disks", e))?
 }
@@ -215,34 +249,10 @@ pub(super) fn net_id(spec: &PodSpec) -> PodNetId {
     }
 }
 
-/// The files behind a VM's images.
-///
-/// # Errors
-/// An image is not on this node.
-pub(super) async fn image_paths(
-    node: &Node,
-    pod: &str,
-    spec: &VmSpec,
-) -> Result<Vec<PathBuf>, PodError> {
-    let images = Arc::clone(&node.images);
-    let digests: Vec<String> = spec.disks.iter().map(|d| d.image_digest.clone()).collect();
-    let find = move || {
-        digests
-            .iter()
-            .map(|text| {
-                let digest = text
-                    .parse()
-                    .map_err(|e| Box::new(e) as super::error::Cause)?;
-                images
-                    .erofs_path(&digest)
-                    .map_err(|e| Box::new(e) as super::error::Cause)
-            })
-            .collect::<Result<Vec<PathBuf>, _>>()
-    };
-    tokio::task::spawn_blocking(find)
-        .await
-        .map_err(|e| PodError::step(pod, "look up its images", e))?
-        .map_err(|e| PodError::step(pod, "look up its images", e))
+/// Where the VMM finds its images and its disks.
+pub(super) fn sockets(dir: &Path, vm: &VmSpec) -> Vec<PathBuf> {
+    let images = images::sockets(dir, vm);
+    images.chain(disks::sockets(dir, vm)).collect()
 }
 
 /// Refuses a pod that this node has no memory for.

@@ -6,9 +6,12 @@ use std::path::PathBuf;
 
 use vm_runtime::units::{Bytes, MacAddress};
 
+use super::disks::PlanError;
 use super::upgrade::UpgradeError;
 use crate::api::error::{ApiError, chain};
+use crate::api::registry_errors::code_of_pull;
 use crate::api::types::{ErrorCode, PodState};
+use crate::registry::{PullError, RequestError};
 use crate::volumes::VolumeError;
 
 /// Any error, as the cause of another.
@@ -62,7 +65,7 @@ pub enum PodError {
         pod: String,
         /// Why not.
         #[source]
-        source: VolumeError,
+        source: Box<PlanError>,
     },
     /// No slot is free.
     #[error("this node holds {0} pods already, as many as its configuration allows")]
@@ -74,6 +77,17 @@ pub enum PodError {
         container: String,
         /// The image's reference.
         image: String,
+    },
+    /// An image is not here, and does not come.
+    #[error("container `{container}`: image `{image}` is not on this node, and cannot be pulled")]
+    Pull {
+        /// The container.
+        container: String,
+        /// The image's reference.
+        image: String,
+        /// Why.
+        #[source]
+        source: Box<PullError>,
     },
     /// The image store fails.
     #[error("container `{container}`: image `{image}` cannot be used")]
@@ -210,15 +224,16 @@ impl PodError {
             | Self::AddressTaken { .. }
             | Self::AddressElsewhere { .. }
             | Self::VolumeTaken { .. } => ErrorCode::Conflict,
-            Self::Volume {
-                source: VolumeError::NotFound(_),
-                ..
-            } => ErrorCode::NotFound,
-            Self::Volume { .. } => ErrorCode::Internal,
+            Self::Volume { source, .. } => match **source {
+                PlanError::Volume(VolumeError::NotFound(_)) => ErrorCode::NotFound,
+                PlanError::Volume(_) => ErrorCode::Internal,
+                PlanError::Storage(_) => ErrorCode::Refused,
+            },
             Self::TooMany(_) | Self::Memory { .. } | Self::HugePages { .. } => ErrorCode::Exhausted,
             Self::NoImage { .. } | Self::NotFound(_) | Self::NoContainer { .. } => {
                 ErrorCode::NotFound
             }
+            Self::Pull { source, .. } => code_of_pull(source),
             Self::Busy { .. } | Self::NoAgent(_) => ErrorCode::Busy,
             Self::Slow { .. } => ErrorCode::Timeout,
             Self::NotUpgraded { source, .. } => source.code(),
@@ -235,6 +250,9 @@ impl PodError {
                 "`migrator image pull {image}` fetches it from its registry, `migrator image import PATH` takes one from a file, \
                  `migrator image ls` lists those here"
             ),
+            Self::Pull { source, .. } => {
+                return source.request().and_then(RequestError::hint).map(str::to_owned);
+            }
             Self::NotFound(_) => {
                 "`migrator ps` lists the pods of this node; it may have moved to another".to_owned()
             }
@@ -249,6 +267,9 @@ impl PodError {
             ),
             Self::VolumeTaken { .. } => {
                 "a volume is one pod's at a time: stop the other, or claim another volume".to_owned()
+            }
+            Self::Volume { source, .. } if matches!(**source, PlanError::Storage(_)) => {
+                return None;
             }
             Self::Volume { .. } => {
                 "`migrator volume ls` lists those of this node, `migrator volume create NAME --size SIZE` makes one".to_owned()

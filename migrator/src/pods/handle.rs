@@ -15,6 +15,7 @@ use vm_runtime::vm::Vm;
 use super::agent::AgentSlot;
 use super::disks::PodDisk;
 use super::error::PodError;
+use super::images::PodImage;
 use super::logs::LogStore;
 use super::state::PodRecord;
 use super::upgrade::{UpgradeOrder, UpgradeReport};
@@ -37,6 +38,8 @@ pub struct PodResources {
     pub vm: Arc<Vm>,
     /// Its place on the network.
     pub port: Port,
+    /// Its images, in the order of its VM's specification.
+    pub images: Vec<Arc<PodImage>>,
     /// Its disks that can be written, in the order of its VM's specification.
     pub disks: Vec<Arc<PodDisk>>,
     /// The agent inside.
@@ -194,6 +197,7 @@ impl PodHandle {
         let resources = self.view.borrow().resources.clone();
         let vmm = resources.as_ref().map(|parts| parts.vm.record());
         let disks = resources.iter().flat_map(|parts| &parts.disks);
+        let images = resources.iter().flat_map(|parts| &parts.images);
         let qemu = vmm.as_ref().map(|record| QemuInfo {
             path: record.qemu.path.clone(),
             version: record.qemu.version_text(),
@@ -208,6 +212,7 @@ impl PodHandle {
             dir: self.facts.dir.clone(),
             slot: self.facts.slot,
             disks: disks.map(|disk| disk.info()).collect(),
+            images: images.map(|image| image.info()).collect(),
         }
     }
 
@@ -329,6 +334,7 @@ pub(super) fn waiting(spec: &PodSpec) -> Vec<ContainerStatus> {
             name: c.name.clone(),
             image: c.image.clone(),
             state: ContainerState::Waiting,
+            condition: Default::default(),
         })
         .collect()
 }

@@ -19,10 +19,11 @@ use vm_runtime::vm::Vm;
 
 use super::actor::{self, Birth};
 use super::agent::{AgentSlot, attach_later};
-use super::boot::{self, Parts, check_memory, image_paths};
+use super::boot::{self, Parts, check_memory};
 use super::disks::{self, Origin, PodDisk};
 use super::error::PodError;
 use super::handle::{Facts, PodHandle, PodResources};
+use super::images::{self, PodImage};
 use super::logs::LogStore;
 use super::run::make_folder;
 use super::state::{PodFile, PodRecord};
@@ -41,6 +42,7 @@ pub struct IncomingPod {
     facts: Facts,
     record: PodRecord,
     memory: Option<Arc<GuestMemory>>,
+    images: Vec<Arc<PodImage>>,
     disks: Vec<Arc<PodDisk>>,
     parts: Parts,
     /// Its images, which come while it does.
@@ -88,6 +90,7 @@ impl IncomingPod {
             facts,
             record,
             memory: None,
+            images: Vec::new(),
             disks: Vec::new(),
             parts: Parts::default(),
             _hold: hold,
@@ -95,7 +98,7 @@ impl IncomingPod {
     }
 
     /// Makes its disks, one hole each; named volumes too, which must not be here: they are in the pod's folder until
-    /// [`IncomingPod::keep_volumes`]. They are served from [`IncomingPod::build`] on.
+    /// [`IncomingPod::keep_volumes`]. Shared ones are not touched. They are served from [`IncomingPod::build`] on.
     ///
     /// # Errors
     /// A volume is here already, or a file cannot be made.
@@ -104,10 +107,19 @@ impl IncomingPod {
         Ok(())
     }
 
-    /// Its disks, once they are made.
+    /// Its disks whose content comes, once they are made.
     pub fn disks(&self) -> Vec<Arc<Disk>> {
+        let disks = self.disks.iter().filter_map(|disk| disk.local());
+        disks.cloned().collect()
+    }
+
+    /// Its disks on shared storage, which become this node's at the grant.
+    pub fn shared_disks(&self) -> Vec<Arc<PodDisk>> {
         let disks = self.disks.iter();
-        disks.map(|disk| Arc::clone(&disk.disk)).collect()
+        disks
+            .filter(|disk| disk.shared().is_some())
+            .cloned()
+            .collect()
     }
 
     /// The pod is this node's, for good or ill: its named volumes are, too.
@@ -126,7 +138,7 @@ impl IncomingPod {
         Ok(memory)
     }
 
-    /// Makes the port (in the role Incoming), and starts a VM that awaits its state. Memory and every image must be here.
+    /// Makes the port (in the role Incoming), and starts a VM that awaits its state. Memory must be here, and every image known.
     ///
     /// # Errors
     /// The step that failed; what was built before it stays, for [`IncomingPod::discard`].
@@ -137,16 +149,11 @@ impl IncomingPod {
             None => boot::memory(&self.facts.vm_spec)?,
         };
         disks::serve(name, &self.disks)?;
-        let images = image_paths(&self.node, name, &self.facts.vm_spec).await?;
-        let (port, res) = boot::resources(
-            &self.node,
-            &self.facts,
-            &images,
-            memory,
-            Role::Incoming,
-            &mut self.parts,
-        )
-        .await?;
+        let (dir, vm) = (&self.facts.dir, &self.facts.vm_spec);
+        self.images = images::serve(&self.node, name, dir, vm).await?;
+        let role = Role::Incoming;
+        let port = boot::make_port(&self.node, &self.facts, role, &mut self.parts).await?;
+        let res = boot::resources(&self.node, &self.facts, memory, &port)?;
         let vm = Vm::incoming(&self.facts.vm_spec, res)
             .await
             .map_err(|e| PodError::step(name, "start a VM for it", e))?;
@@ -186,6 +193,7 @@ impl IncomingPod {
             vm_spec: self.facts.vm_spec.clone(),
             vm,
             port,
+            images: std::mem::take(&mut self.images),
             disks: std::mem::take(&mut self.disks),
             agent: AgentSlot::default(),
             logs: Arc::clone(&self.facts.logs),

@@ -8,6 +8,7 @@ use vm_runtime::vm::{AttachError, Vm};
 
 use super::Reservation;
 use super::actor::{self, Birth};
+use super::disks::Origin;
 use super::handle::{Facts, PodHandle, PodResources};
 use super::recover::attach;
 use crate::api::error::chain;
@@ -50,7 +51,14 @@ impl LackingPod {
                 () = tokio::time::sleep(AGAIN) => {}
             }
         }
-        let found = attach(node, &self.facts, true, Role::Incoming).await;
+        let found = attach(
+            node,
+            &self.facts,
+            true,
+            Role::Incoming,
+            Origin::Found(self.epoch),
+        )
+        .await;
         let birth = match &found {
             Err(reason) => Birth::Dead(reason.clone()),
             Ok(resources) => Birth::Migrating {

@@ -67,6 +67,7 @@ pub fn plan(
     };
     let mut disks: Vec<DiskSpec> = Vec::new();
     let mut containers = Vec::new();
+    let mut container_settings = Vec::new();
     let mut storage = Vec::new();
     for (container, image) in spec.containers.iter().zip(images) {
         let digest = image.erofs_digest.to_string();
@@ -84,6 +85,10 @@ pub fn plan(
         };
         storage.extend(storage_of(spec, container, &writable));
         let process = resolve(container, &image.config).map_err(|e| bad(e.into()))?;
+        container_settings.push(agent::ContainerSettings {
+            stop_signal: signal(&image.config.stop_signal),
+            ..container.settings.clone()
+        });
         containers.push(agent::Container {
             name: container.name.clone(),
             disk: serial,
@@ -114,14 +119,40 @@ pub fn plan(
     };
     vm.check().map_err(|e| bad(e.into()))?;
     let configuration = agent::Configuration {
-        hostname: spec.name.clone(),
+        hostname: spec
+            .settings
+            .hostname
+            .as_ref()
+            .unwrap_or(&spec.name)
+            .clone(),
         interfaces: vec![interface(&spec.net, base.routed_mtu)],
         dns: Vec::new(),
         containers,
         sysctls: Vec::new(),
         storage,
+        settings: spec.settings.clone(),
+        container_settings,
     };
     Ok(Plan { vm, configuration })
+}
+
+/// The number of a signal as an image names it: `SIGQUIT`, `QUIT`, `3`, `SIGRTMIN+3`. `None`: it names none, or nothing that is one.
+fn signal(name: &str) -> Option<i32> {
+    let name = name.to_ascii_uppercase();
+    let plain = name.strip_prefix("SIG").unwrap_or(&name);
+    let numbers = 1..=libc::SIGRTMAX();
+    if let Ok(number) = plain.parse() {
+        return numbers.contains(&number).then_some(number);
+    }
+    if let Some(above) = plain.strip_prefix("RTMIN") {
+        let above: i32 = above
+            .strip_prefix('+')
+            .map_or(Some(0), |n| n.parse().ok())?;
+        let number = libc::SIGRTMIN().checked_add(above)?;
+        return numbers.contains(&number).then_some(number);
+    }
+    let signal: nix::sys::signal::Signal = format!("SIG{plain}").parse().ok()?;
+    Some(signal as i32)
 }
 
 /// The disks of a container; `None` if it has none.
@@ -167,6 +198,21 @@ pub fn uuid(mut random: [u8; 16]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn images_name_the_signal_that_asks_them_to_end() {
+        for (name, number) in [
+            ("SIGQUIT", 3),
+            ("quit", 3),
+            ("15", 15),
+            ("SIGRTMIN+3", libc::SIGRTMIN() + 3),
+        ] {
+            assert_eq!(signal(name), Some(number), "{name}");
+        }
+        for name in ["", "SIGNOTHING", "0", "99", "RTMIN+99", "-1"] {
+            assert_eq!(signal(name), None, "{name}");
+        }
+    }
 
     #[test]
     fn uuids_carry_version_and_variant() {

@@ -28,6 +28,7 @@ use super::handle::{Facts, PodHandle, PodResources};
 use super::lacking::LackingPod;
 use super::logs::LogStore;
 use super::open::{close, decisive, departing};
+use super::run::give_back;
 use super::state::{self, PodFile};
 use crate::api::error::chain;
 use crate::daemon::node::Node;
@@ -197,9 +198,13 @@ async fn find(
         let released = |o: &OwnerRecord| matches!(o.state, OwnerState::Released { .. });
         if source.is_some() && owner.as_ref().is_some_and(released) {
             // They have moved, and a service that was killed had not come to it.
-            crate::volumes::remove_moved(&node.volumes, &file.spec);
+            crate::volumes::remove_moved(&node.volumes, &file.spec, &file.vm);
+            note_departed(node, source, &file).await;
         }
         remove(node, dir, Some(&file)).await?;
+        if let Some(owner) = &owner {
+            give_back(node, &file.vm, owner.epoch).await;
+        }
         drop(reservation);
         let departed = source.map(|record| OpenMigration::Departed {
             record: record.clone(),
@@ -212,6 +217,7 @@ async fn find(
     if file.booting {
         let epoch_noted = node.journal.stop_owner(name);
         remove(node, dir, Some(&file)).await?;
+        give_back(node, &file.vm, owner.epoch).await;
         epoch_noted.map_err(|e| PodError::step(name, "note that it was stopped", e))?;
         return Ok(Vec::new());
     }
@@ -237,7 +243,11 @@ async fn find(
         }]);
     }
     let role = role(source.is_some(), granted.is_some());
-    let found = attach(node, &facts, migration.is_some(), role).await;
+    let origin = match handed_over {
+        true => Origin::InDoubt(epoch),
+        false => Origin::Found(epoch),
+    };
+    let found = attach(node, &facts, migration.is_some(), role, origin).await;
     let birth = match (&found, migration) {
         (Err(reason), _) => Birth::Dead(reason.clone()),
         (Ok(resources), None) => Birth::Running(Arc::clone(resources)),
@@ -300,12 +310,37 @@ pub(super) async fn attach(
     facts: &Facts,
     migrating: bool,
     role: Role,
+    origin: Origin,
 ) -> Result<Arc<PodResources>, String> {
     let name = facts.spec.name.as_str();
     // Before the VMM is talked to: it may wait for them.
-    let disks = boot::open_disks(node, facts, Origin::Found).await;
+    let disks = boot::open_disks(node, facts, origin).await;
+    if let Err(error) = &disks
+        && super::disks::is_refusal(error)
+    {
+        // Its guest must not write any more, and where QEMU does that by itself nobody else keeps it from it.
+        tracing::error!(
+            pod = name,
+            "a disk of it is another pod's by now: its VM is ended"
+        );
+        if let Ok(record) = VmRecord::load(&facts.dir)
+            && let Err(error) = record.kill().await
+        {
+            tracing::error!(pod = name, %error, "cannot end its VM");
+        }
+    }
     let disks = disks.and_then(|disks| super::disks::serve(name, &disks).map(|()| disks));
     let disks = disks.map_err(|e| format!("its disks are not served: {}", chain(&e)))?;
+    let images = super::images::serve(node, name, &facts.dir, &facts.vm_spec).await;
+    // A VMM of an earlier version reads a file that it has open.
+    let images = images.unwrap_or_else(|error| {
+        tracing::error!(
+            pod = name,
+            error = chain(&error),
+            "its images are not served"
+        );
+        Vec::new()
+    });
     let vm = match Vm::find(&facts.dir).await {
         Ok(vm) => Arc::new(vm),
         Err(error) => {
@@ -334,6 +369,7 @@ pub(super) async fn attach(
         vm_spec: facts.vm_spec.clone(),
         vm,
         port,
+        images,
         disks,
         agent: AgentSlot::default(),
         logs: Arc::clone(&facts.logs),
@@ -386,6 +422,17 @@ async fn remove(node: &Node, dir: &Path, file: Option<&PodFile>) -> Result<(), P
         clean_network(node, file.slot, &name).await;
     }
     super::run::remove_folder(dir).await
+}
+
+/// The destination has it, should that one not have come to note that.
+async fn note_departed(node: &Node, source: Option<&SourceRecord>, file: &PodFile) {
+    let Some(record) = source else { return };
+    let (storage, vm) = (Arc::clone(&node.storage), file.vm.clone());
+    let (to, granted) = (record.to.clone(), record.offered);
+    let noted = tokio::task::spawn_blocking(move || storage.hand_over_all(&vm, &to, granted));
+    if let Err(error) = noted.await {
+        tracing::error!(%error, "whose its volumes are is not noted");
+    }
 }
 
 async fn clean_network(node: &Node, slot: u16, pod: &str) {

@@ -6,22 +6,27 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 use vm_runtime::pod::PodSpec;
-use vm_runtime::spec::WritableDisk;
+use vm_runtime::spec::{VmSpec, WritableDisk};
 use vm_runtime::units::Epoch;
 
 use super::actor::{self, Birth};
 use super::addressing;
-use super::boot::{BootOrder, check_memory, image_paths, open_disks};
+use super::boot::{BootOrder, check_memory, open_disks};
 use super::disks::{self, Origin};
 use super::error::PodError;
 use super::handle::{Facts, PodHandle, waiting};
 use super::logs::LogStore;
-use super::plan::{self, Base};
+use super::plan::{self, Base, Plan};
 use super::state::{self, PodFile, PodRecord, unix_ms};
 use crate::config::Topology;
 use crate::daemon::node::Node;
 use crate::image::{ImageRecord, StoreError};
 use crate::network::Claim;
+use crate::registry::{Meter, PullOptions, Reference};
+use crate::templates;
+
+/// For how long `image gc` leaves an image alone that was pulled for a pod, as `image pull` does.
+const LEASE: Duration = Duration::from_secs(3600);
 
 /// Runs the pod that `yaml` describes; with `wait`, returns when its containers have started.
 ///
@@ -58,23 +63,12 @@ pub async fn run(
         }
     }
     let reservation = node.pods.reserve(&spec, node.config.limits.pods)?;
-    let images = images(node, &spec).await?;
-    let base = Base {
-        machine: &node.machine,
-        accel: node.accel,
-        kernel_sha256: &node.guest.kernel_sha256,
-        initramfs_sha256: &node.guest.initramfs_sha256,
-        routed_mtu: node.network.routed_mtu(),
-    };
-    let uuid = plan::uuid(crate::wire::id::MigrationId::random().0);
-    let writable = writable(node, &spec).await?;
-    let plan = plan::plan(&spec, writable, &images, &base, uuid)?;
+    let (images, plan) = planned(node, &spec).await?;
     check_memory(&spec)?;
     // Until the pod is registered, nothing else says that its images are needed.
     let _hold = node
         .images
         .hold(images.iter().map(|image| image.erofs_digest));
-    let image_files = image_paths(node, &spec.name, &plan.vm).await?;
     let file = PodFile {
         vm: plan.vm,
         slot: reservation.slot(),
@@ -87,9 +81,15 @@ pub async fn run(
     };
     let epoch = own(node, &file.spec.name).await?;
     let facts = make_folder(node, file).await?;
-    let disks = match open_disks(node, &facts, Origin::New).await {
-        Ok(disks) => disks,
+    let made = async {
+        let images = super::images::serve(node, &facts.spec.name, &facts.dir, &facts.vm_spec);
+        let images = images.await?;
+        Ok((images, open_disks(node, &facts, Origin::New(epoch)).await?))
+    };
+    let (images, disks) = match made.await {
+        Ok(made) => made,
         Err(error) => {
+            give_back(node, &facts.vm_spec, epoch).await;
             // The first error is the one to tell; what stays is removed at the next start.
             let _ = remove_folder(&facts.dir).await;
             let _ = node.journal.stop_owner(&facts.spec.name);
@@ -98,8 +98,8 @@ pub async fn run(
     };
     let (started, result) = oneshot::channel();
     let order = BootOrder {
-        configuration: plan.configuration,
-        images: image_files,
+        configuration: Box::new(plan.configuration),
+        images,
         disks,
         deadline,
     };
@@ -115,15 +115,42 @@ pub async fn run(
     Ok(handle)
 }
 
+/// The VM that a pod would have here, without what is its own.
+///
+/// # Errors
+/// The YAML is no pod, or its images or volumes are not here.
+pub async fn shape_of(node: &Node, yaml: &str) -> Result<VmSpec, PodError> {
+    let spec = PodSpec::from_yaml(yaml).map_err(|e| PodError::Spec(e.into()))?;
+    let (_, plan) = planned(node, &spec).await?;
+    Ok(templates::shape(&plan.vm))
+}
+
+/// Its images, and what it is to become.
+async fn planned(node: &Node, spec: &PodSpec) -> Result<(Vec<Arc<ImageRecord>>, Plan), PodError> {
+    let images = images(node, spec).await?;
+    let base = Base {
+        machine: &node.machine,
+        accel: node.accel,
+        kernel_sha256: &node.guest.kernel_sha256,
+        initramfs_sha256: &node.guest.initramfs_sha256,
+        routed_mtu: node.network.routed_mtu(),
+    };
+    let uuid = plan::uuid(crate::wire::id::MigrationId::random().0);
+    let writable = writable(node, spec, &uuid).await?;
+    let plan = plan::plan(spec, writable, &images, &base, uuid)?;
+    Ok((images, plan))
+}
+
 /// The disks that it can write to.
-async fn writable(node: &Node, spec: &PodSpec) -> Result<Vec<WritableDisk>, PodError> {
+async fn writable(node: &Node, spec: &PodSpec, uuid: &str) -> Result<Vec<WritableDisk>, PodError> {
     let (volumes, wanted) = (node.volumes.clone(), spec.clone());
-    tokio::task::spawn_blocking(move || disks::plan(&wanted, &volumes))
+    let (storage, uuid) = (Arc::clone(&node.storage), uuid.to_owned());
+    tokio::task::spawn_blocking(move || disks::plan(&wanted, &volumes, &storage, &uuid))
         .await
         .map_err(|e| PodError::step(&spec.name, "look up its volumes", e))?
         .map_err(|source| PodError::Volume {
             pod: spec.name.clone(),
-            source,
+            source: Box::new(source),
         })
 }
 
@@ -137,8 +164,46 @@ async fn own(node: &Node, pod: &str) -> Result<Epoch, PodError> {
         .map_err(|e| PodError::step(pod, "journal the right to run it", e))
 }
 
-/// The image of each container.
+/// The image of each container. One that is not here is pulled, if the configuration says `registries.lazy`: then that is quick.
 async fn images(node: &Node, spec: &PodSpec) -> Result<Vec<Arc<ImageRecord>>, PodError> {
+    for _ in &spec.containers {
+        match images_here(node, spec).await {
+            Err(PodError::NoImage { container, image }) if node.config.registries.lazy => {
+                pull(node, container, image).await?;
+            }
+            found => return found,
+        }
+    }
+    images_here(node, spec).await
+}
+
+/// Pulls an image by its name in the pod's file.
+async fn pull(node: &Node, container: String, image: String) -> Result<(), PodError> {
+    let Ok(reference) = image.parse::<Reference>() else {
+        return Err(PodError::NoImage { container, image });
+    };
+    let options = PullOptions {
+        name: Some(image.clone()),
+        lazy: true,
+        lease: LEASE,
+        ..PullOptions::default()
+    };
+    let (meter, _progress) = Meter::new();
+    let pulled = node
+        .registries
+        .pull(&reference, &options, &meter, &node.shutdown);
+    let pulled = pulled.await.map_err(|source| PodError::Pull {
+        container,
+        image,
+        source: Box::new(source),
+    })?;
+    if pulled.lazy {
+        node.supply.fill(&Arc::new(pulled.record));
+    }
+    Ok(())
+}
+
+async fn images_here(node: &Node, spec: &PodSpec) -> Result<Vec<Arc<ImageRecord>>, PodError> {
     let store = Arc::clone(&node.images);
     let wanted: Vec<(String, String)> = spec
         .containers
@@ -203,6 +268,18 @@ pub(super) async fn make_folder(node: &Node, file: PodFile) -> Result<Facts, Pod
         dir,
         logs: Arc::new(logs),
     })
+}
+
+/// Gives back what a pod has of shared storage, off the runtime's threads: its VM is gone, or never was.
+pub(super) async fn give_back(node: &Node, vm: &VmSpec, epoch: Epoch) {
+    if vm.writable.iter().all(|disk| disk.shared.is_none()) {
+        return;
+    }
+    let (storage, vm) = (Arc::clone(&node.storage), vm.clone());
+    let given = tokio::task::spawn_blocking(move || storage.give_back_all(&vm, epoch)).await;
+    if let Err(error) = given {
+        tracing::error!(%error, "what a pod had of shared storage is not given back");
+    }
 }
 
 /// Removes a pod's folder, off the runtime's threads.

@@ -6,7 +6,7 @@ use vm_runtime::agent_client::{self, OutputSink, Stream};
 
 use super::logs::{LogStore, LogStream, StreamKey};
 use super::state::unix_ms;
-use crate::api::types::ContainerState;
+use crate::api::types::{ContainerCondition, ContainerState};
 
 /// Stores the containers' output in the pod's log.
 #[derive(Clone, Debug)]
@@ -49,6 +49,16 @@ pub(crate) fn log_stream(stream: Stream) -> LogStream {
     match stream {
         Stream::Stdout => LogStream::Stdout,
         Stream::Stderr => LogStream::Stderr,
+    }
+}
+
+/// The agent's word for how a container fares in the API's.
+pub(super) fn condition(condition: &agent_client::Condition) -> ContainerCondition {
+    ContainerCondition {
+        restarts: condition.restarts,
+        ready: Some(condition.ready),
+        reason: condition.reason.map(|reason| reason.name().to_owned()),
+        last_code: condition.last_code,
     }
 }
 

@@ -19,6 +19,9 @@ fn spec(name: &str, last: u8) -> PodSpec {
         vcpus: 1,
         volumes: Vec::new(),
         containers: Vec::new(),
+        cold_start: false,
+        storage_class: None,
+        settings: Default::default(),
     }
 }
 

@@ -33,8 +33,7 @@ use vm_runtime::vm::{
 };
 
 use super::agent::{AgentSlot, attach_later};
-use super::boot::{check_available, image_paths};
-use super::disks;
+use super::boot::{check_available, sockets};
 use super::error::PodError;
 use super::handle::PodResources;
 use super::plan::VMM_OVERHEAD;
@@ -63,6 +62,14 @@ pub enum UpgradeError {
     /// What was named is no QEMU.
     #[error("there is no QEMU to upgrade to")]
     Qemu(#[source] QemuError),
+    /// A disk that QEMU itself has open: the old one, which is stopped in between, would not let go of Ceph's lock.
+    #[error(
+        "disk `{disk}` is on Ceph, which QEMU has open by itself: move the pod to another node and back instead"
+    )]
+    Ceph {
+        /// The disk.
+        disk: String,
+    },
     /// It does not start.
     #[error("the new QEMU does not start")]
     Start(#[source] SpawnError),
@@ -87,7 +94,9 @@ impl UpgradeError {
     /// What kind of failure it is for a client.
     pub(super) fn code(&self) -> ErrorCode {
         match self {
-            Self::Qemu(_) | Self::Start(_) | Self::State(_) => ErrorCode::Refused,
+            Self::Qemu(_) | Self::Ceph { .. } | Self::Start(_) | Self::State(_) => {
+                ErrorCode::Refused
+            }
             Self::Place(_) | Self::Resume(_) | Self::Network(_) => ErrorCode::Internal,
             Self::Node(error) => error.code(),
         }
@@ -170,6 +179,10 @@ async fn prepare(
     order: UpgradeOrder,
 ) -> Result<Successor, UpgradeError> {
     let name = parts.spec.name.as_str();
+    if let Some(disk) = parts.disks.iter().find(|disk| disk.served().is_none()) {
+        let disk = disk.name.clone();
+        return Err(UpgradeError::Ceph { disk });
+    }
     let config = order.qemu.unwrap_or_else(|| QemuConfig {
         binary: node.config.qemu.binary.clone(),
         lib_dir: node.config.qemu.lib_dir.clone(),
@@ -179,10 +192,7 @@ async fn prepare(
         .await
         .map_err(UpgradeError::Qemu)?;
     check_available(name, VMM_OVERHEAD).map_err(Box::new)?;
-    let mut disks = image_paths(node, name, &parts.vm_spec)
-        .await
-        .map_err(Box::new)?;
-    disks.extend(disks::sockets(parts.vm.record().home(), &parts.vm_spec));
+    let disks = sockets(parts.vm.record().home(), &parts.vm_spec);
     let spare_tap = parts.port.spare_tap().map_err(UpgradeError::Network)?;
     let resources = SuccessorResources {
         qemu,
@@ -304,6 +314,7 @@ async fn settle(
         vm_spec: parts.vm_spec.clone(),
         vm: Arc::new(vm),
         port: parts.port.clone(),
+        images: parts.images.clone(),
         disks: parts.disks.clone(),
         agent: agent.clone().map(AgentSlot::with).unwrap_or_default(),
         logs: Arc::clone(&parts.logs),

@@ -120,6 +120,42 @@ pub(super) async fn manifest(
     }
 }
 
+/// Fetches a blob that is small enough to be kept in memory, and verifies it. Its size is the caller's to judge.
+pub(super) async fn small(
+    session: &Session,
+    blob: Blob,
+    meter: &Meter,
+) -> Result<Vec<u8>, FetchError> {
+    let url = session.url(&format!("blobs/{}", blob.digest))?;
+    let what = format!("blob {}", blob.digest);
+    let mut retries = Retries::default();
+    let bytes = loop {
+        let tried = async {
+            let response = session.send(Method::GET, &url, &what, |r| r).await?;
+            let response = session.check(response, &what).await?;
+            let limit = usize::try_from(blob.size).unwrap_or(usize::MAX);
+            let bytes = session.body(response, limit, &what).await?;
+            if (bytes.len() as u64) < blob.size {
+                let (came, size) = (bytes.len() as u64, blob.size);
+                let host = session.host().to_owned();
+                return Err(RequestError::Short { host, came, size });
+            }
+            Ok(bytes)
+        };
+        match tried.await {
+            Ok(bytes) => break bytes,
+            Err(error) => pause(&mut retries, error, false, meter).await?,
+        }
+    };
+    let found = Digest::of(&bytes);
+    if found != blob.digest {
+        let expected = blob.digest;
+        return Err(ContentError::Tampered { expected, found }.into());
+    }
+    meter.transferred(blob.size);
+    Ok(bytes)
+}
+
 /// Waits for the next try; gives the error back if there is none.
 async fn pause(
     retries: &mut Retries,
@@ -365,19 +401,28 @@ fn range_fits(response: &Response, offset: u64, size: u64) -> bool {
     let header = response.headers().get(CONTENT_RANGE);
     let text = header.and_then(|value| value.to_str().ok());
     text.and_then(content_range)
-        .is_some_and(|(start, total)| start == offset && total.is_none_or(|total| total == size))
+        .is_some_and(|found| found.first == offset && found.total.is_none_or(|total| total == size))
 }
 
-/// First byte and total of `bytes FIRST-LAST/TOTAL` (RFC 9110, 14.4).
-fn content_range(text: &str) -> Option<(u64, Option<u64>)> {
+/// Which part of a blob an answer has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Part {
+    pub(super) first: u64,
+    pub(super) last: u64,
+    /// Size of the blob, if the answer says it.
+    pub(super) total: Option<u64>,
+}
+
+/// Reads `bytes FIRST-LAST/TOTAL` (RFC 9110, 14.4).
+pub(super) fn content_range(text: &str) -> Option<Part> {
     let (range, total) = text.strip_prefix("bytes ")?.split_once('/')?;
     let (first, last) = range.split_once('-')?;
-    let _: u64 = last.parse().ok()?;
+    let (first, last) = (first.parse().ok()?, last.parse().ok()?);
     let total = match total {
         "*" => None,
         total => Some(total.parse().ok()?),
     };
-    Some((first.parse().ok()?, total))
+    (first <= last && last < u64::MAX).then_some(Part { first, last, total })
 }
 
 #[cfg(test)]
@@ -386,9 +431,19 @@ mod tests {
 
     #[test]
     fn ranges_are_read() {
-        assert_eq!(content_range("bytes 5-9/10"), Some((5, Some(10))));
-        assert_eq!(content_range("bytes 5-9/*"), Some((5, None)));
-        for text in ["bytes */10", "5-9/10", "bytes 5-/10", "bytes a-9/10"] {
+        let part = |total| {
+            let (first, last) = (5, 9);
+            Some(Part { first, last, total })
+        };
+        assert_eq!(content_range("bytes 5-9/10"), part(Some(10)));
+        assert_eq!(content_range("bytes 5-9/*"), part(None));
+        for text in [
+            "bytes */10",
+            "5-9/10",
+            "bytes 5-/10",
+            "bytes a-9/10",
+            "bytes 9-5/10",
+        ] {
             assert_eq!(content_range(text), None, "{text}");
         }
     }

@@ -23,16 +23,21 @@ pub mod credentials;
 pub mod progress;
 pub mod reference;
 
+pub mod chunks;
+
 mod challenge;
 mod endpoint;
 mod failure;
 mod fetch;
 mod http;
+mod lazy;
 mod pull;
 mod push;
 mod retry;
 mod session;
 mod setup;
+mod source;
+mod upload;
 
 pub use credentials::BadCredentials;
 pub use failure::RequestError;
@@ -43,3 +48,4 @@ pub use pull::{PullError, PullOptions, Pulled, Registries};
 pub use push::{PushError, PushOptions, Pushed};
 pub use reference::{BadReference, Reference};
 pub use setup::SetupError;
+pub use source::RegistrySource;

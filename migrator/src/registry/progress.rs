@@ -12,6 +12,8 @@ pub enum Phase {
     /// The registry is asked what there is.
     #[default]
     Resolve,
+    /// The chunks of an image are packed.
+    Pack,
     /// Blobs cross.
     Transfer,
     /// The layers become a block device.
@@ -27,6 +29,16 @@ pub struct BlobProgress {
     pub size: u64,
     /// Bytes of it that are where they are to be, also those of an earlier try.
     pub done: u64,
+}
+
+impl BlobProgress {
+    fn of(blob: &Blob) -> Self {
+        Self {
+            digest: blob.digest.to_string(),
+            size: blob.size,
+            done: 0,
+        }
+    }
 }
 
 /// How far it is.
@@ -61,14 +73,15 @@ impl Meter {
     pub(super) fn blobs(&self, blobs: &[Blob]) {
         self.0.send_modify(|progress| {
             progress.phase = Phase::Transfer;
-            progress.blobs = blobs
-                .iter()
-                .map(|blob| BlobProgress {
-                    digest: blob.digest.to_string(),
-                    size: blob.size,
-                    done: 0,
-                })
-                .collect();
+            progress.blobs = blobs.iter().map(BlobProgress::of).collect();
+        });
+    }
+
+    /// Further blobs, beside those of [`Meter::blobs`].
+    pub(super) fn more_blobs(&self, blobs: &[Blob]) {
+        self.0.send_modify(|progress| {
+            progress.phase = Phase::Transfer;
+            progress.blobs.extend(blobs.iter().map(BlobProgress::of));
         });
     }
 

@@ -9,6 +9,7 @@ use futures::future::FutureExt;
 use futures::stream::{self, StreamExt, TryStreamExt};
 use tokio_util::sync::CancellationToken;
 
+use super::chunks::OpenError;
 use super::endpoint;
 use super::failure::RequestError;
 use super::fetch::{self, FetchError, Fetched};
@@ -16,6 +17,7 @@ use super::progress::{Meter, Phase};
 use super::reference::Reference;
 use super::session::{Access, Session};
 use super::setup::{self, SetupError};
+use super::source::RegistrySource;
 use crate::api::error::chain;
 use crate::config;
 use crate::image::content::InUse;
@@ -43,6 +45,8 @@ pub struct PullOptions {
     pub platform: Platform,
     /// Keep the layers, so that the image can be pushed and saved.
     pub keep_layers: bool,
+    /// Be content with the image's description, if the registry has its chunks: they come when they are read.
+    pub lazy: bool,
     /// How long the image is kept from being cleared away, if no earlier lease lasts longer.
     pub lease: Duration,
 }
@@ -52,6 +56,8 @@ pub struct PullOptions {
 pub struct Pulled {
     /// The image.
     pub record: ImageRecord,
+    /// Whether most of it is still to come.
+    pub lazy: bool,
     /// Bytes of blobs that crossed the network.
     pub transferred_bytes: u64,
 }
@@ -81,6 +87,14 @@ pub enum PullError {
         /// Why.
         source: ManifestError,
     },
+    /// Its chunks.
+    #[error("the chunks of `{reference}` cannot be used")]
+    Chunks {
+        /// What was asked for.
+        reference: String,
+        /// Why.
+        source: OpenError,
+    },
     /// The blobs of the store.
     #[error(transparent)]
     Content(#[from] ContentError),
@@ -108,6 +122,7 @@ pub enum PullError {
 pub struct Registries {
     pub(super) config: config::Registries,
     pub(super) store: Arc<ImageStore>,
+    pub(super) source: Arc<RegistrySource>,
     /// One pull at a time fetches a blob; the others wait, and find it.
     locks: Mutex<HashMap<Digest, Weak<tokio::sync::Mutex<()>>>>,
 }
@@ -115,11 +130,18 @@ pub struct Registries {
 impl Registries {
     /// Nothing is connected, and no file read, before a pull.
     pub fn new(config: config::Registries, store: Arc<ImageStore>) -> Self {
+        let source = RegistrySource::new(config.clone(), Arc::clone(&store));
         Self {
             config,
             store,
+            source: Arc::new(source),
             locks: Mutex::default(),
         }
+    }
+
+    /// The chunks of images that come from registries.
+    pub fn source(&self) -> Arc<RegistrySource> {
+        Arc::clone(&self.source)
     }
 
     /// Pulls an image.
@@ -144,8 +166,9 @@ impl Registries {
             fetched = self.fetch(reference, options, keep, &name, meter) => fetched?,
             () = ended.cancelled() => return Err(PullError::Ended),
         };
+        let lazy = matches!(fetched, Outcome::Adopted(_));
         let (record, hold) = match fetched {
-            Outcome::Known(known) => known,
+            Outcome::Known(known) | Outcome::Adopted(known) => *known,
             Outcome::Fetched(blobs, in_use) => {
                 meter.phase(Phase::Import);
                 let store = Arc::clone(&self.store);
@@ -169,6 +192,7 @@ impl Registries {
         tracing::info!(%reference, name = record.name, digest = %record.manifest_digest, "pulled");
         Ok(Pulled {
             record,
+            lazy,
             transferred_bytes: meter.transferred_so_far(),
         })
     }
@@ -197,7 +221,14 @@ impl Registries {
         {
             let (store, name) = (Arc::clone(&self.store), name.to_owned());
             let named = tokio::task::spawn_blocking(move || store.add_name(&known, &name));
-            return Ok(Outcome::Known(named.await??));
+            return Ok(Outcome::Known(Box::new(named.await??)));
+        }
+        // Layers can only be kept if they come.
+        if options.lazy && !keep {
+            let lazily = self.lazily(&sessions, fetched.digest, reference, options, name, meter);
+            if let Some(adopted) = lazily.await? {
+                return Ok(Outcome::Adopted(Box::new(adopted)));
+            }
         }
         let blobs = image.blobs();
         self.check_sizes(reference, &blobs)?;
@@ -269,13 +300,15 @@ impl Registries {
 
 enum Outcome {
     /// The image is here.
-    Known((ImageRecord, ImageHold)),
+    Known(Box<(ImageRecord, ImageHold)>),
+    /// It is here, but for most of its chunks.
+    Adopted(Box<(ImageRecord, ImageHold)>),
     /// Its blobs are.
     Fetched(Blobs, InUse),
 }
 
 /// Asks one host after the other for the image's manifest. That host is asked first for the blobs, too.
-async fn resolve(
+pub(super) async fn resolve(
     mut sessions: Vec<Arc<Session>>,
     reference: &Reference,
     options: &PullOptions,
@@ -333,7 +366,12 @@ async fn resolve_at(
 impl PullError {
     /// What the registry failed with, if it is that.
     pub fn request(&self) -> Option<&RequestError> {
-        let Self::Fetch { source, .. } = self else {
+        let (Self::Fetch { source, .. }
+        | Self::Chunks {
+            source: OpenError::Fetch(source),
+            ..
+        }) = self
+        else {
             return None;
         };
         match source {

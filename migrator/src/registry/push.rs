@@ -1,37 +1,22 @@
-//! `push`: from kept layers to a registry. What the registry has already is not sent.
+//! `push`: from kept layers to a registry, and an image's chunks beside them. What the registry has already is not sent.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
-use futures::future::FutureExt;
-use futures::stream::{self, StreamExt, TryStreamExt};
-use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE, LOCATION};
-use reqwest::{Body, Method, StatusCode, Url};
-use tokio_util::io::ReaderStream;
 use tokio_util::sync::CancellationToken;
 
+use super::chunks::{PackError, Published, find};
 use super::endpoint;
 use super::failure::RequestError;
+use super::fetch::FetchError;
 use super::progress::Meter;
 use super::pull::Registries;
 use super::reference::Reference;
-use super::retry::Retries;
 use super::session::{Access, Session};
 use super::setup::{self, SetupError};
-use crate::api::error::chain;
+use super::upload::{self, Upload, UploadError};
 use crate::image::manifest::Blob;
 use crate::image::oci::MAX_JSON;
 use crate::image::{ContentError, Digest, KeptError};
-
-/// Blobs that are sent at a time.
-const AT_A_TIME: usize = 3;
-
-/// Bytes that are read at a time.
-const PIECE: usize = 256 << 10;
-
-/// How long nothing may go out, or come back after everything went out.
-const SILENCE: Duration = Duration::from_secs(60);
 
 /// What a push needs beside image and target.
 #[derive(Clone, Debug, Default)]
@@ -40,6 +25,8 @@ pub struct PushOptions {
     pub auth_file: Option<std::path::PathBuf>,
     /// Speak to the registry without TLS.
     pub plain_http: bool,
+    /// Push the image's chunks, too. Then its layers need not be kept, if the registry has the image.
+    pub chunks: bool,
 }
 
 /// What a push came to.
@@ -49,6 +36,8 @@ pub struct Pushed {
     pub digest: Digest,
     /// Bytes of blobs that crossed the network.
     pub transferred_bytes: u64,
+    /// Its chunks, if they were pushed.
+    pub chunks: Option<Published>,
 }
 
 /// Why an image is not pushed. The tag is set last: the registry has no half image under it.
@@ -82,6 +71,17 @@ pub enum PushError {
         /// Why.
         source: std::io::Error,
     },
+    /// What the registry has already.
+    #[error("`{target}` is not pushed")]
+    Subject {
+        /// Where it was to go.
+        target: String,
+        /// Why.
+        source: FetchError,
+    },
+    /// The image's chunks.
+    #[error(transparent)]
+    Pack(#[from] PackError),
     /// A thread of ours.
     #[error("a task ended too early")]
     Task(#[from] tokio::task::JoinError),
@@ -120,14 +120,6 @@ impl Registries {
             let repository = format!("{}/{}", target.registry(), target.repository());
             return Err(PushError::Pinned(target.to_string(), repository));
         };
-        let (store, image) = (Arc::clone(&self.store), image.to_owned());
-        let find = move || {
-            let kept = store.kept(&image)?;
-            let hold = store.content().hold(kept.all());
-            let manifest = store.content().read(kept.manifest, MAX_JSON)?;
-            Ok::<_, KeptError>((kept, hold, manifest))
-        };
-        let (kept, _hold, manifest) = tokio::task::spawn_blocking(find).await??;
         let own = endpoint::own(&self.config, target, options.plain_http);
         let auth_file = options.auth_file.as_deref();
         let sessions = setup::sessions(
@@ -142,23 +134,67 @@ impl Registries {
         let Some(session) = sessions.first() else {
             return Err(PushError::Ended);
         };
-        let blobs = self.sizes(&kept.blobs).await?;
-        meter.blobs(&blobs);
-        let sends: Vec<_> = blobs
-            .iter()
-            .map(|blob| self.blob_out(session, *blob, target, meter).boxed())
-            .collect();
-        stream::iter(sends)
-            .buffer_unordered(AT_A_TIME)
-            .try_collect::<()>()
-            .await?;
-        self.tag(session, target, tag, &kept.media_type, manifest)
-            .await?;
-        tracing::info!(%target, digest = %kept.manifest, "pushed");
+        let (store, name) = (Arc::clone(&self.store), image.to_owned());
+        let record = tokio::task::spawn_blocking(move || store.resolve(&name)).await?;
+        let record = record.map_err(KeptError::from)?;
+        // Neither its name nor a pod need it any more: it stays until it is sent.
+        let _hold = self.store.hold([record.erofs_digest]);
+        let subject = match self.layers(session, image, target, tag, meter).await {
+            Ok(subject) => subject,
+            Err(PushError::Kept(not_kept @ KeptError::NotKept(_))) if options.chunks => {
+                let there = find::manifest_there(session, record.manifest_digest, meter).await;
+                there
+                    .map_err(|error| PushError::of_fetch(target, error))?
+                    .ok_or(PushError::Kept(not_kept))?
+            }
+            Err(error) => return Err(error),
+        };
+        let chunks = match options.chunks {
+            true => Some(
+                self.publish(session, &record, subject, target, meter)
+                    .await?,
+            ),
+            false => None,
+        };
+        tracing::info!(%target, digest = %record.manifest_digest, "pushed");
         Ok(Pushed {
-            digest: kept.manifest,
+            digest: record.manifest_digest,
             transferred_bytes: meter.transferred_so_far(),
+            chunks,
         })
+    }
+
+    /// Pushes the image as it came: its layers, its configuration, and last its manifest, which is returned with its type.
+    async fn layers(
+        &self,
+        session: &Session,
+        image: &str,
+        target: &Reference,
+        tag: &str,
+        meter: &Meter,
+    ) -> Result<(Blob, String), PushError> {
+        let (store, image) = (Arc::clone(&self.store), image.to_owned());
+        let find = move || {
+            let kept = store.kept(&image)?;
+            let hold = store.content().hold(kept.all());
+            let manifest = store.content().read(kept.manifest, MAX_JSON)?;
+            Ok::<_, KeptError>((kept, hold, manifest))
+        };
+        let (kept, _hold, manifest) = tokio::task::spawn_blocking(find).await??;
+        let blobs = self.sizes(&kept.blobs).await?;
+        let path = |blob: &Blob| self.store.content().path(blob.digest);
+        let uploads = blobs.iter().map(|blob| Upload::file(*blob, path(blob)));
+        upload::all(session, uploads.collect(), meter)
+            .await
+            .map_err(|error| PushError::of_upload(target, error))?;
+        let subject = Blob {
+            digest: kept.manifest,
+            size: manifest.len() as u64,
+        };
+        upload::manifest(session, tag, &kept.media_type, manifest)
+            .await
+            .map_err(|error| PushError::of_request(target, error))?;
+        Ok((subject, kept.media_type))
     }
 
     async fn sizes(&self, digests: &[Digest]) -> Result<Vec<Blob>, PushError> {
@@ -173,141 +209,30 @@ impl Registries {
         }
         Ok(blobs)
     }
-
-    /// Sends a blob, unless it is there.
-    async fn blob_out(
-        &self,
-        session: &Session,
-        blob: Blob,
-        target: &Reference,
-        meter: &Meter,
-    ) -> Result<(), PushError> {
-        let failed = |source| PushError::Request {
-            target: target.to_string(),
-            source,
-        };
-        let url = session
-            .url(&format!("blobs/{}", blob.digest))
-            .map_err(failed)?;
-        let what = format!("blob {}", blob.digest);
-        let mut retries = Retries::default();
-        loop {
-            let tried = async {
-                let there = session.send(Method::HEAD, &url, &what, |r| r).await?;
-                if there.status().is_success() {
-                    return Ok(Ok(()));
-                }
-                if there.status() != StatusCode::NOT_FOUND {
-                    session.check(there, &what).await?;
-                }
-                self.upload(session, blob, &what, meter).await
-            };
-            let error = match tried.await {
-                Ok(sent) => {
-                    sent?;
-                    meter.done(&blob, blob.size);
-                    return Ok(());
-                }
-                Err(error) => error,
-            };
-            let Some(wait) = retries.after(error.failed(false)) else {
-                return Err(failed(error));
-            };
-            meter.note(format!("{}; next try in {wait:.1?}", chain(&error)));
-            tokio::time::sleep(wait).await;
-        }
-    }
-
-    /// A session for the blob, and its bytes in one request (distribution-spec, "POST then PUT"). The outer error is the
-    /// registry's and may pass, the inner one is ours.
-    async fn upload(
-        &self,
-        session: &Session,
-        blob: Blob,
-        what: &str,
-        meter: &Meter,
-    ) -> Result<Result<(), PushError>, RequestError> {
-        let begin = session.url("blobs/uploads/")?;
-        let begun = session
-            .send(Method::POST, &begin, what, |r| r.header(CONTENT_LENGTH, 0))
-            .await?;
-        let begun = session.check(begun, what).await?;
-        let location = begun.headers().get(LOCATION).and_then(|l| l.to_str().ok());
-        let location = location.ok_or_else(|| session.nonsense("an upload without a location"))?;
-        let mut url: Url = session.location(&begin, location)?;
-        url.query_pairs_mut()
-            .append_pair("digest", &blob.digest.to_string());
-        let file = match tokio::fs::File::open(self.store.content().path(blob.digest)).await {
-            Ok(file) => file,
-            Err(source) => {
-                let digest = blob.digest;
-                return Ok(Err(PushError::Read { digest, source }));
-            }
-        };
-        let sent = Arc::new(AtomicU64::new(0));
-        let (counter, told) = (Arc::clone(&sent), meter.clone());
-        let pieces = ReaderStream::with_capacity(file, PIECE).inspect_ok(move |piece| {
-            let length = piece.len() as u64;
-            let done = counter.fetch_add(length, Ordering::Relaxed) + length;
-            told.transferred(length);
-            told.done(&blob, done);
-        });
-        let request = session.send_once(Method::PUT, &url, |request| {
-            request
-                .header(CONTENT_TYPE, "application/octet-stream")
-                .header(CONTENT_LENGTH, blob.size)
-                .body(Body::wrap_stream(pieces))
-        });
-        let response = tokio::select! {
-            response = request => response?,
-            () = silence(&sent) => {
-                return Err(RequestError::Short {
-                    host: session.host().to_owned(),
-                    came: sent.load(Ordering::Relaxed),
-                    size: blob.size,
-                });
-            }
-        };
-        session.check(response, what).await?;
-        Ok(Ok(()))
-    }
-
-    async fn tag(
-        &self,
-        session: &Session,
-        target: &Reference,
-        tag: &str,
-        media_type: &str,
-        manifest: Vec<u8>,
-    ) -> Result<(), PushError> {
-        let failed = |source| PushError::Request {
-            target: target.to_string(),
-            source,
-        };
-        let url = session.url(&format!("manifests/{tag}")).map_err(failed)?;
-        let what = format!("manifest of `{tag}`");
-        let response = session
-            .send(Method::PUT, &url, &what, |request| {
-                request
-                    .header(CONTENT_TYPE, media_type)
-                    .body(manifest.clone())
-            })
-            .await
-            .map_err(failed)?;
-        session.check(response, &what).await.map_err(failed)?;
-        Ok(())
-    }
 }
 
-/// Ends when nothing more was sent for a while.
-async fn silence(sent: &AtomicU64) {
-    let mut before = sent.load(Ordering::Relaxed);
-    loop {
-        tokio::time::sleep(SILENCE).await;
-        let now = sent.load(Ordering::Relaxed);
-        if now == before {
-            return;
+impl PushError {
+    pub(super) fn of_request(target: &Reference, source: RequestError) -> Self {
+        Self::Request {
+            target: target.to_string(),
+            source,
         }
-        before = now;
+    }
+
+    pub(super) fn of_upload(target: &Reference, error: UploadError) -> Self {
+        match error {
+            UploadError::Request(source) => Self::of_request(target, source),
+            UploadError::Read { digest, source } => Self::Read { digest, source },
+        }
+    }
+
+    pub(super) fn of_fetch(target: &Reference, error: FetchError) -> Self {
+        match error {
+            FetchError::Request(source) => Self::of_request(target, source),
+            source => Self::Subject {
+                target: target.to_string(),
+                source,
+            },
+        }
     }
 }

@@ -18,6 +18,7 @@ pub(super) const PAGES: u8 = 0x41;
 const ZEROS: u8 = 0x42;
 const BARRIER: u8 = 0x43;
 const CHUNK: u8 = 0x44;
+const ABSENT: u8 = 0x4a;
 pub(super) const PACKED: u8 = 0x45;
 const PACKET: u8 = 0x61;
 const PACKET_ACK: u8 = 0x62;
@@ -98,6 +99,11 @@ pub enum Data {
         /// The content.
         raw: Bytes,
     },
+    /// A chunk that was asked for, and is not here. 32 bytes digest. From version 4 on.
+    Absent {
+        /// Its SHA-256.
+        digest: [u8; 32],
+    },
     /// Content of a writable disk. From version 3 on.
     Disk(Blocks),
 }
@@ -111,6 +117,7 @@ impl Message for Data {
             Self::Zeros { .. } => ZEROS,
             Self::Barrier { .. } => BARRIER,
             Self::Chunk { .. } => CHUNK,
+            Self::Absent { .. } => ABSENT,
             Self::Packed { .. } => PACKED,
             Self::Disk(blocks) => blocks.kind(),
         }
@@ -137,7 +144,7 @@ impl Message for Data {
                 out.extend_from_slice(&count.to_le_bytes());
             }
             Self::Barrier { round } => out.extend_from_slice(&round.to_le_bytes()),
-            Self::Chunk { digest, .. } => out.extend_from_slice(digest),
+            Self::Chunk { digest, .. } | Self::Absent { digest } => out.extend_from_slice(digest),
             Self::Disk(blocks) => blocks.head(out),
         }
     }
@@ -145,7 +152,7 @@ impl Message for Data {
     fn tail(&self) -> &[u8] {
         match self {
             Self::Pages { raw, .. } | Self::Chunk { raw, .. } | Self::Packed { raw, .. } => raw,
-            Self::Zeros { .. } | Self::Barrier { .. } => &[],
+            Self::Zeros { .. } | Self::Barrier { .. } | Self::Absent { .. } => &[],
             Self::Disk(blocks) => blocks.tail(),
         }
     }
@@ -205,6 +212,11 @@ impl Message for Data {
                     raw: payload,
                 })
             }
+            ABSENT => payload
+                .as_ref()
+                .try_into()
+                .map(|digest| Self::Absent { digest })
+                .map_err(|_| DecodeError::Malformed("Absent")),
             blocks::RAW..=blocks::BARRIER => Blocks::decode(kind, payload).map(Self::Disk),
             kind => Err(DecodeError::UnknownType {
                 lane: Lane::Data,

@@ -212,6 +212,9 @@ pub(crate) fn offer() -> Offer {
             vcpus: 1,
             volumes: Vec::new(),
             containers: Vec::new(),
+            cold_start: false,
+            storage_class: None,
+            settings: Default::default(),
         },
         vm: VmSpec {
             name: "web".to_owned(),
@@ -239,6 +242,7 @@ pub(crate) fn offer() -> Offer {
         }],
         routed: None,
         disks: Vec::new(),
+        images_later: None,
     }
 }
 
@@ -309,6 +313,23 @@ fn the_offer_has_these_bytes() {
     let frame = framed(&payload);
     assert_eq!(bytes(&Control::from(offer.clone())), frame);
     assert_eq!(parse::<Control>(&frame).unwrap(), offer.into());
+    // What version 4 adds is behind a tag.
+    let mut later = self::offer();
+    let order = vec![vec![2, 300], Vec::new()];
+    later.images_later = Some(ImagesLater { order });
+    payload.truncate(short);
+    payload.extend([0, 0, 0, 1, 2, 2, 2, 0xac, 0x02, 0]);
+    let frame = framed(&payload);
+    assert_eq!(bytes(&Control::from(later.clone())), frame);
+    assert_eq!(parse::<Control>(&frame).unwrap(), later.into());
+    for (at, byte) in [(3, 0), (3, 99)] {
+        let mut wrong = payload.clone();
+        wrong[short + at] = byte;
+        assert!(parse::<Control>(&framed(&wrong)).is_err());
+    }
+    let mut twice = payload.clone();
+    twice.extend([1, 0]);
+    assert!(parse::<Control>(&framed(&twice)).is_err());
     payload.truncate(short);
     payload.extend([0, 0, 0]);
     assert!(
@@ -336,6 +357,20 @@ fn data_and_urgent_messages_have_these_bytes() {
         raw: Bytes::from_static(b"x"),
     };
     golden::<Data>(chunk, &format!("22000000 44 {} 78", "cd".repeat(32)));
+    let digest = [0xcd; 32];
+    let absent = Data::Absent { digest };
+    golden::<Data>(absent, &format!("21000000 4a {}", "cd".repeat(32)));
+    let digests = vec![digest];
+    control(
+        ChunksWanted { digests },
+        &format!("22000000 26 01 {}", "cd".repeat(32)),
+    );
+    let moved = ImagesMoved {
+        size: 300,
+        here: 1,
+        before_resume: 2,
+    };
+    control(moved, "05000000 27 ac02 01 02");
     for (codec, byte) in [(Codec::Lz4, "01"), (Codec::Zstd, "02")] {
         let packed = Data::Packed {
             first,

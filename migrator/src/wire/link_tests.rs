@@ -26,13 +26,13 @@ use super::tls::{TlsConfig, dns_name};
 
 const LIMIT: Duration = Duration::from_secs(10);
 
-struct Authority {
+pub(crate) struct Authority {
     dir: tempfile::TempDir,
     ca: Issuer<'static, KeyPair>,
 }
 
 impl Authority {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(Vec::new()).unwrap();
@@ -63,7 +63,7 @@ impl Authority {
         (cert, key)
     }
 
-    fn node(&self, node: &str) -> TlsConfig {
+    pub(crate) fn node(&self, node: &str) -> TlsConfig {
         self.node_with(node, |_| {})
     }
 

@@ -3,6 +3,7 @@
 mod control;
 mod disks;
 mod flows;
+mod images;
 mod places;
 mod postcopy;
 
@@ -15,6 +16,7 @@ use vm_runtime::units::{self, Epoch, PageIndex};
 pub use control::Control;
 pub use disks::{DiskAck, DiskOffer, DisksDone};
 pub use flows::{Bound, BoundTaken, Flows, FlowsTaken};
+pub use images::{ChunksWanted, ImagesLater, ImagesMoved};
 pub use places::{EndWanted, Places, PlacesAck, PodPlace};
 pub use postcopy::{FaultFigures, MemoryComplete, PageBits, StaleAck, StaleEnd, Wanted};
 
@@ -72,6 +74,9 @@ pub struct Offer {
     /// Its writable disks. From version 3 on.
     #[serde(skip)]
     pub disks: Vec<DiskOffer>,
+    /// Its images may follow. From version 4 on; `None`: the destination has to have them before there is a grant.
+    #[serde(skip)]
+    pub images_later: Option<ImagesLater>,
 }
 
 /// What the destination must have in common with a source whose pods are routed.

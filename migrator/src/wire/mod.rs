@@ -26,13 +26,15 @@
 //!
 //! | lane | types | payload |
 //! |---|---|---|
-//! | control | `0x01`-`0x1e`, `0x20`-`0x25`, `0x31`-`0x33` ([`message`]) | postcard; `StateChunk`, `PageHashes`, `PageBits`, `Flows` and `Bound` raw |
-//! | data | `0x41` Pages, `0x42` Zeros, `0x43` Barrier, `0x44` Chunk, `0x45` Packed, `0x46`-`0x49` Blocks ([`bulk`]) | fixed header, raw bytes |
+//! | control | `0x01`-`0x1e`, `0x20`-`0x27`, `0x31`-`0x33` ([`message`]) | postcard; `StateChunk`, `PageHashes`, `PageBits`, `Flows` and `Bound` raw |
+//! | data | `0x41` Pages, `0x42` Zeros, `0x43` Barrier, `0x44` Chunk, `0x45` Packed, `0x46`-`0x49` Blocks, `0x4a` Absent ([`bulk`]) | fixed header, raw bytes |
 //! | urgent | `0x61` Packet, `0x62` PacketAck, `0x63` Flows, `0x64` Bound ([`bulk`]) | fixed header, raw bytes |
 //! | fault | `0x71` Request, `0x72` Pages ([`mod@fault`]) | fixed header, raw bytes |
 //!
 //! Version 2 adds `Flows` (both lanes) and `FlowsTaken`. Version 3 adds `Bound` (both lanes) and `BoundTaken`, [`Offer::disks`](message::Offer::disks),
 //! `Blocks`, `DiskAck` and `DisksDone`. Over a session of an earlier version they are not sent; a pod with writable disks does not move over one.
+//! Version 4 adds sessions of the shape *chunks* with `ChunksWanted` and `Absent`, [`Offer::images_later`](message::Offer::images_later), and
+//! `ImagesMoved`. It knows disks on shared storage ([`SharedDisk`](vm_runtime::spec::SharedDisk) in the offered VM), which need no message of their own.
 //!
 //! # A migration
 //!
@@ -101,6 +103,21 @@
 //! Before the grant either side may send `Abort` and go its way: the destination has journaled that it discarded the guest before it
 //! says so, the source has not given the right away. `Abort` crossing a `Grant` therefore means the same as the answer `Discarded`.
 //!
+//! # Chunks
+//!
+//! A node that lacks chunks of an image asks any peer for them, over a session of the shape *chunks* that it dials: control, and one data connection. It has nothing to do
+//! with any migration, and a peer that is asked need not know the image. Many requests may be under way; each is answered once, in any order. The asker checks length and digest.
+//!
+//! ```text
+//! dialer                                          listener
+//!   | ChunksWanted{digests} (control) -------------->|
+//!   |<------------------------------- Chunk (data) --|  as its digest says
+//!   |<------------------------------ Absent (data) --|  it is not there
+//! ```
+//!
+//! An offer with `images_later` says that the destination may run the guest before its images are complete: it then wants nothing up front, and says with `ImagesMoved`, behind
+//! `Running`, what had come by then.
+//!
 //! # Places
 //!
 //! In a routed cluster each node dials each of its peers, and keeps a session of the shape *places* for as long as it lives. On it the dialer tells
@@ -153,7 +170,7 @@ pub mod tls;
 #[cfg(test)]
 pub(crate) mod golden;
 #[cfg(test)]
-mod link_tests;
+pub(crate) mod link_tests;
 
 pub use batch::Batch;
 pub use bulk::{Data, PacketKind, Urgent};

@@ -7,13 +7,17 @@ pub const MAGIC: [u8; 8] = *b"migratr\0";
 /// The oldest version this program speaks.
 pub const VERSION_MIN: u16 = 1;
 /// The newest version this program speaks.
-pub const VERSION_MAX: u16 = 3;
+pub const VERSION_MAX: u16 = 4;
 /// The first version with [`Flows`](crate::wire::message::Flows) on the control and urgent lanes, and the answer to them.
 pub const VERSION_FLOWS: u16 = 2;
 /// The first version with [`Bound`](crate::wire::message::Bound) on the control and urgent lanes, and the answer to them.
 pub const VERSION_BOUND: u16 = 3;
 /// The first version that moves writable disks: [`Offer::disks`](crate::wire::message::Offer::disks) and what follows from them.
 pub const VERSION_DISKS: u16 = 3;
+/// The first version with sessions of the shape [`Shape::Chunks`], and with images that come after the guest.
+pub const VERSION_CHUNKS: u16 = 4;
+/// The first version that knows disks on shared storage ([`SharedDisk`](vm_runtime::spec::SharedDisk) in an offer's VM), which do not move.
+pub const VERSION_SHARED: u16 = 4;
 /// Data connections that one session may have: what it takes to fill a long path whose single streams are held down by loss.
 /// The command line, the API and the configuration have the same bound.
 pub const MAX_DATA_CONNECTIONS: u8 = 64;
@@ -55,6 +59,8 @@ pub enum Shape {
     Query,
     /// Control alone, for as long as both nodes live: where the dialer's pods are.
     Places,
+    /// Control and one data connection: the dialer asks for chunks of images. From version 4 on.
+    Chunks,
 }
 
 impl Shape {
@@ -63,14 +69,16 @@ impl Shape {
         match self {
             Self::Migration { data } | Self::Resume { data } => data,
             Self::Query | Self::Places => 0,
+            Self::Chunks => 1,
         }
     }
 
     /// Fault connections of the session.
     pub const fn faults(self) -> u8 {
-        match self.data() {
-            0 => 0,
-            _ => FAULT_CONNECTIONS,
+        match self {
+            Self::Migration { .. } => FAULT_CONNECTIONS,
+            Self::Resume { data: 0 } | Self::Query | Self::Places | Self::Chunks => 0,
+            Self::Resume { .. } => FAULT_CONNECTIONS,
         }
     }
 
@@ -78,7 +86,7 @@ impl Shape {
     pub const fn urgent(self) -> bool {
         match self {
             Self::Migration { .. } | Self::Resume { .. } => true,
-            Self::Query | Self::Places => false,
+            Self::Query | Self::Places | Self::Chunks => false,
         }
     }
 }
@@ -91,7 +99,7 @@ impl Shape {
 /// 10  2  highest version
 /// 12  1  role: 1 control, 2 data, 3 urgent, 4 fault
 /// 13  1  index of the data or fault connection, else 0
-/// 14  1  shape: 1 migration, 2 resume, 3 query, 4 places
+/// 14  1  shape: 1 migration, 2 resume, 3 query, 4 places, 5 chunks
 /// 15  1  data connections of the session
 /// 16 16  session id, the same on all its connections
 /// ```
@@ -142,6 +150,7 @@ impl Preamble {
             Shape::Resume { .. } => 2,
             Shape::Query => 3,
             Shape::Places => 4,
+            Shape::Chunks => 5,
         };
         out[15] = self.shape.data();
         out[16..].copy_from_slice(&self.session.0);
@@ -162,6 +171,7 @@ impl Preamble {
             (2, data @ 0..=MAX_DATA_CONNECTIONS) => Shape::Resume { data },
             (3, 0) => Shape::Query,
             (4, 0) => Shape::Places,
+            (5, 1) => Shape::Chunks,
             _ => return Err(PreambleError::Role),
         };
         let role = match (bytes[12], bytes[13]) {
@@ -293,6 +303,25 @@ mod tests {
             Reply::Turned(Turned::Malformed).encode(),
             *b"migratr\0\0\0\x04\0"
         );
+    }
+
+    #[test]
+    fn a_session_for_chunks_has_one_data_connection_and_no_others() {
+        let preamble = Preamble {
+            version_min: 1,
+            version_max: 4,
+            role: Role::Data(0),
+            shape: Shape::Chunks,
+            session: SessionId([0xab; 16]),
+        };
+        let mut golden = *b"migratr\0\x01\0\x04\0\x02\0\x05\x01................";
+        golden[16..].fill(0xab);
+        assert_eq!(preamble.encode(), golden);
+        assert_eq!(Preamble::decode(&golden), Ok(preamble));
+        for (role, index) in [(2, 1), (3, 0), (4, 0)] {
+            (golden[12], golden[13]) = (role, index);
+            assert_eq!(Preamble::decode(&golden), Err(PreambleError::Role));
+        }
     }
 
     #[test]

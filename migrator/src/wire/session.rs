@@ -39,7 +39,7 @@ pub struct Session {
     pub control: Connection<Control>,
     /// The data connections, by index; as many as [`Shape::data`].
     pub data: Vec<Connection<Data>>,
-    /// The urgent connection; absent in [`Shape::Query`].
+    /// The urgent connection, if the shape has one.
     pub urgent: Option<Connection<Urgent>>,
     /// The fault connections, by index; as many as [`Shape::faults`].
     pub faults: Vec<Connection<Fault>>,

@@ -19,6 +19,8 @@ pub enum Fault {
     Each(u64),
     /// Changes this one byte.
     Flip(u64),
+    /// Changes a byte in the middle of each answer that is a part of a blob.
+    Parts,
     /// Answers so many requests with 429, and says to come again after a second.
     Busy(u64),
 }
@@ -131,6 +133,10 @@ impl Shared {
             let before = self.bytes.fetch_add(n as u64, Ordering::SeqCst);
             let over = match self.fault {
                 Fault::None | Fault::Busy(_) => false,
+                Fault::Parts => {
+                    spoil(&mut buffer[..n]);
+                    false
+                }
                 Fault::Once(at) => {
                     before + n as u64 > at && !self.broken.swap(true, Ordering::SeqCst)
                 }
@@ -149,5 +155,16 @@ impl Shared {
         }
         let _ = client.shutdown(Shutdown::Both);
         let _ = server.shutdown(Shutdown::Both);
+    }
+}
+
+/// Changes the last byte of what came, if it begins with a part and has a beginning of its body.
+fn spoil(came: &mut [u8]) {
+    let is_part = came.starts_with(b"HTTP/1.1 206");
+    let body = came.windows(4).position(|four| four == b"\r\n\r\n");
+    if let (true, Some(body), Some(last)) = (is_part, body, came.len().checked_sub(1))
+        && last >= body + 4
+    {
+        came[last] ^= 0xff;
     }
 }

@@ -14,7 +14,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::time::timeout;
 use vm_runtime::agent_client::{
-    AgentClient, Configuration, Container, Exec, ExecSpec, Interface, OutputSink, Stream,
+    AgentClient, Configuration, Container, Exec, ExecSpec, Interface, OutputSink, PodSettings,
+    Stream,
 };
 use vm_runtime::initramfs::CMDLINE;
 use xtask::process::poll_until;
@@ -308,6 +309,8 @@ pub(crate) fn pod(containers: Vec<Container>) -> Configuration {
         containers,
         storage: Vec::new(),
         sysctls: vec![("net.ipv4.tcp_fin_timeout".into(), "31".into())],
+        settings: PodSettings::default(),
+        container_settings: Vec::new(),
     }
 }
 

@@ -23,6 +23,7 @@ metadata:
   name: {POD}
   annotations: {{migrator/ipv4: 10.77.0.10/24, migrator/vm-memory: 256Mi}}
 spec:
+  restartPolicy: Never
   volumes:
     - name: data
       persistentVolumeClaim: {{claimName: records}}

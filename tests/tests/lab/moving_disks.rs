@@ -12,7 +12,7 @@ use xtask::lab::Node;
 use xtask::process::{ProcessId, poll_until};
 
 /// The volume that is written to.
-const VOLUME: &str = "data";
+pub(crate) const VOLUME: &str = "data";
 
 /// The usual pod, and a container that says each number once it is in a file, synced; its own files are on a disk, too.
 fn yaml() -> String {
@@ -45,12 +45,12 @@ fn with_pod() -> Result<TestLab> {
     Ok(test)
 }
 
-fn volume(test: &TestLab, node: Node) -> PathBuf {
+pub(crate) fn volume(test: &TestLab, node: Node) -> PathBuf {
     test.state(node).join(format!("volumes/{VOLUME}.img"))
 }
 
 /// Waits until the writer has said more than `floor`; the last number.
-fn said(test: &TestLab, node: Node, floor: u64) -> Result<u64> {
+pub(crate) fn said(test: &TestLab, node: Node, floor: u64) -> Result<u64> {
     let mut last = 0;
     poll_until(SOON, || {
         let log = test.succeeds(node, &["logs", POD, "writer"]);
@@ -81,7 +81,7 @@ fn is_whole(file: &str, least: u64) -> Result<()> {
 }
 
 /// What a power cut would leave: the journal is replayed on a copy, which is whole then, and has what was said.
-fn is_whole_after_a_cut(image: &Path, least: u64) -> Result<()> {
+pub(crate) fn is_whole_after_a_cut(image: &Path, least: u64) -> Result<()> {
     let dir = tempfile::tempdir()?;
     let copy = dir.path().join("copy");
     std::fs::copy(image, &copy).with_context(|| format!("cannot copy {}", image.display()))?;

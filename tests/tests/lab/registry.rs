@@ -1,11 +1,17 @@
 //! A pod whose image comes from a registry, by the command line.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
-use migrator::api::image_types::TransferEvent;
+use migrator::api::image_types::{ImageList, TransferEvent};
 use migrator_tests::lab::{POD, POD_IPV4, POD_IPV6, TestLab, pod_yaml};
 use migrator_tests::registry::Registry;
 use xtask::lab::Node;
+use xtask::process::poll_until;
 use xtask::{cmd, demo_image, netns};
+
+/// For a dozen megabytes, beside a guest that is emulated.
+const FILLS_WITHIN: Duration = Duration::from_secs(60);
 
 /// What `image gc` prints of images, one a line.
 fn cleared(test: &TestLab, words: &[&str]) -> Result<String> {
@@ -65,4 +71,68 @@ fn a_pod_runs_from_a_registry_and_its_image_goes_when_nobody_needs_it() -> Resul
     let list = test.succeeds(Node::A, &["image", "ls"])?;
     ensure!(!list.contains(&image), "{list}");
     Ok(())
+}
+
+#[test]
+fn a_pod_starts_before_its_image_is_there() -> Result<()> {
+    let test = TestLab::up()?;
+    let place = test.lab().netns("a");
+    let demo = demo_image::ensure(test.project())?;
+    let registry = netns::within(&place, || {
+        cmd::run(&mut cmd::command("ip", ["link", "set", "lo", "up"]))?;
+        Registry::open()
+    })?;
+    let image = format!("{}/team/demo:1", registry.address());
+    let layout = demo.to_str().context("a path that is not UTF-8")?;
+    test.succeeds(
+        Node::A,
+        &["image", "import", "--keep-layers", "--name", &image, layout],
+    )?;
+    let push = ["image", "push", "--chunks", "--plain-http", &image];
+    let pushed = test.succeeds(Node::A, &push)?;
+    ensure!(pushed.contains("chunks sha256:"), "{pushed}");
+    test.succeeds(Node::A, &["image", "rm", &image])?;
+    test.succeeds(Node::A, &["image", "gc"])?;
+
+    let pull = [
+        "--output",
+        "json",
+        "image",
+        "pull",
+        "--lazy",
+        "--plain-http",
+        &image,
+    ];
+    let out = test.succeeds(Node::A, &pull)?;
+    let last = out.lines().last().context("no event")?;
+    let TransferEvent::Pulled {
+        image: pulled,
+        transferred_bytes,
+    } = serde_json::from_str(last)?
+    else {
+        anyhow::bail!("the last event is {last}");
+    };
+    ensure!(transferred_bytes < pulled.size_bytes / 4, "{last}");
+    let yaml = pod_yaml(POD, POD_IPV4, POD_IPV6).replace(demo_image::REFERENCE, &image);
+    let file = test.lab().dir().join("lazy-pod.yaml");
+    std::fs::write(&file, yaml)?;
+    test.succeeds(
+        Node::A,
+        &["run", file.to_str().context("a path that is not UTF-8")?],
+    )?;
+    test.exec_works(Node::A)?;
+    // And the rest comes, although the pod does not read it.
+    let whole = poll_until(FILLS_WITHIN, || {
+        let list = test.succeeds(Node::A, &["--output", "json", "image", "ls"]);
+        let list = list
+            .ok()
+            .and_then(|text| serde_json::from_str::<ImageList>(&text).ok());
+        list.is_some_and(|list| {
+            list.images
+                .iter()
+                .all(|image| image.here_bytes == image.size_bytes)
+        })
+    });
+    ensure!(whole, "the image is not filled");
+    test.succeeds(Node::A, &["stop", POD]).map(drop)
 }

@@ -1,8 +1,11 @@
 //! Images from a real registry. Needs root, docker-registry, skopeo, umoci, buildah and mkfs.erofs.
 
 mod auth;
+mod chunk_faults;
+mod chunks;
 mod faults;
 mod keep;
+mod lazy;
 mod lies;
 mod pull;
 

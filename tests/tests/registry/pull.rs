@@ -17,8 +17,14 @@ use super::{Puller, oci, plain, words};
 fn imported(layout: &Path, at: &Path) -> Result<(ImageRecord, Vec<u8>)> {
     let store = ImageStore::open(at)?;
     let record = store.import(layout, Some("imported"))?;
-    let bytes = fs::read(store.erofs_path(&record.erofs_digest)?)?;
+    let bytes = device(&store, &record, &at.join("device"))?;
     Ok((record, bytes))
+}
+
+/// The block device of an image.
+fn device(store: &ImageStore, record: &ImageRecord, at: &Path) -> Result<Vec<u8>> {
+    store.copy_out(&record.erofs_digest, at)?;
+    Ok(fs::read(at)?)
 }
 
 #[test]
@@ -34,8 +40,8 @@ fn a_pulled_image_is_bit_for_bit_the_imported_one() -> Result<()> {
     let pulled = pulled?;
     assert_eq!(pulled.record.name, name);
     assert_eq!(pulled.record.manifest_digest, record.manifest_digest);
-    let device = puller.store.erofs_path(&pulled.record.erofs_digest)?;
-    assert_eq!(fs::read(device)?, bytes);
+    let device = device(&puller.store, &pulled.record, &work.path().join("device"))?;
+    assert_eq!(device, bytes);
     assert!(progress.blobs.iter().all(|blob| blob.done == blob.size));
     let size: u64 = progress.blobs.iter().map(|blob| blob.size).sum();
     assert_eq!(pulled.transferred_bytes, size);

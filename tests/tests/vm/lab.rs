@@ -128,6 +128,7 @@ impl Lab {
             kernel: self.kernel.clone(),
             initramfs: self.dir.path().join("initramfs"),
             disks: vec![disk],
+            rbd: Vec::new(),
         })
     }
 

@@ -1,8 +1,9 @@
 //! From the kernel's first process to a machine that containers can live on.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::fd::AsFd;
 use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use nix::mount::{MsFlags, mount};
@@ -41,9 +42,27 @@ const SYSCTLS: &[(&str, &str)] = &[
     ("kernel.panic", "-1"),
 ];
 
+/// Drivers that wait for Configure. A guest that is saved as a template has not looked at its disks by then: what it is given later
+/// are other ones.
+const LATE: &[&str] = &["virtio_blk"];
+
+/// Modules that are not loaded yet.
+#[derive(Debug, Default)]
+pub(crate) struct LateModules(Vec<(PathBuf, File)>);
+
+impl LateModules {
+    /// Loads them; the second time there are none.
+    pub(crate) fn load(&mut self) -> Result<()> {
+        for (path, file) in self.0.drain(..) {
+            load_module(&path, &file)?;
+        }
+        Ok(())
+    }
+}
+
 /// Loads the modules, builds the root in a tmpfs and moves into it. Ends with every mount in place.
-pub(crate) fn prepare() -> Result<()> {
-    load_modules(Path::new("/modules"))?;
+pub(crate) fn prepare() -> Result<LateModules> {
+    let late = load_modules(Path::new("/modules"))?;
     fs::create_dir_all(NEW_ROOT).context("making the new root's folder")?;
     // A container cannot pivot_root out of the kernel's own rootfs; a tmpfs moved over it can be left.
     mount_at(
@@ -95,7 +114,7 @@ pub(crate) fn prepare() -> Result<()> {
         .context("exempting the agent from the OOM killer")?;
     setrlimit(Resource::RLIMIT_NOFILE, 65_536, 1_048_576)
         .context("raising the limit of open files")?;
-    Ok(())
+    Ok(late)
 }
 
 /// Sets `net.core.rmem_max` and the like by its file in /proc/sys.
@@ -131,18 +150,45 @@ pub(crate) fn mount_at(
         .with_context(|| format!("mounting {kind} at {target}"))
 }
 
-/// Loads `NN-name.ko` in the order of their names, which is the order of their dependencies.
-fn load_modules(dir: &Path) -> Result<()> {
+/// Loads `NN-name.ko` in the order of their names, which is the order of their dependencies; gives back those that wait.
+fn load_modules(dir: &Path) -> Result<LateModules> {
     let mut files: Vec<_> = fs::read_dir(dir)
         .context("listing the initramfs's /modules")?
         .collect::<Result<_, _>>()
         .context("listing the initramfs's /modules")?;
     files.sort_by_key(fs::DirEntry::file_name);
+    let mut late = LateModules::default();
     for entry in files {
         let path = entry.path();
-        let file = fs::File::open(&path).with_context(|| format!("opening {}", path.display()))?;
-        sys::finit_module(std::os::fd::AsFd::as_fd(&file))
-            .with_context(|| format!("loading the kernel module {}", path.display()))?;
+        let file = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
+        if is_late(&path) {
+            late.0.push((path, file));
+        } else {
+            load_module(&path, &file)?;
+        }
     }
-    Ok(())
+    Ok(late)
+}
+
+fn is_late(path: &Path) -> bool {
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    let name = stem.split_once('-').map_or(&*stem, |(_, name)| name);
+    LATE.contains(&name)
+}
+
+fn load_module(path: &Path, file: &File) -> Result<()> {
+    sys::finit_module(file.as_fd())
+        .with_context(|| format!("loading the kernel module {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_driver_of_disks_waits_and_no_other() {
+        let late = |path: &str| is_late(Path::new(path));
+        assert!(late("/modules/06-virtio_blk.ko"));
+        assert!(!late("/modules/10-virtio-rng.ko") && !late("/modules/09-virtio_net.ko"));
+    }
 }

@@ -14,6 +14,10 @@ const CPU_PERIOD_US: u64 = 100_000;
 /// The smallest quota that the kernel takes, in microseconds.
 const CPU_QUOTA_MIN_US: u64 = 1_000;
 
+/// Most processes and threads of one container: half of what the kernel has numbers for, so that one that forks without end leaves
+/// room for the others (`kernel.pid_max`, 32768).
+const PIDS_MAX: u32 = 16_384;
+
 /// A container's cgroup.
 #[derive(Debug)]
 pub(crate) struct Cgroup {
@@ -29,6 +33,9 @@ impl Cgroup {
             .with_context(|| format!("making the cgroup {}", path.display()))?;
         let dir = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
         let group = Self { path, dir };
+        group.write("pids.max", &PIDS_MAX.to_string())?;
+        // As the kubelet has it: half a container is of no use.
+        group.write("memory.oom.group", "1")?;
         if let Some(limit) = container.memory_limit {
             group.write("memory.max", &limit.to_string())?;
         }
@@ -49,13 +56,19 @@ impl Cgroup {
         self.write("cgroup.kill", "1").ok();
     }
 
+    /// How many of its processes were killed because there was no more memory.
+    pub(crate) fn oom_kills(&self) -> u64 {
+        let events = fs::read_to_string(self.path.join("memory.events"));
+        field(&events.unwrap_or_default(), "oom_kill ")
+    }
+
     /// What it uses.
     pub(crate) fn stats(&self, name: &str) -> ContainerStats {
         let read = |file: &str| fs::read_to_string(self.path.join(file)).unwrap_or_default();
         ContainerStats {
             name: name.to_owned(),
             memory: read("memory.current").trim_end().parse().unwrap_or(0),
-            cpu_us: usage_us(&read("cpu.stat")),
+            cpu_us: field(&read("cpu.stat"), "usage_usec "),
         }
     }
 
@@ -70,10 +83,10 @@ fn cpu_max(milli: u32) -> String {
     format!("{quota} {CPU_PERIOD_US}")
 }
 
-fn usage_us(cpu_stat: &str) -> u64 {
-    cpu_stat
-        .lines()
-        .find_map(|l| l.strip_prefix("usage_usec "))
+/// A number of a file of lines such as `usage_usec 12`.
+fn field(text: &str, name: &str) -> u64 {
+    text.lines()
+        .find_map(|l| l.strip_prefix(name))
         .and_then(|n| n.parse().ok())
         .unwrap_or(0)
 }
@@ -89,8 +102,13 @@ mod tests {
     }
 
     #[test]
-    fn cpu_use_is_found_in_cpu_stat() {
-        assert_eq!(usage_us("usage_usec 4321\nuser_usec 1\n"), 4321);
-        assert_eq!(usage_us(""), 0);
+    fn figures_are_found_by_their_names() {
+        let cpu = "usage_usec 4321\nuser_usec 1\n";
+        assert_eq!(field(cpu, "usage_usec "), 4321);
+        assert_eq!(
+            field("oom 1\noom_kill 2\noom_group_kill 1\n", "oom_kill "),
+            2
+        );
+        assert_eq!(field("", "oom_kill "), 0);
     }
 }

@@ -3,12 +3,13 @@
 use std::ffi::CString;
 use std::fs;
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use guest_agent::protocol::message::Mount;
+use guest_agent::protocol::settings::{MemoryMount, MemoryVolume};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::boot::mount_at;
@@ -38,6 +39,9 @@ pub(crate) struct Volume {
 
 /// Where disks that can be written are mounted.
 const DISKS: &str = "/disks";
+
+/// Where volumes in memory are mounted.
+const MEMORY: &str = "/memory";
 
 /// `discard`: what is freed is given back to the node at once. `noinit_itable`: the rest of the disk is zeros already.
 const EXT4_OPTIONS: &str = "discard,noinit_itable";
@@ -83,8 +87,64 @@ pub(crate) fn prepare_root(container: &str, disk: &str, layer: Option<&str>) -> 
     })
 }
 
+/// Puts away what an earlier run of a container has written outside of volumes: each run begins with the image as it is. Returns
+/// the folder, to be removed.
+pub(crate) fn put_away(container: &str, layer: Option<&str>, root: &Root) -> Result<PathBuf> {
+    let detach = |path: &Path| umount2(path, MntFlags::MNT_DETACH);
+    detach(&root.path).context("unmounting the root of before")?;
+    detach(Path::new(&*root.pts.to_string_lossy())).context("unmounting its terminals")?;
+    let base = match layer {
+        None => PathBuf::from("/containers").join(container),
+        Some(layer) => mount_writable(layer)?.join(container),
+    };
+    // One that is still being removed is in nobody's way under another name.
+    let aside = (0..)
+        .map(|n| base.with_extension(format!("old{n}")))
+        .find(|path| !path.exists());
+    let aside = aside.context("no name is left")?;
+    fs::rename(&base, &aside).with_context(|| format!("putting {} away", base.display()))?;
+    Ok(aside)
+}
+
+/// Mounts a container's volumes that are in memory; containers of one pod share them.
+pub(crate) fn prepare_memory(
+    volumes: &[MemoryVolume],
+    mounts: &[MemoryMount],
+    group: Option<u32>,
+) -> Result<Vec<Volume>> {
+    let prepare = |mount: &MemoryMount| {
+        let volume = volumes.iter().find(|v| v.name == mount.volume);
+        let volume = volume.with_context(|| format!("the pod has no volume {}", mount.volume))?;
+        let target = Path::new(MEMORY).join(&volume.name);
+        if !target.exists() {
+            fs::create_dir_all(&target).with_context(|| format!("making {}", target.display()))?;
+            let size = volume.size.map(|size| format!(",size={size}"));
+            let options = format!("mode=0777{}", size.unwrap_or_default());
+            let quiet = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+            let path = target.to_string_lossy();
+            mount_at("tmpfs", &path, "tmpfs", quiet, &options)?;
+            give(&target, group)?;
+        }
+        let source = CString::new(target.into_os_string().into_vec());
+        Ok(Volume {
+            source: source.context("a volume's name with a NUL")?,
+            path: mount.path.clone(),
+            read_only: mount.read_only,
+        })
+    };
+    mounts.iter().map(prepare).collect()
+}
+
+/// Gives a volume to a group, and so what is made in it: `fsGroup`.
+fn give(volume: &Path, group: Option<u32>) -> Result<()> {
+    let Some(group) = group else { return Ok(()) };
+    chown(volume, None, Some(group))
+        .and_then(|()| fs::set_permissions(volume, fs::Permissions::from_mode(0o2777)))
+        .with_context(|| format!("giving {} to group {group}", volume.display()))
+}
+
 /// Mounts a container's volumes.
-pub(crate) fn prepare_volumes(mounts: &[Mount]) -> Result<Vec<Volume>> {
+pub(crate) fn prepare_volumes(mounts: &[Mount], group: Option<u32>) -> Result<Vec<Volume>> {
     let prepare = |mount: &Mount| {
         // Not the file system's own root: programs that want an empty folder do not want lost+found.
         let source = mount_writable(&mount.disk)?.join("volume");
@@ -94,6 +154,7 @@ pub(crate) fn prepare_volumes(mounts: &[Mount]) -> Result<Vec<Volume>> {
             fs::set_permissions(&source, fs::Permissions::from_mode(0o777))
                 .with_context(|| format!("opening {} to all", source.display()))?;
         }
+        give(&source, group)?;
         let source = CString::new(source.into_os_string().into_vec());
         Ok(Volume {
             source: source.context("a disk's name with a NUL")?,

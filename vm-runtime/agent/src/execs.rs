@@ -12,6 +12,7 @@ use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::{Pid, pipe2};
 
 use crate::containers::{Entrance, failed};
+use crate::disks::Root;
 use crate::launch::{Launch, Place, Stdio};
 use crate::outbox::Outbox;
 use crate::streams::{Chunk, Output, unblock};
@@ -32,10 +33,24 @@ pub(crate) struct Exec {
     exit: Option<i32>,
 }
 
+/// A new terminal of a container: its master, and its slave.
+pub(crate) fn open_terminal(root: &Root, rows: u16, cols: u16) -> Result<(File, OwnedFd), Failure> {
+    let ptmx = format!("{}/ptmx", root.pts.to_string_lossy());
+    let master = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NOCTTY | libc::O_CLOEXEC)
+        .open(ptmx)
+        .map_err(failed)?;
+    let slave = sys::open_slave(master.as_fd()).map_err(failed)?;
+    sys::resize_terminal(master.as_fd(), rows, cols).map_err(failed)?;
+    Ok((master, slave))
+}
+
 impl Exec {
     /// Starts it.
     pub(crate) fn start(id: ExecId, spec: &ExecSpec, at: &Entrance<'_>) -> Result<Self, Failure> {
-        let mut env = at.spec.env.clone();
+        let mut env = at.env.to_vec();
         let mut exec = Self {
             id,
             pid: Pid::from_raw(0),
@@ -62,6 +77,7 @@ impl Exec {
             env,
             working_dir: &at.spec.working_dir,
             user: &at.spec.user,
+            rights: at.rights,
             stdio,
         }
         .run()?;
@@ -69,15 +85,7 @@ impl Exec {
     }
 
     fn open_terminal(&mut self, at: &Entrance<'_>, rows: u16, cols: u16) -> Result<Stdio, Failure> {
-        let ptmx = format!("{}/ptmx", at.root.pts.to_string_lossy());
-        let master = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NOCTTY | libc::O_CLOEXEC)
-            .open(ptmx)
-            .map_err(failed)?;
-        let slave = sys::open_slave(master.as_fd()).map_err(failed)?;
-        sys::resize_terminal(master.as_fd(), rows, cols).map_err(failed)?;
+        let (master, slave) = open_terminal(at.root, rows, cols)?;
         let copy = || master.try_clone().map_err(failed);
         self.outputs[0] = Some(Output::new(OwnedFd::from(copy()?)).map_err(failed)?);
         self.input = Some(copy()?);

@@ -3,57 +3,27 @@
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use guest_agent::protocol::message::{Failure, FailureKind};
+use guest_agent::protocol::message::{Configuration, Failure, FailureKind};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::unistd::{
-    Gid, Pid, Uid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, execve, fchown, pipe2, setgid,
-    setgroups, sethostname, setsid, setuid,
+    Gid, Pid, Uid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, execve, fchown, pipe2, sethostname,
+    setsid,
 };
 
 use crate::cgroups::Cgroup;
 use crate::disks::{Root, Volume};
+use crate::rights::Rights;
 use crate::users::Identity;
-use crate::{rootfs, sys, users};
+use crate::{etc, rootfs, sys};
 
 /// Looked through when the environment has no PATH.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-
-/// What root in a container may do: Docker's default set without MKNOD (linux/capability.h).
-const CAPABILITIES: u64 = {
-    const CHOWN: u64 = 1 << 0;
-    const DAC_OVERRIDE: u64 = 1 << 1;
-    const FOWNER: u64 = 1 << 3;
-    const FSETID: u64 = 1 << 4;
-    const KILL: u64 = 1 << 5;
-    const SETGID: u64 = 1 << 6;
-    const SETUID: u64 = 1 << 7;
-    const SETPCAP: u64 = 1 << 8;
-    const NET_BIND_SERVICE: u64 = 1 << 10;
-    const NET_RAW: u64 = 1 << 13;
-    const SYS_CHROOT: u64 = 1 << 18;
-    const AUDIT_WRITE: u64 = 1 << 29;
-    const SETFCAP: u64 = 1 << 31;
-    CHOWN
-        | DAC_OVERRIDE
-        | FOWNER
-        | FSETID
-        | KILL
-        | SETGID
-        | SETUID
-        | SETPCAP
-        | NET_BIND_SERVICE
-        | NET_RAW
-        | SYS_CHROOT
-        | AUDIT_WRITE
-        | SETFCAP
-};
 
 /// The child's three standard descriptors.
 pub(crate) enum Stdio {
@@ -69,9 +39,8 @@ pub(crate) enum Place<'a> {
     New {
         root: &'a Root,
         volumes: &'a [Volume],
-        hostname: &'a str,
-        addresses: &'a [IpAddr],
-        dns: &'a [IpAddr],
+        pod: &'a Configuration,
+        read_only: bool,
     },
     /// In those of a container, by its first process.
     Join(&'a Namespaces),
@@ -110,6 +79,7 @@ pub(crate) struct Launch<'a> {
     pub(crate) env: Vec<(String, String)>,
     pub(crate) working_dir: &'a str,
     pub(crate) user: &'a str,
+    pub(crate) rights: &'a Rights,
     pub(crate) stdio: Stdio,
 }
 
@@ -190,18 +160,18 @@ impl Launch<'_> {
         setsid().context("starting a session")?;
         match self.place {
             Place::New {
-                root,
-                volumes,
-                hostname,
-                addresses,
-                dns,
+                root, volumes, pod, ..
             } => {
+                // Only now: the new namespace begins where the process is, and it was born into the container's cgroup.
+                unshare(CloneFlags::CLONE_NEWCGROUP).context("making a cgroup namespace")?;
                 let pts = sys::clone_mount(&root.pts).context("copying the mount of /dev/pts")?;
                 let volumes = rootfs::Volumes::copy(volumes)?;
-                sethostname(hostname).context("setting the host name")?;
+                let disguise = rootfs::Disguise::copy()?;
+                sethostname(&pod.hostname).context("setting the host name")?;
                 rootfs::enter(&root.path, &pts)?;
+                disguise.put_on()?;
                 volumes.attach()?;
-                rootfs::write_etc(hostname, addresses, dns)?;
+                etc::write(pod)?;
             }
             Place::Join(namespaces) => {
                 setns(&namespaces.uts, CloneFlags::CLONE_NEWUTS)
@@ -212,7 +182,7 @@ impl Launch<'_> {
                     .context("joining the mount namespace")?;
             }
         }
-        let identity = users::resolve(self.user)?;
+        let identity = self.rights.identity(self.user)?;
         let dir = if self.working_dir.is_empty() {
             "/"
         } else {
@@ -220,9 +190,15 @@ impl Launch<'_> {
         };
         fs::create_dir_all(dir).with_context(|| format!("making the working directory {dir}"))?;
         chdir(dir).with_context(|| format!("entering the working directory {dir}"))?;
+        if let Place::New {
+            read_only: true, ..
+        } = self.place
+        {
+            rootfs::seal()?;
+        }
         wire(&self.stdio, &identity)?;
         let env = environment(self.env, &identity);
-        drop_rights(&identity)?;
+        self.rights.take(&identity)?;
         Ok(env)
     }
 }
@@ -254,18 +230,6 @@ fn wire(stdio: &Stdio, owner: &Identity) -> Result<()> {
     dup2_stdin(stdin).context("wiring standard input")?;
     dup2_stdout(stdout).context("wiring standard output")?;
     dup2_stderr(stderr).context("wiring standard error")
-}
-
-fn drop_rights(identity: &Identity) -> Result<()> {
-    sys::bound_capabilities(CAPABILITIES).context("dropping capabilities")?;
-    let groups: Vec<Gid> = identity.groups.iter().copied().map(Gid::from_raw).collect();
-    setgroups(&groups).context("setting the groups")?;
-    setgid(Gid::from_raw(identity.gid)).context("setting the group")?;
-    setuid(Uid::from_raw(identity.uid)).context("setting the user")?;
-    if identity.uid == 0 {
-        sys::limit_capabilities(CAPABILITIES).context("dropping capabilities")?;
-    }
-    Ok(())
 }
 
 /// The later of two with one name wins; PATH and HOME are there in any case.
@@ -330,7 +294,7 @@ mod tests {
 
     #[test]
     fn a_later_variable_wins_and_the_defaults_are_there() {
-        let identity = users::Identity {
+        let identity = Identity {
             uid: 0,
             gid: 0,
             groups: vec![],

@@ -4,16 +4,23 @@
 //! the host says is taken at its word.
 
 mod boot;
+mod care;
 mod cgroups;
+mod checks;
 mod containers;
 mod disks;
+mod etc;
 mod execs;
+mod identity;
 mod launch;
+mod life;
 mod network;
 mod outbox;
 mod pod;
 mod port;
+mod probes;
 mod requests;
+mod rights;
 mod rootfs;
 mod server;
 mod stats;
@@ -38,6 +45,6 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
-    boot::prepare()?;
-    server::Agent::new(port::Port::open()?)?.run()
+    let late = boot::prepare()?;
+    server::Agent::new(port::Port::open()?, late)?.run()
 }

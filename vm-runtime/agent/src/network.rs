@@ -61,6 +61,14 @@ pub(crate) fn configure(interface: &Interface) -> Result<()> {
     Ok(())
 }
 
+/// Gives the device with the address `old` the address `new`; it is down.
+pub(crate) fn readdress(old: [u8; 6], new: [u8; 6]) -> Result<()> {
+    let name = find(old)?;
+    Netlink::open()?
+        .call(link_address(interface_index(&name)?, new))
+        .with_context(|| format!("setting the MAC address of {name}"))
+}
+
 fn find(mac: [u8; 6]) -> Result<String> {
     let wanted = mac.map(|b| format!("{b:02x}")).join(":");
     for entry in fs::read_dir("/sys/class/net").context("listing the network interfaces")? {
@@ -140,6 +148,15 @@ fn link_up(index: u32) -> Message {
 
 /// RTM_NEWLINK, struct ifinfomsg: nothing but the MTU.
 fn link_mtu(index: u32, mtu: u32) -> Message {
+    link_attribute(index, libc::IFLA_MTU, &mtu.to_ne_bytes())
+}
+
+/// The same with nothing but the address.
+fn link_address(index: u32, mac: [u8; 6]) -> Message {
+    link_attribute(index, libc::IFLA_ADDRESS, &mac)
+}
+
+fn link_attribute(index: u32, kind: u16, value: &[u8]) -> Message {
     let mut body = vec![0; 4];
     body.extend(index.to_ne_bytes());
     body.extend([0; 8]);
@@ -148,7 +165,7 @@ fn link_mtu(index: u32, mtu: u32) -> Message {
         flags: 0,
         body,
     };
-    message.attribute(libc::IFLA_MTU, &mtu.to_ne_bytes());
+    message.attribute(kind, value);
     message
 }
 

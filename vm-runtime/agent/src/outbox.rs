@@ -1,7 +1,9 @@
 //! Messages to the host: encoding, and the link that keeps them until they are acknowledged.
 
+use guest_agent::protocol::CONDITIONS;
 use guest_agent::protocol::link::GuestLink;
 use guest_agent::protocol::message::{Event, Failure, GuestMessage, Reply, RequestId};
+use guest_agent::protocol::settings::Condition;
 
 #[derive(Default)]
 pub(crate) struct Outbox {
@@ -12,6 +14,13 @@ impl Outbox {
     /// Queues an event. Returns its ordinal, see [`GuestLink::released`].
     pub(crate) fn event(&mut self, event: Event) -> u64 {
         self.send(&GuestMessage::Event(event))
+    }
+
+    /// Queues how a container fares. A host of an earlier version could not read it.
+    pub(crate) fn condition(&mut self, condition: Condition) {
+        if self.link.version() >= CONDITIONS {
+            self.event(Event::Condition(condition));
+        }
     }
 
     /// Queues an answer.

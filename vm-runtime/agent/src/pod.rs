@@ -3,13 +3,15 @@
 use std::time::{Duration, Instant};
 
 use guest_agent::protocol::message::{
-    Configuration, ContainerStatus, Event, Failure, FailureKind, RequestId, Status,
+    Configuration, ContainerStatus, Event, Failure, FailureKind, Identity, RequestId, Status,
 };
-use nix::sys::signal::Signal;
+use guest_agent::protocol::settings::Condition;
+use nix::unistd::Pid;
 
-use crate::boot::set_sysctl;
+use crate::boot::{LateModules, set_sysctl};
 use crate::containers::{Container, failed};
 use crate::disks;
+use crate::identity;
 use crate::network;
 use crate::outbox::Outbox;
 
@@ -18,10 +20,10 @@ pub(crate) struct Pod {
     configuration: Option<Configuration>,
     pub(crate) containers: Vec<Container>,
     started: bool,
-    /// When the containers that are left get SIGKILL.
-    pub(crate) kill_at: Option<Instant>,
     /// StopPod requests that wait for the end.
     stopping: Vec<RequestId>,
+    /// Drivers of its disks.
+    late: LateModules,
 }
 
 /// A [`Failure`] of class State.
@@ -39,6 +41,23 @@ fn is_label(name: &str) -> bool {
 }
 
 impl Pod {
+    pub(crate) fn new(late: LateModules) -> Self {
+        Self {
+            late,
+            ..Self::default()
+        }
+    }
+
+    /// Becomes another guest than the one that was saved.
+    pub(crate) fn identify(&mut self, identity: &Identity) -> Result<(), Failure> {
+        if self.configuration.is_some() {
+            return Err(wrong_time(
+                "the guest is configured already: identify it before",
+            ));
+        }
+        identity::take(identity).map_err(failed)
+    }
+
     pub(crate) fn configure(&mut self, wanted: Configuration) -> Result<(), Failure> {
         if let Some(have) = &self.configuration {
             return match *have == wanted {
@@ -58,6 +77,7 @@ impl Pod {
                 }
             }
         }
+        self.late.load().map_err(failed)?;
         nix::unistd::sethostname(&wanted.hostname).map_err(failed)?;
         network::loopback().map_err(failed)?;
         for interface in &wanted.interfaces {
@@ -77,11 +97,10 @@ impl Pod {
         for (key, value) in &wanted.sysctls {
             set_sysctl(key, value).map_err(failed)?;
         }
-        self.containers = wanted
-            .containers
-            .iter()
-            .cloned()
-            .map(Container::new)
+        let settings = wanted.container_settings.iter().cloned();
+        let settings = settings.chain(std::iter::repeat_with(Default::default));
+        self.containers = std::iter::zip(wanted.containers.iter().cloned(), settings)
+            .map(|(spec, settings)| Container::new(spec, settings, &wanted))
             .collect();
         self.configuration = Some(wanted);
         Ok(())
@@ -98,14 +117,17 @@ impl Pod {
         }
         for container in &mut self.containers {
             let name = container.spec.name.clone();
-            let pid = container.start(configuration).map_err(|f| Failure {
-                kind: f.kind,
-                message: format!("container `{name}`: {}", f.message),
-            })?;
+            let pid = container
+                .start(configuration, Instant::now())
+                .map_err(|f| Failure {
+                    kind: f.kind,
+                    message: format!("container `{name}`: {}", f.message),
+                })?;
             outbox.event(Event::Started {
                 container: name,
                 pid: pid.as_raw(),
             });
+            container.tell(outbox, Instant::now());
         }
         Ok(())
     }
@@ -134,40 +156,38 @@ impl Pod {
     /// Asks every container to end, the last one first. Answered by [`Self::finish`].
     pub(crate) fn stop(&mut self, id: RequestId, grace: Duration, now: Instant) {
         self.started = true;
-        if self.stopping.is_empty() {
-            for container in self.containers.iter().rev() {
-                container.signal(Signal::SIGTERM);
-            }
-        }
         // A second request can shorten the grace, never lengthen it. A year is as good as for ever.
         let at = now + grace.min(Duration::from_secs(365 * 86400));
-        self.kill_at = Some(self.kill_at.map_or(at, |old| old.min(at)));
+        for container in self.containers.iter_mut().rev() {
+            container.life.give_up();
+            container.health = None;
+            match self.stopping.is_empty() {
+                true => container.ask_to_end(at),
+                false => container.kill_at = container.kill_at.map(|old| old.min(at)),
+            }
+        }
         self.stopping.push(id);
     }
 
-    /// Tells what has ended, kills what has outstayed its grace, and answers StopPod at the end of all.
+    /// When there is something to do.
+    pub(crate) fn wakes(&self) -> Option<Instant> {
+        self.containers.iter().filter_map(Container::wakes).min()
+    }
+
+    /// Does what is due, tells what has ended, and answers StopPod at the end of all.
     pub(crate) fn finish(&mut self, outbox: &mut Outbox, now: Instant) -> Vec<RequestId> {
+        let Some(configuration) = &self.configuration else {
+            return std::mem::take(&mut self.stopping);
+        };
+        let stopping = !self.stopping.is_empty();
         for container in &mut self.containers {
-            container.finish(outbox);
+            container.finish(outbox, stopping, now);
+            container.tick(configuration, outbox, now);
         }
-        if self.kill_at.is_some_and(|at| at <= now) {
-            self.kill_at = None;
-            for container in self.containers.iter().rev() {
-                container.signal(Signal::SIGKILL);
-                if let Some(cgroup) = container.cgroup() {
-                    cgroup.kill();
-                }
-            }
-        }
-        if self.stopping.is_empty() || !self.containers.iter().all(Container::is_over) {
+        if !stopping || !self.containers.iter().all(Container::is_over) {
             return Vec::new();
         }
-        self.kill_at = None;
-        if self
-            .configuration
-            .as_ref()
-            .is_some_and(|c| !c.storage.is_empty())
-        {
+        if !configuration.storage.is_empty() {
             // Nothing that was written is lost, and the next mount has nothing to repair.
             for container in self.containers.iter_mut().rev() {
                 container.let_go();
@@ -176,6 +196,22 @@ impl Pod {
         }
         outbox.event(Event::Stopped);
         std::mem::take(&mut self.stopping)
+    }
+
+    /// Takes the end of a process, if it belongs to a container. False if not.
+    pub(crate) fn child_ended(&mut self, pid: Pid, code: i32, outbox: &mut Outbox) -> bool {
+        let Some(configuration) = &self.configuration else {
+            return false;
+        };
+        let now = Instant::now();
+        let mut containers = self.containers.iter_mut();
+        containers.any(|c| c.child_ended(pid, code, configuration, outbox, now))
+    }
+
+    /// How each container fares.
+    pub(crate) fn conditions(&self) -> Vec<Condition> {
+        let now = Instant::now();
+        self.containers.iter().map(|c| c.condition(now)).collect()
     }
 
     pub(crate) fn status(&self) -> Status {

@@ -8,11 +8,10 @@ use guest_agent::protocol::message::{
 };
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::signal::Signal;
-use nix::sys::time::TimeSpec;
-use nix::time::{ClockId, clock_settime};
 
 use crate::containers::{Container, failed};
 use crate::execs::Exec;
+use crate::identity::{self, set_clock};
 use crate::server::Agent;
 use crate::stats;
 
@@ -54,7 +53,7 @@ impl Agent {
         }
         let done = |result: Result<(), Failure>| Some(result.map(|()| Reply::Done));
         let answer = match request {
-            Request::Configure(wanted) => done(self.pod.configure(wanted)),
+            Request::Configure(wanted) => done(self.pod.configure(*wanted)),
             Request::StartPod => done(self.pod.start(&mut self.outbox)),
             Request::Exec(spec) => Some(self.exec(id, &spec)),
             Request::Signal { container, signal } => done(self.signal(&container, signal)),
@@ -63,13 +62,16 @@ impl Agent {
                     .stop(id, Duration::from_millis(grace_ms), Instant::now());
                 None
             }
-            Request::SetClock { unix_ns } => done(set_clock(unix_ns)),
+            Request::SetClock { unix_ns } => done(set_clock(unix_ns).map_err(failed)),
             Request::Stats => Some(Ok(Reply::Stats(self.stats()))),
             Request::Status => Some(Ok(Reply::Status(self.pod.status()))),
+            Request::Conditions => Some(Ok(Reply::Conditions(self.pod.conditions()))),
             Request::PowerOff => {
                 let refused = reboot(RebootMode::RB_POWER_OFF).map(|never| match never {});
                 done(refused.map_err(failed))
             }
+            Request::Settle => done(identity::settle().map_err(failed)),
+            Request::Identify(identity) => done(self.pod.identify(&identity)),
         };
         if let Some(answer) = answer {
             self.answer(id, answer);
@@ -117,9 +119,4 @@ fn not_running(container: &Container) -> Failure {
         kind: FailureKind::NoContainer,
         message: format!("the container `{}` does not run", container.spec.name),
     }
-}
-
-fn set_clock(unix_ns: u64) -> Result<(), Failure> {
-    let time = TimeSpec::from_duration(Duration::from_nanos(unix_ns));
-    clock_settime(ClockId::CLOCK_REALTIME, time).map_err(failed)
 }

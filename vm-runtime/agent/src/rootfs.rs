@@ -5,7 +5,6 @@
 
 use std::ffi::CString;
 use std::fs::{self, Permissions};
-use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
@@ -17,13 +16,26 @@ use nix::unistd::{chdir, pivot_root};
 
 use crate::boot::mount_at;
 use crate::disks::Volume;
+use crate::identity::{OWN_UUID, PRODUCT_UUID};
 use crate::sys;
 
-/// Files of /proc that act on the whole guest: read-only, as in Docker.
+/// Files of /proc that act on the whole guest: read-only, as every container runtime has it.
 const READ_ONLY: &[&str] = &["bus", "fs", "irq", "sys", "sysrq-trigger"];
 
-/// Files of /proc that tell too much: behind /dev/null.
-const HIDDEN: &[&str] = &["kcore", "keys", "timer_list"];
+/// What tells too much: files behind /dev/null, folders behind an empty one; the same list as containerd's.
+const HIDDEN: &[&str] = &[
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/sys/devices/virtual/powercap",
+    "/sys/firmware",
+];
 
 /// (name, major, minor), Documentation/admin-guide/devices.txt.
 const DEVICES: &[(&str, u64, u64)] = &[
@@ -59,6 +71,14 @@ fn furnish(pts: &OwnedFd) -> Result<()> {
     }
     mount_at("proc", "/proc", "proc", sealed, "")?;
     mount_at("sysfs", "/sys", "sysfs", sealed | MsFlags::MS_RDONLY, "")?;
+    // Its own cgroup is the root of what it sees: its limits, and what it uses of them.
+    mount_at(
+        "cgroup2",
+        "/sys/fs/cgroup",
+        "cgroup2",
+        sealed | MsFlags::MS_RDONLY,
+        "",
+    )?;
     mount_at(
         "tmpfs",
         "/dev",
@@ -103,13 +123,23 @@ fn furnish(pts: &OwnedFd) -> Result<()> {
         )
         .with_context(|| format!("making {path} read-only"))?;
     }
-    for name in HIDDEN {
-        let path = format!("/proc/{name}");
-        if Path::new(&path).exists() {
-            bind("/dev/null", &path)?;
+    for path in HIDDEN {
+        match fs::metadata(path) {
+            Ok(found) if found.is_dir() => {
+                let flags = sealed | MsFlags::MS_RDONLY;
+                mount_at("tmpfs", path, "tmpfs", flags, "size=0")?;
+            }
+            Ok(_) => bind("/dev/null", path)?,
+            Err(_) => {}
         }
     }
     Ok(())
+}
+
+/// Makes the root read-only; what is mounted in it stays as it is.
+pub(crate) fn seal() -> Result<()> {
+    let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+    mount_nothing("/", flags).context("making the root read-only")
 }
 
 fn bind(from: &str, to: &str) -> Result<()> {
@@ -162,47 +192,37 @@ impl<'a> Volumes<'a> {
     }
 }
 
+/// The VM's own UUID over the one that a template's kernel has read from the firmware.
+pub(crate) struct Disguise(Option<OwnedFd>);
+
+impl Disguise {
+    /// Before the root is changed.
+    pub(crate) fn copy() -> Result<Self> {
+        if !Path::new(OWN_UUID).exists() || !Path::new(PRODUCT_UUID).exists() {
+            return Ok(Self(None));
+        }
+        let path = CString::new(OWN_UUID).context("a path with a NUL in it")?;
+        let mount = sys::clone_mount(&path);
+        let mount = mount.with_context(|| format!("copying the mount of {OWN_UUID}"))?;
+        Ok(Self(Some(mount)))
+    }
+
+    /// After it.
+    pub(crate) fn put_on(self) -> Result<()> {
+        let Some(mount) = self.0 else {
+            return Ok(());
+        };
+        let sealed = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC | MsFlags::MS_NODEV;
+        let target = CString::new(PRODUCT_UUID).context("a path with a NUL in it")?;
+        sys::attach_mount(std::os::fd::AsFd::as_fd(&mount), &target)
+            .with_context(|| format!("attaching the VM's UUID at {PRODUCT_UUID}"))?;
+        let flags = sealed | MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        mount_nothing(PRODUCT_UUID, flags)
+            .with_context(|| format!("making {PRODUCT_UUID} read-only"))?;
+        Ok(())
+    }
+}
+
 fn mount_nothing(path: &str, flags: MsFlags) -> nix::Result<()> {
     mount(None::<&str>, path, None::<&str>, flags, None::<&str>)
-}
-
-/// Writes /etc/hostname, /etc/hosts and /etc/resolv.conf where the image has none.
-pub(crate) fn write_etc(hostname: &str, addresses: &[IpAddr], dns: &[IpAddr]) -> Result<()> {
-    fs::create_dir_all("/etc").context("making /etc")?;
-    for (path, text) in [
-        ("/etc/hostname", format!("{hostname}\n")),
-        ("/etc/hosts", hosts(hostname, addresses)),
-        (
-            "/etc/resolv.conf",
-            dns.iter().map(|a| format!("nameserver {a}\n")).collect(),
-        ),
-    ] {
-        // An empty file counts as none: image builders leave one where a file was mounted over.
-        let absent = fs::symlink_metadata(path).map_or(true, |m| m.is_file() && m.len() == 0);
-        if absent && !text.is_empty() {
-            fs::write(path, text).with_context(|| format!("writing {path}"))?;
-        }
-    }
-    Ok(())
-}
-
-fn hosts(hostname: &str, addresses: &[IpAddr]) -> String {
-    let mut text =
-        String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
-    for address in addresses {
-        text += &format!("{address}\t{hostname}\n");
-    }
-    text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn hosts_names_the_pod_at_each_of_its_addresses() {
-        let addresses = ["10.77.0.10", "fd77::10"].map(|a| a.parse().expect("an address"));
-        let text = hosts("web", &addresses);
-        assert!(text.ends_with("10.77.0.10\tweb\nfd77::10\tweb\n"), "{text}");
-    }
 }

@@ -14,7 +14,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-use crate::boot::uptime_ms;
+use crate::boot::{LateModules, uptime_ms};
 use crate::execs::Exec;
 use crate::outbox::Outbox;
 use crate::pod::Pod;
@@ -46,7 +46,7 @@ enum Source {
 
 impl Agent {
     /// Takes the port and the signals.
-    pub(crate) fn new(port: Port) -> Result<Self> {
+    pub(crate) fn new(port: Port, late: LateModules) -> Result<Self> {
         let mut set = SigSet::empty();
         set.add(Signal::SIGCHLD);
         set.thread_block().context("blocking SIGCHLD")?;
@@ -63,7 +63,7 @@ impl Agent {
             port,
             signals,
             outbox,
-            pod: Pod::default(),
+            pod: Pod::new(late),
             execs: BTreeMap::new(),
             answers: Answers::default(),
         })
@@ -98,6 +98,10 @@ impl Agent {
 
     fn wait(&mut self) -> Result<Vec<Source>> {
         let released = self.outbox.released();
+        let wakes = self.pod.wakes().map(|at| {
+            let left = at.saturating_duration_since(Instant::now()).as_millis() + 1;
+            u16::try_from(left).unwrap_or(u16::MAX)
+        });
         let mut sources = vec![Source::Port, Source::Signals];
         let mut fds = vec![
             watch(self.port.fd(), PollFlags::POLLIN),
@@ -121,13 +125,10 @@ impl Agent {
                 fds.push(watch(fd, PollFlags::POLLOUT));
             }
         }
-        let timeout = match (self.port.has_pending(), self.pod.kill_at) {
+        let timeout = match (self.port.has_pending(), wakes) {
             (false, None) => PollTimeout::NONE,
-            (true, None) => PollTimeout::from(RETRY_MS),
-            (_, Some(at)) => {
-                let left = at.saturating_duration_since(Instant::now()).as_millis() + 1;
-                PollTimeout::from(u16::try_from(left).unwrap_or(RETRY_MS).min(RETRY_MS))
-            }
+            (false, Some(left)) => PollTimeout::from(left),
+            (true, left) => PollTimeout::from(left.unwrap_or(RETRY_MS).min(RETRY_MS)),
         };
         match poll(&mut fds, timeout) {
             Ok(_) | Err(Errno::EINTR) => {}
@@ -203,7 +204,7 @@ impl Agent {
                 Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return,
                 Ok(_) | Err(_) => continue,
             };
-            if !self.pod.containers.iter_mut().any(|c| c.reaped(pid, code)) {
+            if !self.pod.child_ended(pid, code, &mut self.outbox) {
                 let _ours = self.execs.values_mut().any(|e| e.reaped(pid, code));
             }
         }

@@ -40,6 +40,21 @@ impl Output {
         })
     }
 
+    /// An output that has ended before it began.
+    pub(crate) fn none() -> Self {
+        Self {
+            file: None,
+            offset: 0,
+            under_way: VecDeque::new(),
+            outstanding: 0,
+        }
+    }
+
+    /// Goes on as the same stream with what another process writes, or with nothing more.
+    pub(crate) fn goes_on(&mut self, next: Self) {
+        self.file = next.file;
+    }
+
     /// The descriptor to poll, until the stream has ended.
     pub(crate) fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.file.as_ref().map(AsFd::as_fd)

@@ -27,6 +27,24 @@ pub(crate) fn finit_module(file: BorrowedFd<'_>) -> io::Result<()> {
     }
 }
 
+/// Mixes random bytes into the kernel's pool, counts them as such, and keys its generator anew from there (random(4)).
+pub(crate) fn reseed(entropy: &[u8]) -> io::Result<()> {
+    /// `RNDADDENTROPY`, `_IOW('R', 3, int[2])`, and `RNDRESEEDCRNG`, `_IO('R', 7)` (linux/random.h).
+    const ADD_ENTROPY: libc::Ioctl = 0x4008_5203;
+    const RESEED: libc::Ioctl = 0x5207;
+    let device = std::fs::File::options().write(true).open("/dev/random")?;
+    // struct rand_pool_info: bits, bytes, then the bytes.
+    let mut info = Vec::with_capacity(8 + entropy.len());
+    info.extend((entropy.len() as i32 * 8).to_ne_bytes());
+    info.extend((entropy.len() as i32).to_ne_bytes());
+    info.extend(entropy);
+    // SAFETY: the kernel reads two integers and as many bytes as the second says, all of which are in `info`, which outlives
+    // the call.
+    check(unsafe { libc::ioctl(device.as_raw_fd(), ADD_ENTROPY, info.as_ptr()) }.into())?;
+    // SAFETY: this one takes no argument.
+    check(unsafe { libc::ioctl(device.as_raw_fd(), RESEED) }.into()).map(drop)
+}
+
 /// `CLONE_INTO_CGROUP` (linux/sched.h): libc's constant overflows its type.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
@@ -176,4 +194,10 @@ pub(crate) fn limit_capabilities(keep: u64) -> io::Result<()> {
     let data = [half(keep), half(keep >> 32)];
     // SAFETY: version 3 reads one header and two data structures, which outlive the call.
     check(unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) }).map(drop)
+}
+
+/// No program that this process executes gets more rights than it has (prctl(2)).
+pub(crate) fn no_new_privileges() -> io::Result<()> {
+    // SAFETY: prctl with integers only.
+    check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into()).map(drop)
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use guest_agent::protocol::CONDITIONS;
 use guest_agent::protocol::frame::Decoder;
 use guest_agent::protocol::link::HostLink;
 use guest_agent::protocol::message::{
@@ -327,6 +328,11 @@ impl Actor {
     fn request(&mut self, request: Request, reply: Answer) -> Option<RequestId> {
         if self.mode != Mode::Open {
             reply.send(Err(AgentError::Detached)).ok();
+            return None;
+        }
+        if matches!(request, Request::Conditions) && self.link.version() < CONDITIONS {
+            // A guest of an earlier build: what it does not know it would not answer.
+            reply.send(Ok((0, Reply::Conditions(Vec::new())))).ok();
             return None;
         }
         let id = self.next_request;

@@ -78,6 +78,7 @@ impl Actor {
             | Event::Started { .. }
             | Event::ContainerExited { .. }
             | Event::Stopped
+            | Event::Condition(_)
             | Event::Error { .. }) => {
                 if let Event::Error { context, message } = &event {
                     tracing::warn!(%context, %message, "the guest's agent reports an error");

@@ -17,22 +17,27 @@
 //! What is absent: any policy. Logs are an [`OutputSink`]'s business, restarts the pod's.
 
 mod actor;
+mod error;
 mod exec;
 mod inbound;
 mod pod;
 
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+pub use error::{AgentError, ConnectError};
 pub use exec::{Exec, ExecControl, ExecInput, ExecOutput};
 use guest_agent::protocol::link::HostLinkState;
 pub use guest_agent::protocol::message::{
-    Configuration, Container, ContainerState, ContainerStatus, Event, ExecId, ExecSpec, Failure,
-    FailureKind, Interface, Mount, Stats, Status, Storage, Stream,
+    Blob, Configuration, Container, ContainerState, ContainerStatus, Event, ExecId, ExecSpec,
+    Failure, FailureKind, Identity, Interface, Mount, Stats, Status, Storage, Stream,
 };
 use guest_agent::protocol::message::{Reply, Request, RequestId};
+pub use guest_agent::protocol::settings::{
+    Check, Condition, ContainerSettings, HostAlias, MemoryMount, MemoryVolume, PodSettings, Probe,
+    Reason, Resolver, Restart,
+};
 pub use pod::{ImageSettings, configuration};
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
@@ -60,53 +65,6 @@ pub trait OutputSink: Send + Sync + 'static {
     /// The offset after the last byte stored, 0 if there is none. What the guest sends again from
     /// before it is dropped.
     fn last_offset(&self, container: &str, stream: Stream) -> u64;
-}
-
-/// Why there is no connection to a guest's agent.
-#[derive(Debug, thiserror::Error)]
-pub enum ConnectError {
-    /// The VM's socket cannot be reached.
-    #[error("cannot reach the agent's socket {path}: does the VM run?")]
-    Socket {
-        /// The socket.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The guest does not answer.
-    #[error("the guest's agent did not answer within {limit:?}: see the VM's console log")]
-    NoAnswer {
-        /// How long it was waited for.
-        limit: Duration,
-    },
-    /// The guest speaks another version.
-    #[error(
-        "the guest's agent speaks another protocol version: restart the pod with this build's initramfs"
-    )]
-    Version,
-}
-
-/// Why a request to the guest failed.
-#[derive(Debug, thiserror::Error)]
-pub enum AgentError {
-    /// The guest says no.
-    #[error("the guest: {}", .0.message)]
-    Refused(Failure),
-    /// No answer in time.
-    #[error("the guest's agent did not answer within {0:?}")]
-    NoAnswer(Duration),
-    /// The pod is being moved, or its VMM replaced.
-    #[error("the pod is being migrated or upgraded: try again when that is over")]
-    Detached,
-    /// The connection is gone, and the VM with it.
-    #[error("the connection to the guest's agent is gone: the VM has ended")]
-    Gone,
-    /// The request does not fit into a message.
-    #[error("the request is too long for the agent's link: {0} bytes")]
-    TooLong(usize),
-    /// An answer that does not belong to the request.
-    #[error("the guest's agent answered something else than was asked")]
-    Confused,
 }
 
 /// What moves with the pod: the link's numbers and unacknowledged messages. Take it with [`AgentClient::state`].
@@ -185,12 +143,28 @@ impl AgentClient {
         }
     }
 
+    /// Gives back what memory the guest does not need, before it becomes a template.
+    ///
+    /// # Errors
+    /// [`AgentError`]; `NoAnswer` from an agent that is too old for it.
+    pub async fn settle(&self) -> Result<(), AgentError> {
+        self.done(Request::Settle, ANSWER_LIMIT).await
+    }
+
+    /// Makes a guest that was started from a template one of its own. Before [`Self::configure`].
+    ///
+    /// # Errors
+    /// [`AgentError`]; `Refused` when it is configured already, or its kernel refuses something.
+    pub async fn identify(&self, identity: Identity) -> Result<(), AgentError> {
+        self.done(Request::Identify(identity), ANSWER_LIMIT).await
+    }
+
     /// Sets up network, mounts and limits. Once per guest; the same again is no error.
     ///
     /// # Errors
     /// [`AgentError`]; `Refused` when the guest is configured otherwise or its kernel refuses something.
     pub async fn configure(&self, configuration: Configuration) -> Result<(), AgentError> {
-        self.done(Request::Configure(configuration), ANSWER_LIMIT)
+        self.done(Request::Configure(Box::new(configuration)), ANSWER_LIMIT)
             .await
     }
 
@@ -213,7 +187,9 @@ impl AgentClient {
         self.send(Command::Exec { spec, ends, reply })?;
         match wait(answer, ANSWER_LIMIT).await? {
             (id, Reply::ExecStarted) => Ok(exec.named(id)),
-            (_, Reply::Done | Reply::Stats(_) | Reply::Status(_)) => Err(AgentError::Confused),
+            (_, Reply::Done | Reply::Stats(_) | Reply::Status(_) | Reply::Conditions(_)) => {
+                Err(AgentError::Confused)
+            }
         }
     }
 
@@ -254,7 +230,9 @@ impl AgentClient {
     pub async fn stats(&self) -> Result<Stats, AgentError> {
         match self.ask(Request::Stats, ANSWER_LIMIT).await? {
             Reply::Stats(stats) => Ok(stats),
-            Reply::Done | Reply::ExecStarted | Reply::Status(_) => Err(AgentError::Confused),
+            Reply::Done | Reply::ExecStarted | Reply::Status(_) | Reply::Conditions(_) => {
+                Err(AgentError::Confused)
+            }
         }
     }
 
@@ -265,7 +243,22 @@ impl AgentClient {
     pub async fn status(&self) -> Result<Status, AgentError> {
         match self.ask(Request::Status, ANSWER_LIMIT).await? {
             Reply::Status(status) => Ok(status),
-            Reply::Done | Reply::ExecStarted | Reply::Stats(_) => Err(AgentError::Confused),
+            Reply::Done | Reply::ExecStarted | Reply::Stats(_) | Reply::Conditions(_) => {
+                Err(AgentError::Confused)
+            }
+        }
+    }
+
+    /// How each container fares; nothing from a guest of an earlier build, which does not tell.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn conditions(&self) -> Result<Vec<Condition>, AgentError> {
+        match self.ask(Request::Conditions, ANSWER_LIMIT).await? {
+            Reply::Conditions(conditions) => Ok(conditions),
+            Reply::Done | Reply::ExecStarted | Reply::Stats(_) | Reply::Status(_) => {
+                Err(AgentError::Confused)
+            }
         }
     }
 
@@ -351,7 +344,9 @@ impl AgentClient {
     async fn done(&self, request: Request, limit: Duration) -> Result<(), AgentError> {
         match self.ask(request, limit).await? {
             Reply::Done => Ok(()),
-            Reply::ExecStarted | Reply::Stats(_) | Reply::Status(_) => Err(AgentError::Confused),
+            Reply::ExecStarted | Reply::Stats(_) | Reply::Status(_) | Reply::Conditions(_) => {
+                Err(AgentError::Confused)
+            }
         }
     }
 

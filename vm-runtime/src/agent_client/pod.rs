@@ -49,6 +49,8 @@ pub fn configuration(
             .collect(),
         sysctls: Vec::new(),
         storage: Vec::new(),
+        settings: pod.settings.clone(),
+        container_settings: pod.containers.iter().map(|c| c.settings.clone()).collect(),
     }
 }
 
@@ -61,7 +63,7 @@ fn container(spec: &ContainerSpec, image: ImageSettings) -> Container {
         argv: argv(spec, image.entrypoint, image.cmd),
         env,
         working_dir: spec.working_dir.clone().unwrap_or(image.working_dir),
-        user: image.user,
+        user: spec.user.clone().unwrap_or(image.user),
         memory_limit: spec.memory_limit.map(|b| b.0),
         cpu_limit_milli: spec.cpu_limit_milli,
     }
@@ -97,6 +99,8 @@ mod tests {
                 cpu_limit_milli: None,
                 disk_limit: None,
                 volume_mounts: Vec::new(),
+                user: None,
+                settings: Default::default(),
             };
             argv(&spec, words("entry"), words("cmd")).join(" ")
         };

@@ -15,9 +15,11 @@
 //!     migrator/gateway6: fd77::1
 //!     migrator/mac: 52:54:00:12:34:56   # derived from the name if missing
 //!     migrator/vm-memory: 512Mi         # else the sum of the limits and 128Mi for the guest itself
+//!     migrator/storage-class: ceph      # where its root disk and emptyDirs are: else on the node that it runs on
 //!     migrator/hugepages: "true"        # guest RAM of huge pages (2 MiB), which each node must have reserved
+//!     migrator/template: "false"        # always boot it, never start it from a template
 //! spec:
-//!   restartPolicy: Never                # the only one so far
+//!   restartPolicy: Always               # OnFailure, Never; Always if missing
 //!   volumes:
 //!   - name: scratch
 //!     emptyDir: {sizeLimit: 1Gi}        # a disk of this size, which ends with the pod
@@ -34,23 +36,32 @@
 //!     volumeMounts: [{name: data, mountPath: /var/lib/data, readOnly: false}]
 //! ```
 //!
+//! docs/pods.md has all the fields: users and rights, probes, hosts and name servers, volumes in memory.
+//!
 //! What containers write outside of volumes is on one disk, as large as their `ephemeral-storage` together; in guest memory, if none
 //! has such a limit.
 //!
 //! Any other field is refused by its path: a field that would be ignored is a promise not kept.
 
+mod limits;
 mod parse;
+mod probes;
 mod quantity;
+mod security;
 mod storage;
+mod surroundings;
 mod validate;
 mod yaml;
 
+#[cfg(test)]
+mod settings_tests;
 #[cfg(test)]
 mod tests;
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
+use guest_agent::protocol::settings::{ContainerSettings, PodSettings};
 use serde::{Deserialize, Serialize};
 
 use crate::units::{Bytes, MacAddress};
@@ -76,6 +87,19 @@ pub struct PodSpec {
     pub volumes: Vec<VolumeSpec>,
     /// The containers, started in this order.
     pub containers: Vec<ContainerSpec>,
+    /// Whether it is always booted: the annotation `migrator/template: "false"`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cold_start: bool,
+    /// The storage class of the disks that end with the pod: the annotation `migrator/storage-class`. `None`: they are on its node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub storage_class: Option<String>,
+    /// What it expects of its surroundings.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub settings: PodSettings,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// A volume of a pod: a disk that containers mount.
@@ -154,6 +178,12 @@ pub struct ContainerSpec {
     /// `volumeMounts`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub volume_mounts: Vec<VolumeMount>,
+    /// `runAsUser` and `runAsGroup`, as an image would write them. Overrides the image's user.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// What it expects of its surroundings.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub settings: ContainerSettings,
 }
 
 /// Why a pod file is refused. The path is the field's, such as `spec.containers[0].image`.
@@ -196,7 +226,7 @@ pub enum PodError {
 /// # Errors
 /// It is none.
 pub fn parse_bytes(text: &str) -> Result<Bytes, PodError> {
-    parse::bytes("size", text)
+    limits::bytes("size", text)
 }
 
 impl PodSpec {

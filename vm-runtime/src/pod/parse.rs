@@ -5,11 +5,15 @@ use std::str::FromStr;
 
 use serde_yaml_ng::Value;
 
-use super::quantity::{self, BadQuantity};
-use super::storage::{volume_mounts, volumes};
-use super::validate;
+use guest_agent::protocol::settings::ContainerSettings;
+
+use super::limits::{bytes, limits};
+use super::probes::{Ports, pre_stop, probe};
+use super::security::{self, PodSecurity};
+use super::storage::{by_kind, volume_mounts, volumes};
 use super::yaml::{Fields, Node, invalid};
 use super::{ContainerSpec, PodError, PodNet, PodSpec};
+use super::{surroundings, validate};
 use crate::units::{Bytes, MacAddress};
 
 /// Longest file, in bytes.
@@ -20,6 +24,9 @@ const DEFAULT_LIMIT: Bytes = Bytes::mib(128);
 
 /// What the guest needs for itself: kernel, agent, page tables, and the writable layer's first pages.
 const GUEST_OVERHEAD: Bytes = Bytes::mib(128);
+
+/// The storage class of disks that are on one node.
+const LOCAL_CLASS: &str = "local";
 
 /// Annotations of ours.
 const PREFIX: &str = "migrator/";
@@ -44,12 +51,23 @@ pub(super) fn pod(text: &str) -> Result<PodSpec, PodError> {
     let mut annotations = Annotations::read(&mut metadata)?;
     metadata.finish()?;
 
-    restart_policy(&mut spec)?;
-    let volumes = volumes(spec.get("volumes"))?;
+    let restart = surroundings::restart(&mut spec)?;
+    let mut settings = surroundings::settings(&mut spec)?;
+    let security = security::pod(spec.get("securityContext"))?;
+    settings.fs_group = security.fs_group;
+    let (volumes, in_memory) = volumes(spec.get("volumes"))?;
+    settings.memory_volumes = in_memory;
     let containers = spec.require("containers", "list at least one")?.list()?;
     spec.finish()?;
-    let containers: Vec<ContainerSpec> =
-        containers.iter().map(container).collect::<Result<_, _>>()?;
+    let mut containers = containers
+        .iter()
+        .map(|node| container(node, &security))
+        .collect::<Result<Vec<_>, _>>()?;
+    for container in &mut containers {
+        container.settings.restart = restart;
+        let (mounts, in_memory) = by_kind(&container.volume_mounts, &settings.memory_volumes);
+        (container.volume_mounts, container.settings.memory_mounts) = (mounts, in_memory);
+    }
 
     let net = net(&name, &mut annotations)?;
     let memory = match annotations.take("vm-memory") {
@@ -57,6 +75,8 @@ pub(super) fn pod(text: &str) -> Result<PodSpec, PodError> {
         None => needed_memory(&containers)?,
     };
     let hugepages = annotations.parse("hugepages", "true or false")?;
+    let template = annotations.parse("template", "true or false")?;
+    let storage_class = annotations.take("storage-class").map(|(_, text)| text);
     annotations.finish()?;
     let milli: u64 = containers
         .iter()
@@ -73,6 +93,9 @@ pub(super) fn pod(text: &str) -> Result<PodSpec, PodError> {
         vcpus,
         volumes,
         containers,
+        cold_start: template == Some(false),
+        storage_class: storage_class.filter(|class| class != LOCAL_CLASS),
+        settings,
     };
     validate::pod(&pod)?;
     Ok(pod)
@@ -81,16 +104,6 @@ pub(super) fn pod(text: &str) -> Result<PodSpec, PodError> {
 fn constant(fields: &mut Fields<'_>, key: &'static str, wanted: &str) -> Result<(), PodError> {
     match fields.get(key) {
         Some(node) if node.text()? != wanted => invalid(&node.path, format!("must be `{wanted}`")),
-        _ => Ok(()),
-    }
-}
-
-fn restart_policy(spec: &mut Fields<'_>) -> Result<(), PodError> {
-    match spec.get("restartPolicy") {
-        Some(node) if node.text()? != "Never" => Err(PodError::Unsupported {
-            path: node.path,
-            hint: "containers are not restarted yet: write `Never`, or remove it".to_owned(),
-        }),
         _ => Ok(()),
     }
 }
@@ -221,8 +234,17 @@ fn derived_mac(pod: &str) -> MacAddress {
     MacAddress([0x52, 0x54, 0x00, a, b, c])
 }
 
-fn container(node: &Node<'_>) -> Result<ContainerSpec, PodError> {
+fn container(node: &Node<'_>, pod: &PodSecurity) -> Result<ContainerSpec, PodError> {
     let mut fields = node.fields()?;
+    let mut settings = ContainerSettings::default();
+    let user = security::container(fields.get("securityContext"), pod, &mut settings)?;
+    let ports = Ports::read(fields.get("ports"))?;
+    settings.startup = probe(fields.get("startupProbe"), &ports)?;
+    settings.liveness = probe(fields.get("livenessProbe"), &ports)?;
+    settings.readiness = probe(fields.get("readinessProbe"), &ports)?;
+    settings.pre_stop = pre_stop(fields.get("lifecycle"))?;
+    let mut truth = |key| fields.get(key).map_or(Ok(false), |node| node.truth());
+    (settings.tty, settings.stdin) = (truth("tty")?, truth("stdin")?);
     let texts = |node: Option<Node<'_>>| match node {
         // Kubernetes takes an empty list for none.
         Some(node) => node.texts().map(|list| (!list.is_empty()).then_some(list)),
@@ -248,6 +270,8 @@ fn container(node: &Node<'_>) -> Result<ContainerSpec, PodError> {
         cpu_limit_milli: None,
         disk_limit: None,
         volume_mounts: volume_mounts(fields.get("volumeMounts"))?,
+        user,
+        settings,
     };
     let limits = limits(fields.get("resources"))?;
     fields.finish()?;
@@ -269,6 +293,13 @@ fn env(node: Option<Node<'_>>) -> Result<Vec<(String, String)>, PodError> {
             .require("name", "a variable has one")?
             .text()?
             .to_owned();
+        if let Some(node) = fields.get("valueFrom") {
+            return Err(PodError::Unsupported {
+                path: node.path,
+                hint: "there are no config maps and secrets to take it from: write its `value`"
+                    .to_owned(),
+            });
+        }
         let value = match fields.get("value") {
             Some(value) => value.text()?.to_owned(),
             None => String::new(),
@@ -277,78 +308,6 @@ fn env(node: Option<Node<'_>>) -> Result<Vec<(String, String)>, PodError> {
         Ok((name, value))
     };
     node.list()?.iter().map(variable).collect()
-}
-
-/// `resources.limits`.
-#[derive(Default)]
-struct Limits {
-    memory: Option<Bytes>,
-    cpu_milli: Option<u32>,
-    disk: Option<Bytes>,
-}
-
-fn limits(node: Option<Node<'_>>) -> Result<Limits, PodError> {
-    let Some(node) = node else {
-        return Ok(Limits::default());
-    };
-    let mut resources = node.fields()?;
-    let limits = resources.get("limits");
-    resources.finish()?;
-    let Some(limits) = limits else {
-        return Ok(Limits::default());
-    };
-    let mut limits = limits.fields()?;
-    let memory = match limits.get("memory") {
-        Some(node) => Some(bytes(&node.path, &node.text_or_number()?)?),
-        None => None,
-    };
-    let cpu = match limits.get("cpu") {
-        Some(node) => Some(cpu_milli(&node.path, &node.text_or_number()?)?),
-        None => None,
-    };
-    let disk = match limits.get("ephemeral-storage") {
-        Some(node) => Some(bytes(&node.path, &node.text_or_number()?)?),
-        None => None,
-    };
-    limits.finish()?;
-    Ok(Limits {
-        memory,
-        cpu_milli: cpu,
-        disk,
-    })
-}
-
-pub(super) fn bytes(path: &str, text: &str) -> Result<Bytes, PodError> {
-    if text.ends_with('m') {
-        let problem = format!(
-            "`{text}` is thousandths of a byte; did you mean `{}Mi`?",
-            text.trim_end_matches('m')
-        );
-        return invalid(path, problem);
-    }
-    let milli = milli(path, text, "512Mi")?;
-    match u64::try_from(milli.div_ceil(1000)) {
-        Ok(bytes) => Ok(Bytes(bytes)),
-        Err(_) => invalid(path, format!("`{text}` is too large")),
-    }
-}
-
-fn cpu_milli(path: &str, text: &str) -> Result<u32, PodError> {
-    match u32::try_from(milli(path, text, "500m")?) {
-        Ok(milli) => Ok(milli),
-        Err(_) => invalid(path, format!("`{text}` is too large")),
-    }
-}
-
-fn milli(path: &str, text: &str, example: &str) -> Result<u128, PodError> {
-    match quantity::milli(text) {
-        Ok(milli) => Ok(milli),
-        Err(BadQuantity::Form) => invalid(
-            path,
-            format!("`{text}` is not a quantity, such as {example}"),
-        ),
-        Err(BadQuantity::TooLarge) => invalid(path, "the number is too long"),
-    }
 }
 
 fn needed_memory(containers: &[ContainerSpec]) -> Result<Bytes, PodError> {

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use super::parse::bytes;
+use guest_agent::protocol::settings::{MemoryMount, MemoryVolume};
+
+use super::limits::bytes;
 use super::validate::{label, text};
 use super::yaml::{Node, invalid};
 use super::{PodError, PodSpec, VolumeMount, VolumeSource, VolumeSpec};
@@ -20,14 +22,42 @@ const MAX_VOLUMES: usize = 8;
 /// Longest path of a mount: PATH_MAX of Linux without the final zero.
 const MAX_PATH: usize = 4095;
 
-pub(super) fn volumes(node: Option<Node<'_>>) -> Result<Vec<VolumeSpec>, PodError> {
-    let Some(node) = node else {
-        return Ok(Vec::new());
-    };
-    node.list()?.iter().map(volume).collect()
+/// A volume as it is written: a disk, or memory.
+enum Written {
+    Disk(VolumeSpec),
+    Memory(MemoryVolume),
 }
 
-fn volume(node: &Node<'_>) -> Result<VolumeSpec, PodError> {
+/// Those on disks, and those in memory.
+pub(super) fn volumes(
+    node: Option<Node<'_>>,
+) -> Result<(Vec<VolumeSpec>, Vec<MemoryVolume>), PodError> {
+    let (mut disks, mut memory) = (Vec::new(), Vec::new());
+    for node in node.map_or(Ok(Vec::new()), |node| node.list())? {
+        match volume(&node)? {
+            Written::Disk(volume) => disks.push(volume),
+            Written::Memory(volume) => memory.push(volume),
+        }
+    }
+    Ok((disks, memory))
+}
+
+/// The mounts of volumes on disks, and of those in memory.
+pub(super) fn by_kind(
+    mounts: &[VolumeMount],
+    memory: &[MemoryVolume],
+) -> (Vec<VolumeMount>, Vec<MemoryMount>) {
+    let in_memory = |mount: &&VolumeMount| memory.iter().any(|v| v.name == mount.volume);
+    let (memory, disks): (Vec<_>, Vec<_>) = mounts.iter().partition(in_memory);
+    let memory = memory.into_iter().map(|mount| MemoryMount {
+        volume: mount.volume.clone(),
+        path: mount.path.clone(),
+        read_only: mount.read_only,
+    });
+    (disks.into_iter().cloned().collect(), memory.collect())
+}
+
+fn volume(node: &Node<'_>) -> Result<Written, PodError> {
     let mut fields = node.fields()?;
     let name = fields.require("name", "containers mount it by its name")?;
     let name = name.text()?.to_owned();
@@ -37,7 +67,27 @@ fn volume(node: &Node<'_>) -> Result<VolumeSpec, PodError> {
     let source = match (empty, claim) {
         (Some(empty), None) => {
             let mut fields = empty.fields()?;
-            let hint = "a volume is a disk: say how large, such as 1Gi";
+            let in_memory = match fields.get("medium") {
+                Some(node) => match node.text()? {
+                    "" => false,
+                    "Memory" => true,
+                    other => {
+                        let problem =
+                            format!("`{other}` is neither `Memory` nor empty, which is a disk");
+                        return invalid(&node.path, problem);
+                    }
+                },
+                None => false,
+            };
+            if in_memory {
+                let size = match fields.get("sizeLimit") {
+                    Some(node) => Some(bytes(&node.path, &node.text_or_number()?)?.0),
+                    None => None,
+                };
+                fields.finish()?;
+                return Ok(Written::Memory(MemoryVolume { name, size }));
+            }
+            let hint = "a volume is a disk: say how large, such as 1Gi; or write `medium: Memory`";
             let size = fields.require("sizeLimit", hint)?;
             let size = bytes(&size.path, &size.text_or_number()?)?;
             fields.finish()?;
@@ -59,7 +109,7 @@ fn volume(node: &Node<'_>) -> Result<VolumeSpec, PodError> {
             );
         }
     };
-    Ok(VolumeSpec { name, source })
+    Ok(Written::Disk(VolumeSpec { name, source }))
 }
 
 pub(super) fn volume_mounts(node: Option<Node<'_>>) -> Result<Vec<VolumeMount>, PodError> {
@@ -115,6 +165,18 @@ pub(super) fn check(pod: &PodSpec) -> Result<(), PodError> {
             }
         }
     }
+    for volume in &pod.settings.memory_volumes {
+        if !names.insert(&volume.name) {
+            let problem = format!("`{}` is the name of another volume too", volume.name);
+            return invalid("spec.volumes[].name", problem);
+        }
+        if volume.size.is_some_and(|size| size > pod.memory.0) {
+            return invalid(
+                "spec.volumes[].emptyDir.sizeLimit",
+                "is more than the guest's memory",
+            );
+        }
+    }
     if let Some(size) = pod.root_disk() {
         size_of(
             "spec.containers[].resources.limits[\"ephemeral-storage\"]",
@@ -123,17 +185,20 @@ pub(super) fn check(pod: &PodSpec) -> Result<(), PodError> {
     }
     for (index, container) in pod.containers.iter().enumerate() {
         let mut places = BTreeSet::new();
-        for (at, mount) in container.volume_mounts.iter().enumerate() {
+        let disks = container.volume_mounts.iter().map(|m| (&m.volume, &m.path));
+        let memory = container.settings.memory_mounts.iter();
+        let memory = memory.map(|m| (&m.volume, &m.path));
+        for (at, (volume, mount)) in disks.chain(memory).enumerate() {
             let path = format!("spec.containers[{index}].volumeMounts[{at}]");
-            if !names.contains(&mount.volume) {
-                let problem = format!("the pod has no volume `{}`", mount.volume);
+            if !names.contains(volume) {
+                let problem = format!("the pod has no volume `{volume}`");
                 return invalid(&format!("{path}.name"), problem);
             }
             let path = format!("{path}.mountPath");
-            text(&path, &mount.path, MAX_PATH)?;
-            let parts: Vec<&str> = mount.path.split('/').filter(|p| !p.is_empty()).collect();
+            text(&path, mount, MAX_PATH)?;
+            let parts: Vec<&str> = mount.split('/').filter(|p| !p.is_empty()).collect();
             let odd = parts.iter().any(|part| matches!(*part, "." | ".."));
-            if !mount.path.starts_with('/') || parts.is_empty() || odd {
+            if !mount.starts_with('/') || parts.is_empty() || odd {
                 return invalid(&path, "must be absolute, not `/`, and without `.` and `..`");
             }
             if !places.insert(parts) {

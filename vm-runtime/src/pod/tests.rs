@@ -98,11 +98,22 @@ fn the_annotation_makes_the_memory_of_huge_pages() {
 }
 
 #[test]
+fn the_annotation_keeps_a_pod_from_templates() {
+    let cold = |annotation| {
+        PodSpec::from_yaml(&pod("", annotation, ""))
+            .unwrap()
+            .cold_start
+    };
+    assert!(!cold("") && !cold("    migrator/template: \"true\"\n"));
+    assert!(cold("    migrator/template: \"false\"\n"));
+}
+
+#[test]
 fn fields_that_would_be_ignored_are_refused_by_path() {
     for (text, expected) in [
         (
-            pod("", "", "    livenessProbe: {}\n"),
-            "spec.containers[0].livenessProbe: not supported; remove it",
+            pod("", "", "    stdinOnce: true\n"),
+            "spec.containers[0].stdinOnce: not supported; remove it",
         ),
         (
             pod("", "", "    comand: [x]\n"),
@@ -110,7 +121,7 @@ fn fields_that_would_be_ignored_are_refused_by_path() {
         ),
         (
             pod("", "", "    env: [{name: A, valueFrom: {}}]\n"),
-            "spec.containers[0].env[0].valueFrom: not supported; remove it",
+            "spec.containers[0].env[0].valueFrom: not supported; there are no config maps and secrets to take it from: write its `value`",
         ),
         (
             pod("", "", "    resources: {requests: {cpu: 1}}\n"),
@@ -125,8 +136,8 @@ fn fields_that_would_be_ignored_are_refused_by_path() {
             "spec.hostNetwork: not supported; remove it",
         ),
         (
-            pod("", "", "  restartPolicy: Always\n"),
-            "spec.restartPolicy: not supported; containers are not restarted yet: write `Never`, or remove it",
+            pod("", "", "  restartPolicy: Sometimes\n"),
+            "spec.restartPolicy: `Sometimes` is none of Always, OnFailure and Never",
         ),
         (
             pod("", "", "status: {}\n"),

@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use super::storage;
 use super::yaml::invalid;
 use super::{ContainerSpec, PodError, PodNet, PodSpec};
+use super::{storage, surroundings};
 use crate::units::Bytes;
 
 /// Longest name: RFC 1123 labels, and Kubernetes names that become host names, have 63 characters.
@@ -61,6 +61,10 @@ pub(super) fn pod(pod: &PodSpec) -> Result<(), PodError> {
         );
     }
     storage::check(pod)?;
+    if let Some(class) = &pod.storage_class {
+        label("metadata.annotations[\"migrator/storage-class\"]", class)?;
+    }
+    surroundings::check(pod)?;
     let mut names = BTreeSet::new();
     for (index, spec) in pod.containers.iter().enumerate() {
         let path = format!("spec.containers[{index}]");

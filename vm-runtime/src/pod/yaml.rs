@@ -121,6 +121,21 @@ impl<'a> Node<'a> {
         }
     }
 
+    /// A whole number between two.
+    pub(super) fn number(&self, least: u32, most: u32) -> Result<u32, PodError> {
+        let Value::Number(number) = self.value else {
+            return self.wrong("a number");
+        };
+        let number = number.as_u64().and_then(|n| u32::try_from(n).ok());
+        match number.filter(|n| (least..=most).contains(n)) {
+            Some(number) => Ok(number),
+            None => invalid(
+                &self.path,
+                format!("must be a number from {least} to {most}"),
+            ),
+        }
+    }
+
     /// Name and value of each entry, both text.
     pub(super) fn text_map(&self) -> Result<Vec<(&'a str, Node<'a>)>, PodError> {
         let Value::Mapping(mapping) = self.value else {

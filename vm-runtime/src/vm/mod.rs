@@ -45,6 +45,7 @@ pub use self::successor::{HandOver, Successor, SuccessorResources};
 use self::process::Process;
 use self::spawn::Birth;
 use self::start::start;
+use crate::command_line::RbdImage;
 use crate::memory::GuestMemory;
 use crate::qemu::QemuBinary;
 use crate::qmp::{Qmp, QmpError, QmpEvent};
@@ -81,8 +82,10 @@ pub struct VmResources {
     pub kernel: PathBuf,
     /// The initramfs.
     pub initramfs: PathBuf,
-    /// The files behind the spec's images, in its order, then the sockets of its writable disks.
+    /// Where each image of the spec is served (`*.nbd`) or its file, in its order, then the sockets of its writable disks.
     pub disks: Vec<PathBuf>,
+    /// The writable disks that QEMU reads and writes itself, by their index; their sockets are nothing.
+    pub rbd: Vec<(usize, RbdImage)>,
 }
 
 /// What QEMU says its VM is doing.
@@ -146,6 +149,18 @@ impl Vm {
     /// The spec is wrong, the system refuses, or QEMU ends; nothing is left running.
     pub async fn boot(spec: &VmSpec, res: VmResources) -> Result<Self, SpawnError> {
         let (vm, guard) = start(spec, res, Birth::Boot).await?;
+        vm.qmp.execute("cont", Value::Null, QMP_DEADLINE).await?;
+        guard.disarm();
+        Ok(vm)
+    }
+
+    /// Starts a VM that is to be saved as a template; its guest runs when this returns. It has no disks to look at, and ends with this
+    /// service at the latest.
+    ///
+    /// # Errors
+    /// As [`Vm::boot`].
+    pub async fn template(spec: &VmSpec, res: VmResources) -> Result<Self, SpawnError> {
+        let (vm, guard) = start(spec, res, Birth::Template).await?;
         vm.qmp.execute("cont", Value::Null, QMP_DEADLINE).await?;
         guard.disarm();
         Ok(vm)

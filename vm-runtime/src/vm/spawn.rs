@@ -38,6 +38,8 @@ pub(super) enum Birth {
     Boot,
     /// With a state that comes from elsewhere.
     Incoming,
+    /// As [`Birth::Boot`], with nothing behind its disks, and not to outlive this service.
+    Template,
     /// With the state of a QEMU on this machine, whose memory and TAP it shares.
     Successor(Succession),
 }
@@ -92,6 +94,7 @@ struct Plan {
     dir: PathBuf,
     home: Option<PathBuf>,
     predecessor: Option<VmmProcess>,
+    outlives: bool,
     qemu: crate::qemu::QemuBinary,
 }
 
@@ -117,6 +120,7 @@ impl Plan {
         let (mode, succession) = match birth {
             Birth::Boot => (BootMode::Boot, None),
             Birth::Incoming => (BootMode::Incoming, None),
+            Birth::Template => (BootMode::Template, None),
             Birth::Successor(succession) => (BootMode::Incoming, Some(succession)),
         };
         let netdev = match succession {
@@ -138,6 +142,7 @@ impl Plan {
                 initramfs: &res.initramfs,
                 disks: &res.disks,
                 data_dirs: &res.qemu.data_dirs,
+                rbd: &res.rbd,
             },
         )?;
         let log = open_log(&res.dir).map_err(system("open QEMU's log"))?;
@@ -164,6 +169,7 @@ impl Plan {
             dir: res.dir.clone(),
             home: succession.map(|succession| succession.home.clone()),
             predecessor: succession.map(|succession| succession.predecessor),
+            outlives: mode != BootMode::Template,
             qemu: res.qemu.clone(),
         })
     }
@@ -236,7 +242,9 @@ fn adopt(
         spec: plan.spec.clone(),
     };
     record.store().map_err(system("write the VM's record"))?;
-    inject::survive_parent(traced).map_err(system("let QEMU outlive the service"))?;
+    if plan.outlives {
+        inject::survive_parent(traced).map_err(system("let QEMU outlive the service"))?;
+    }
     inject::detach(traced).map_err(system("let QEMU run"))?;
     tracing::debug!(pid, vm = %plan.spec.name, kept = plan.kept.len(), "QEMU started");
     Ok(Spawned {

@@ -60,7 +60,7 @@ pub struct SuccessorResources {
     pub kernel: PathBuf,
     /// The initramfs.
     pub initramfs: PathBuf,
-    /// The files behind the spec's images, in its order, then the sockets of its writable disks.
+    /// Where each image of the spec is served (`*.nbd`) or its file, in its order, then the sockets of its writable disks.
     pub disks: Vec<PathBuf>,
     /// A TAP with `IFF_VNET_HDR` that nobody uses.
     pub spare_tap: OwnedFd,
@@ -140,6 +140,7 @@ impl Vm {
             kernel: res.kernel,
             initramfs: res.initramfs,
             disks: res.disks,
+            rbd: Vec::new(),
         };
         let birth = Birth::Successor(succession);
         let (vm, guard) = start(self.spec(), resources, birth).await?;

@@ -30,7 +30,11 @@ pub(super) fn main(project: &Project, args: &Args) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     setup::require_root("to make network namespaces")?;
-    setup::ensure(project, &setup::Args::default())?;
+    let peers = setup::Args {
+        bench: true,
+        ..setup::Args::default()
+    };
+    setup::ensure(project, &peers)?;
     let mut results = Results::new(args);
     for row in &rows {
         results.row(row.name, &row.cases, |records| {

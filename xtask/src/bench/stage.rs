@@ -6,11 +6,12 @@ pub(super) mod ours;
 pub(super) mod peer;
 mod pod;
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use tokio::runtime::Runtime;
 use vm_runtime::probe;
 use vm_runtime::qemu::{QemuBinary, QemuConfig};
@@ -242,23 +243,36 @@ fn version(qemu: &QemuBinary) -> String {
     format!("{major}.{minor}.{micro}")
 }
 
-/// The block device that node a made of the image.
+/// The block device of node a's image, put together from its chunks.
 fn imported(lab: &Lab) -> Result<PathBuf> {
     let images = lab.node_dir(Node::A).join("state/images");
     let entries = std::fs::read_dir(&images)
         .with_context(|| format!("cannot list {}", images.display()))?
         .flatten();
     let found: Vec<PathBuf> = entries
-        .map(|entry| entry.path().join("image.erofs"))
+        .map(|entry| entry.path().join("record.json"))
         .filter(|path| path.is_file())
         .collect();
-    ensure!(
-        found.len() == 1,
-        "{} holds {} images where one was imported",
-        images.display(),
-        found.len()
-    );
-    Ok(found.into_iter().next().unwrap_or_default())
+    let [record] = &found[..] else {
+        bail!(
+            "{} holds {} images where one was imported",
+            images.display(),
+            found.len()
+        );
+    };
+    let record: serde_json::Value = serde_json::from_slice(&std::fs::read(record)?)?;
+    let chunks = record["chunks"]
+        .as_array()
+        .context("the record has no chunks")?;
+    let path = lab.node_dir(Node::A).join("image.erofs");
+    let mut file = std::fs::File::create(&path)?;
+    for chunk in chunks {
+        let hex = chunk.as_str().and_then(|text| text.strip_prefix("sha256:"));
+        let hex = hex.context("a chunk without a digest")?;
+        let chunk = images.join("chunks").join(&hex[..2]).join(hex);
+        file.write_all(&std::fs::read(chunk)?)?;
+    }
+    Ok(path)
 }
 
 /// Ports of the bridges for the peer's TAPs, and certificates under the names that QEMU looks for.

@@ -68,6 +68,7 @@ listen: {wire}
 advertise: {wire}
 peers: {peers}
 tunnel: {{ kind: vxlan, vni: 7077, mtu: {mtu} }}
+templates: manual
 tls:
   ca: ca.pem
   cert: cert.pem

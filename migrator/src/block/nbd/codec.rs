@@ -16,7 +16,27 @@ pub(super) const FIXED_NEWSTYLE: u16 = 1;
 pub(super) const NO_ZEROES: u16 = 1 << 1;
 
 /// `NBD_FLAG_HAS_FLAGS`, `SEND_FLUSH`, `SEND_FUA`, `SEND_TRIM`, `SEND_WRITE_ZEROES`, `CAN_MULTI_CONN`.
-pub(super) const TRANSMISSION_FLAGS: u16 = 1 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 8;
+const WRITABLE_FLAGS: u16 = 1 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 8;
+/// `NBD_FLAG_HAS_FLAGS`, `READ_ONLY`, `CAN_MULTI_CONN`.
+const READ_ONLY_FLAGS: u16 = 1 | 1 << 1 | 1 << 8;
+
+/// What a client is told of an export.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Facts {
+    /// In bytes.
+    pub(super) size: u64,
+    pub(super) read_only: bool,
+}
+
+impl Facts {
+    /// The transmission flags.
+    pub(super) fn flags(self) -> u16 {
+        match self.read_only {
+            true => READ_ONLY_FLAGS,
+            false => WRITABLE_FLAGS,
+        }
+    }
+}
 
 /// Longest data of an option: a name of at most 4096 bytes, and what is around it.
 pub(super) const MAX_OPTION: u32 = 8 << 10;
@@ -103,10 +123,10 @@ pub(super) fn option_reply(number: u32, reply: OptionReply, data: &[u8]) -> Vec<
 }
 
 /// `NBD_INFO_EXPORT`.
-pub(super) fn info_export(size: u64) -> Vec<u8> {
+pub(super) fn info_export(facts: Facts) -> Vec<u8> {
     let mut bytes = 0_u16.to_be_bytes().to_vec();
-    bytes.extend(size.to_be_bytes());
-    bytes.extend(TRANSMISSION_FLAGS.to_be_bytes());
+    bytes.extend(facts.size.to_be_bytes());
+    bytes.extend(facts.flags().to_be_bytes());
     bytes
 }
 
@@ -187,6 +207,7 @@ pub(super) fn reply(cookie: u64, error: u32) -> [u8; REPLY_LEN] {
 
 /// Errors that the protocol has, by the numbers of Linux.
 pub(super) mod error {
+    pub(crate) const EPERM: u32 = 1;
     pub(crate) const EIO: u32 = 5;
     pub(crate) const EINVAL: u32 = 22;
     pub(crate) const ENOSPC: u32 = 28;
@@ -271,9 +292,14 @@ mod tests {
                 0, 3, 0xe8, 0x89, 4, 0x55, 0x65, 0xa9, 0, 0, 0, 7, 0x80, 0, 0, 3, 0, 0, 0, 1, b'x'
             ]
         );
+        let facts = |read_only| Facts {
+            size: 1 << 20,
+            read_only,
+        };
         assert_eq!(
-            info_export(1 << 20),
+            info_export(facts(false)),
             [0, 0, 0, 0, 0, 0, 0, 0x10, 0, 0, 1, 0x6d]
         );
+        assert_eq!(info_export(facts(true))[10..], [1, 3]);
     }
 }

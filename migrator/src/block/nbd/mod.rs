@@ -10,6 +10,7 @@
 
 mod codec;
 mod negotiate;
+mod replies;
 mod server;
 mod session;
 

@@ -3,9 +3,8 @@
 use std::io::{self, Read, Write};
 
 use super::codec::{
-    FIXED_NEWSTYLE, INIT_MAGIC, MAX_OPTION, NO_ZEROES, OPTION_LEN, OPTION_MAGIC, OptionKind,
-    OptionReply, TRANSMISSION_FLAGS, export_name, info_block_size, info_export, option,
-    option_reply,
+    FIXED_NEWSTYLE, Facts, INIT_MAGIC, MAX_OPTION, NO_ZEROES, OPTION_LEN, OPTION_MAGIC, OptionKind,
+    OptionReply, export_name, info_block_size, info_export, option, option_reply,
 };
 
 /// Most options of one client: it needs two or three.
@@ -15,7 +14,7 @@ const MAX_OPTIONS: usize = 64;
 ///
 /// # Errors
 /// It broke the protocol (`InvalidData`), or the connection broke.
-pub(super) fn negotiate(stream: &mut (impl Read + Write), size: u64) -> io::Result<bool> {
+pub(super) fn negotiate(stream: &mut (impl Read + Write), facts: Facts) -> io::Result<bool> {
     let mut hello = INIT_MAGIC.to_be_bytes().to_vec();
     hello.extend(OPTION_MAGIC.to_be_bytes());
     hello.extend((FIXED_NEWSTYLE | NO_ZEROES).to_be_bytes());
@@ -51,8 +50,8 @@ pub(super) fn negotiate(stream: &mut (impl Read + Write), size: u64) -> io::Resu
                 if !data.is_empty() {
                     return Err(broken("the name of an export that is not here"));
                 }
-                let mut reply = size.to_be_bytes().to_vec();
-                reply.extend(TRANSMISSION_FLAGS.to_be_bytes());
+                let mut reply = facts.size.to_be_bytes().to_vec();
+                reply.extend(facts.flags().to_be_bytes());
                 if !no_zeroes {
                     reply.extend([0; 124]);
                 }
@@ -72,7 +71,7 @@ pub(super) fn negotiate(stream: &mut (impl Read + Write), size: u64) -> io::Resu
             OptionKind::List => answer(OptionReply::Invalid, b"this option has no data"),
             OptionKind::Info | OptionKind::Go => match export_name(&data) {
                 Some(b"") => {
-                    let mut reply = answer(OptionReply::Info, &info_export(size));
+                    let mut reply = answer(OptionReply::Info, &info_export(facts));
                     reply.extend(answer(OptionReply::Info, &info_block_size()));
                     reply.extend(answer(OptionReply::Ack, &[]));
                     stream.write_all(&reply)?;

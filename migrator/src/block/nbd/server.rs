@@ -10,9 +10,10 @@ use std::time::Duration;
 
 use nix::sys::socket::{Shutdown, shutdown};
 
+use super::codec::Facts;
 use super::negotiate::negotiate;
 use super::session::Session;
-use crate::block::Disk;
+use crate::block::Export;
 
 /// Most clients of a disk at once: its VMM, that one's successor, and somebody who looks.
 const MAX_CLIENTS: usize = 8;
@@ -40,7 +41,7 @@ pub enum ServerError {
     },
 }
 
-/// Serves one disk on one socket until it is dropped. Connections are cut then; what was not answered is the client's to repeat.
+/// Serves one disk or image on one socket until it is dropped. Connections are cut then; what was not answered is the client's to repeat.
 #[derive(Debug)]
 pub struct Server {
     path: PathBuf,
@@ -64,7 +65,8 @@ impl Server {
     ///
     /// # Errors
     /// The path is too long, or the socket cannot be made.
-    pub fn start(disk: Arc<Disk>, path: &Path) -> Result<Self, ServerError> {
+    pub fn start(export: impl Into<Export>, path: &Path) -> Result<Self, ServerError> {
+        let export = export.into();
         if path.as_os_str().len() > MAX_SOCKET_PATH {
             return Err(ServerError::PathTooLong {
                 path: path.to_owned(),
@@ -87,7 +89,7 @@ impl Server {
         };
         thread::Builder::new()
             .name("disk listener".to_owned())
-            .spawn(move || accept(&listener, &disk, &clients))
+            .spawn(move || accept(&listener, &export, &clients))
             .map_err(failed)?;
         Ok(server)
     }
@@ -148,7 +150,7 @@ impl Drop for Place {
     }
 }
 
-fn accept(listener: &UnixListener, disk: &Arc<Disk>, clients: &Arc<Clients>) {
+fn accept(listener: &UnixListener, export: &Export, clients: &Arc<Clients>) {
     loop {
         let stream = match listener.accept() {
             Ok((stream, _)) => stream,
@@ -163,31 +165,35 @@ fn accept(listener: &UnixListener, disk: &Arc<Disk>, clients: &Arc<Clients>) {
             }
         };
         let Some(place) = clients.enter() else {
-            tracing::warn!(disk = %disk.path().display(), "a disk has {MAX_CLIENTS} clients: one more is turned away");
+            tracing::warn!(disk = %export.path().display(), "a disk has {MAX_CLIENTS} clients: one more is turned away");
             continue;
         };
-        let disk = Arc::clone(disk);
+        let export = export.clone();
         let spawned = thread::Builder::new()
             .name("disk".to_owned())
-            .spawn(move || client(disk, stream, &place));
+            .spawn(move || client(export, stream, &place));
         if let Err(error) = spawned {
             tracing::warn!(%error, "no thread for a client of a disk");
         }
     }
 }
 
-fn client(disk: Arc<Disk>, mut stream: UnixStream, place: &Place) {
-    let path = disk.path().to_owned();
+fn client(export: Export, mut stream: UnixStream, place: &Place) {
+    let path = export.path().to_owned();
+    let facts = Facts {
+        size: export.size(),
+        read_only: export.is_read_only(),
+    };
     let begun = || -> io::Result<Option<Arc<Session>>> {
         stream.set_read_timeout(Some(HANDSHAKE_WITHIN))?;
         stream.set_write_timeout(Some(HANDSHAKE_WITHIN))?;
-        if !negotiate(&mut stream, disk.size())? {
+        if !negotiate(&mut stream, facts)? {
             return Ok(None);
         }
         stream.set_read_timeout(None)?;
         // A VMM that is stopped by a debugger reads on some day.
         stream.set_write_timeout(None)?;
-        Session::new(disk, stream).map(Some)
+        Session::new(export, stream).map(Some)
     };
     match begun() {
         Ok(Some(session)) => {

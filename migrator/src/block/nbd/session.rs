@@ -2,7 +2,10 @@
 //!
 //! One thread at a time leads: it reads a request, then hands the lead over and carries the request out itself. So a request is never
 //! handed from thread to thread. If no other request has come yet, and this one cannot wait long, it keeps the lead: a client that asks
-//! for one thing after the other is served by one thread without any switch.
+//! for one thing after the other is served by one thread without any switch. Small reads of what is in the page cache are answered by
+//! whoever leads, several with one call if several were there.
+//!
+//! The pages of larger reads go from the cache to the socket by a pipe, without a copy.
 
 use std::io::{self, BufReader, Read, Write};
 use std::net::Shutdown;
@@ -12,27 +15,49 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use nix::sys::socket::{MsgFlags, recv};
+use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
 
 use super::codec::{Command, MAX_PAYLOAD, REPLY_LEN, REQUEST_LEN, Request, error, reply, request};
-use crate::block::{Disk, DiskError};
+use super::replies::Replies;
+use crate::block::{DiskError, Export, Pipe};
 
 /// Most requests of one connection at once: as many as QEMU sends (`MAX_NBD_REQUESTS` in its block/nbd.c).
 const MAX_THREADS: usize = 16;
 /// What a thread keeps of its buffer from one request to the next.
 const KEPT: usize = 1 << 20;
+/// Reads up to this are copied by whoever leads, larger ones are spliced, side by side: for so little the pipe's calls cost as much as
+/// the copy.
+const COPIED: u32 = 32 << 10;
+/// What the kernel holds of replies that the client has not read yet: two of the largest.
+const SEND_BUFFER: usize = 8 << 20;
 
 /// A connection past its handshake.
 #[derive(Debug)]
 pub(super) struct Session {
-    disk: Arc<Disk>,
+    export: Export,
     stream: UnixStream,
     /// The lead. `None` once nothing more is read.
-    lead: Mutex<Option<BufReader<UnixStream>>>,
+    lead: Mutex<Option<Lead>>,
+    /// Held while a reply is sent, so that it is not mixed with another.
     replies: Mutex<UnixStream>,
     threads: AtomicUsize,
     /// Threads that wait for the lead.
     idle: AtomicUsize,
+}
+
+/// What whoever leads has.
+#[derive(Debug)]
+struct Lead {
+    reader: BufReader<UnixStream>,
+    replies: Replies,
+}
+
+/// What a thread has.
+struct Hands {
+    /// Begins with room for a reply's header, so that one call sends it with its data.
+    buffer: Vec<u8>,
+    /// Made when it is needed first.
+    pipe: Option<Pipe>,
 }
 
 /// Why a session ends.
@@ -50,10 +75,16 @@ impl From<io::Error> for Over {
 }
 
 impl Session {
-    pub(super) fn new(disk: Arc<Disk>, stream: UnixStream) -> io::Result<Arc<Self>> {
+    pub(super) fn new(export: Export, stream: UnixStream) -> io::Result<Arc<Self>> {
+        // Beyond `net.core.wmem_max` only with CAP_NET_ADMIN; without it replies wait sooner.
+        let _ = setsockopt(&stream, sockopt::SndBufForce, &SEND_BUFFER);
+        let lead = Lead {
+            reader: BufReader::with_capacity(4 << 10, stream.try_clone()?),
+            replies: Replies::default(),
+        };
         Ok(Arc::new(Self {
-            disk,
-            lead: Mutex::new(Some(BufReader::with_capacity(4 << 10, stream.try_clone()?))),
+            export,
+            lead: Mutex::new(Some(lead)),
             replies: Mutex::new(stream.try_clone()?),
             stream,
             threads: AtomicUsize::new(1),
@@ -63,35 +94,37 @@ impl Session {
 
     /// Serves requests until the connection ends; other threads may serve it for a moment longer.
     pub(super) fn serve(self: &Arc<Self>) {
-        // The reply's header is in front of the data, so that one write sends both.
-        let mut buffer = vec![0; REPLY_LEN];
+        let mut hands = Hands {
+            buffer: vec![0; REPLY_LEN],
+            pipe: None,
+        };
         loop {
             self.idle.fetch_add(1, Ordering::Relaxed);
-            let mut lead = self.lead.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut place = self.lead.lock().unwrap_or_else(PoisonError::into_inner);
             self.idle.fetch_sub(1, Ordering::Relaxed);
-            let Some(reader) = lead.as_mut() else { break };
-            let taken = match take(reader, &mut buffer) {
-                Ok(taken) => taken,
+            let Some(lead) = place.as_mut() else { break };
+            let request = match self.take_on(lead, &mut hands.buffer) {
+                Ok(request) => request,
                 Err(over) => {
-                    *lead = None;
-                    drop(lead);
+                    *place = None;
+                    drop(place);
                     if let Over::Broken(what) = over {
-                        tracing::warn!(disk = %self.disk.path().display(), what, "a client of the disk is cut off");
+                        tracing::warn!(disk = %self.export.path().display(), what, "a client of the disk is cut off");
                     }
                     break;
                 }
             };
-            let kept = (self.is_quick(&taken) && !has_more(reader)).then_some(lead);
+            let kept = (self.is_quick(&request) && !has_more(&lead.reader)).then_some(place);
             if kept.is_none() {
                 self.have_a_follower();
             }
-            let done = self.carry_out(&taken, &mut buffer);
+            let done = self.carry_out(&request, &mut hands);
             drop(kept);
             if done.is_err() {
                 break;
             }
-            buffer.truncate(KEPT);
-            buffer.shrink_to(KEPT);
+            hands.buffer.truncate(KEPT);
+            hands.buffer.shrink_to(KEPT);
         }
         self.cut();
         self.threads.fetch_sub(1, Ordering::Relaxed);
@@ -108,7 +141,7 @@ impl Session {
         matches!(
             request.command,
             Command::Read | Command::Write { fua: false }
-        ) && self.disk.missing_bytes() == 0
+        ) && self.export.is_ready(request.offset, request.len.into())
     }
 
     /// Sees to it that somebody takes the lead.
@@ -131,71 +164,146 @@ impl Session {
         }
     }
 
-    fn carry_out(&self, request: &Request, buffer: &mut Vec<u8>) -> Result<(), Over> {
-        let admitted = self.disk.admit();
+    /// The next request that is not answered on the spot.
+    fn take_on(&self, lead: &mut Lead, buffer: &mut Vec<u8>) -> Result<Request, Over> {
+        let Lead { reader, replies } = lead;
+        loop {
+            // What comes next may be long in coming, and a write's data, too.
+            let next = reader.buffer().first_chunk().and_then(request);
+            let reads = next.is_some_and(|next| next.command == Command::Read);
+            if !reads || replies.are_many() {
+                self.send(replies.take())?;
+            }
+            let request = take(reader, buffer)?;
+            if !self.answer_now(&request, replies)? {
+                self.send(replies.take())?;
+                return Ok(request);
+            }
+        }
+    }
+
+    /// Answers a small read of what is in the page cache. False: it is something else.
+    fn answer_now(&self, request: &Request, replies: &mut Replies) -> Result<bool, Over> {
+        if request.command != Command::Read || request.len > COPIED {
+            return Ok(false);
+        }
+        let Export::Disk(disk) = &self.export else {
+            return Ok(false);
+        };
+        let _admitted = disk.admit().map_err(|_| Over::Gone)?;
+        let read = |data: &mut [u8]| disk.read_now(data, request.offset);
+        Ok(replies.add(&reply(request.cookie, 0), request.len as usize, read))
+    }
+
+    fn carry_out(&self, request: &Request, hands: &mut Hands) -> Result<(), Over> {
+        let admitted = self.export.admit();
         let done = match &admitted {
-            Ok(_) => self.change_or_read(request, buffer),
+            Ok(_) => self.change_or_read(request, hands),
             Err(_) => Err(DiskError::Closed),
         };
-        let code = match done {
-            Ok(()) => 0,
+        let (code, payload) = match done {
+            Ok(payload) => (0, payload),
             // The client finds out where the disk is served now.
             Err(DiskError::Closed) => return Err(Over::Gone),
             Err(error) => {
                 let code = code(&error);
                 tracing::warn!(
                     error = crate::api::error::chain(&error),
-                    disk = %self.disk.path().display(),
+                    disk = %self.export.path().display(),
                     "a request to the disk failed"
                 );
-                code
+                (code, Payload::None)
             }
         };
-        let payload = match request.command {
-            Command::Read if code == 0 => request.len as usize,
-            _ => 0,
-        };
-        buffer[..REPLY_LEN].copy_from_slice(&reply(request.cookie, code));
-        let mut replies = self.replies.lock().unwrap_or_else(PoisonError::into_inner);
-        replies.write_all(&buffer[..REPLY_LEN + payload])?;
-        Ok(())
+        let header = reply(request.cookie, code);
+        let len = request.len as usize;
+        match payload {
+            Payload::None => self.send(&header),
+            Payload::Buffer => {
+                hands.buffer[..REPLY_LEN].copy_from_slice(&header);
+                self.send(&hands.buffer[..REPLY_LEN + len])
+            }
+            Payload::Pipe => {
+                let mut socket = self.socket();
+                socket.write_all(&header)?;
+                match &hands.pipe {
+                    Some(pipe) => Ok(pipe.drain(&*socket, len)?),
+                    None => Err(Over::Gone),
+                }
+            }
+        }
     }
 
-    fn change_or_read(&self, request: &Request, buffer: &mut Vec<u8>) -> Result<(), DiskError> {
+    fn change_or_read(&self, request: &Request, hands: &mut Hands) -> Result<Payload, DiskError> {
         let Request { offset, len, .. } = *request;
-        let disk = &self.disk;
+        let export = &self.export;
         let fua = match request.command {
-            Command::Read => {
-                if len > MAX_PAYLOAD {
-                    return Err(too_long(disk, request));
-                }
-                let end = REPLY_LEN + len as usize;
-                if buffer.len() < end {
-                    buffer.resize(end, 0);
-                }
-                disk.read_at(&mut buffer[REPLY_LEN..end], offset)?;
-                false
-            }
+            Command::Read => return self.read(request, hands),
             Command::Write { fua } => {
-                disk.write_at(&buffer[REPLY_LEN..REPLY_LEN + len as usize], offset)?;
+                export
+                    .disk()?
+                    .write_at(&hands.buffer[REPLY_LEN..][..len as usize], offset)?;
                 fua
             }
             Command::WriteZeroes { fua, no_hole } => {
-                disk.zero(offset, len.into(), no_hole)?;
+                export.disk()?.zero(offset, len.into(), no_hole)?;
                 fua
             }
             Command::Trim { fua } => {
-                disk.discard(offset, len.into())?;
+                export.disk()?.discard(offset, len.into())?;
                 fua
             }
             Command::Flush => true,
-            Command::Disconnect | Command::Unknown => return Err(too_long(disk, request)),
+            Command::Disconnect | Command::Unknown => return Err(too_long(export, request)),
         };
-        match fua {
-            true => disk.flush(),
-            false => Ok(()),
+        if fua {
+            export.flush()?;
         }
+        Ok(Payload::None)
     }
+
+    fn read(&self, request: &Request, hands: &mut Hands) -> Result<Payload, DiskError> {
+        let Request { offset, len, .. } = *request;
+        if len > MAX_PAYLOAD {
+            return Err(too_long(&self.export, request));
+        }
+        if let Export::Disk(disk) = &self.export
+            && len > COPIED
+        {
+            // Without one everything is copied.
+            if hands.pipe.is_none() {
+                hands.pipe = Pipe::new().ok();
+            }
+            if let Some(pipe) = hands.pipe.take_if(|pipe| pipe.fits(offset, len.into())) {
+                // It is kept only if it has the data, and nothing else.
+                if disk.read_into(&pipe, offset, len as usize)? {
+                    hands.pipe = Some(pipe);
+                    return Ok(Payload::Pipe);
+                }
+            }
+        }
+        let data = room(&mut hands.buffer, len as usize);
+        self.export.read_at(data, offset)?;
+        Ok(Payload::Buffer)
+    }
+
+    fn send(&self, bytes: &[u8]) -> Result<(), Over> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        Ok(self.socket().write_all(bytes)?)
+    }
+
+    fn socket(&self) -> std::sync::MutexGuard<'_, UnixStream> {
+        self.replies.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Where a reply's data is.
+enum Payload {
+    None,
+    Buffer,
+    Pipe,
 }
 
 /// Reads a request, and a write's data into the buffer, behind the room for a reply.
@@ -209,11 +317,7 @@ fn take(reader: &mut BufReader<UnixStream>, buffer: &mut Vec<u8>) -> Result<Requ
             if request.len > MAX_PAYLOAD {
                 return Err(Over::Broken("it writes more at once than it may"));
             }
-            let end = REPLY_LEN + request.len as usize;
-            if buffer.len() < end {
-                buffer.resize(end, 0);
-            }
-            reader.read_exact(&mut buffer[REPLY_LEN..end])?;
+            reader.read_exact(room(buffer, request.len as usize))?;
         }
         Command::Read
         | Command::Flush
@@ -222,6 +326,15 @@ fn take(reader: &mut BufReader<UnixStream>, buffer: &mut Vec<u8>) -> Result<Requ
         | Command::Unknown => {}
     }
     Ok(request)
+}
+
+/// Room for data, behind that for a reply's header.
+fn room(buffer: &mut Vec<u8>, len: usize) -> &mut [u8] {
+    let end = REPLY_LEN + len;
+    if buffer.len() < end {
+        buffer.resize(end, 0);
+    }
+    &mut buffer[REPLY_LEN..end]
 }
 
 /// Whether another request, or a part of it, is there.
@@ -233,11 +346,11 @@ fn has_more(reader: &BufReader<UnixStream>) -> bool {
     recv(reader.get_ref().as_raw_fd(), &mut [0], flags).is_ok()
 }
 
-fn too_long(disk: &Disk, request: &Request) -> DiskError {
+fn too_long(export: &Export, request: &Request) -> DiskError {
     DiskError::Range {
         offset: request.offset,
         len: request.len.into(),
-        size: disk.size(),
+        size: export.size(),
     }
 }
 
@@ -245,8 +358,9 @@ fn too_long(disk: &Disk, request: &Request) -> DiskError {
 fn code(error: &DiskError) -> u32 {
     match error {
         DiskError::Range { .. } | DiskError::Size { .. } => error::EINVAL,
+        DiskError::ReadOnly => error::EPERM,
         full if full.is_full() => error::ENOSPC,
         DiskError::File { .. } | DiskError::Io { .. } => error::EIO,
-        DiskError::Closed | DiskError::Busy { .. } => error::EIO,
+        DiskError::Closed | DiskError::NotHere | DiskError::Busy { .. } => error::EIO,
     }
 }

@@ -151,12 +151,9 @@ impl Outgoing {
         self.disks.iter().map(|disk| disk.dirty_bytes()).sum()
     }
 
-    /// Has the guest's writes wait while more than so many bytes are left; `None`: no longer.
+    /// Has the guest's writes wait while more than so many bytes are left, of all disks together; `None`: no longer.
     pub fn limit(&self, bytes: Option<u64>) {
-        // Each disk may have all of it: two that are written to at once are rare, and both are slowed.
-        for disk in self.disks.iter() {
-            disk.limit_dirty(bytes);
-        }
+        Disk::limit_dirty(&self.disks, bytes);
     }
 
     /// Makes durable what was written here: the less is left to it when QEMU flushes its disks in the freeze.

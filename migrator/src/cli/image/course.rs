@@ -98,10 +98,10 @@ impl View {
                         bar.finish();
                     }
                 }
-                if told.phase != Some(progress.phase) && progress.phase == Phase::Import {
-                    let _ = all.println(IMPORTING);
+                if let Some(line) = told.phase(&progress) {
+                    // As above.
+                    let _ = all.println(line);
                 }
-                told.phase = Some(progress.phase);
             }
         }
         Ok(())
@@ -116,6 +116,7 @@ impl View {
 }
 
 const IMPORTING: &str = "making the block device";
+const PACKING: &str = "packing the chunks";
 
 fn bar(digest: &str, size: u64) -> ProgressBar {
     let bar = ProgressBar::new(size);
@@ -139,6 +140,16 @@ impl Told {
         progress.note.clone()
     }
 
+    /// What a phase that begins is called.
+    fn phase(&mut self, progress: &Progress) -> Option<&'static str> {
+        let before = self.phase.replace(progress.phase);
+        match progress.phase {
+            Phase::Import if before != Some(Phase::Import) => Some(IMPORTING),
+            Phase::Pack if before != Some(Phase::Pack) => Some(PACKING),
+            Phase::Import | Phase::Pack | Phase::Resolve | Phase::Transfer => None,
+        }
+    }
+
     fn news(&mut self, progress: &Progress) -> Vec<String> {
         let mut lines: Vec<String> = self.note(progress).into_iter().collect();
         for blob in &progress.blobs {
@@ -155,10 +166,7 @@ impl Told {
                 Some(_) => {}
             }
         }
-        if self.phase != Some(progress.phase) && progress.phase == Phase::Import {
-            lines.push(IMPORTING.to_owned());
-        }
-        self.phase = Some(progress.phase);
+        lines.extend(self.phase(progress).map(str::to_owned));
         lines
     }
 }

@@ -28,6 +28,12 @@ pub(super) struct PullArgs {
     /// Keep the layers, so that the image can be pushed and saved
     #[arg(long)]
     keep_layers: bool,
+    /// Use the image while its chunks still come, if the registry has them (`image push --chunks`)
+    #[arg(long, conflicts_with_all = ["whole", "keep_layers"])]
+    lazy: bool,
+    /// Wait for all of it, also if the node's configuration says `registries.lazy`
+    #[arg(long)]
+    whole: bool,
     /// How long `image gc` leaves the image alone, such as 90s, 10m, 12h or 7d
     #[arg(long, value_name = "TIME", default_value = "1h", value_parser = span::seconds)]
     lease: u64,
@@ -42,6 +48,11 @@ impl PullArgs {
             auth_file: self.creds_file.as_deref().map(absolute).transpose()?,
             plain_http: self.plain_http,
             keep_layers: self.keep_layers,
+            lazy: match (self.lazy, self.whole) {
+                (true, _) => Some(true),
+                (false, true) => Some(false),
+                (false, false) => None,
+            },
             lease_s: self.lease,
         };
         let last = course::follow(context, "/v1/pulls", &request).await?;

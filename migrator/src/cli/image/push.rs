@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use vm_runtime::units::Bytes;
 
 use super::super::failure::Failure;
 use super::super::{Context, Output, output};
@@ -21,6 +22,9 @@ pub(super) struct PushArgs {
     /// Speak to the registry without TLS
     #[arg(long)]
     plain_http: bool,
+    /// Push the image's chunks, too, so that nodes can use it before all of it is there: `image pull --lazy`
+    #[arg(long)]
+    chunks: bool,
 }
 
 impl PushArgs {
@@ -30,12 +34,22 @@ impl PushArgs {
             image: self.image,
             auth_file: self.creds_file.as_deref().map(absolute).transpose()?,
             plain_http: self.plain_http,
+            chunks: self.chunks,
         };
         let last = course::follow(context, "/v1/pushes", &request).await?;
         match (last, context.output) {
             (last, Output::Json) => output::json(&last)?,
-            (TransferEvent::Pushed { to, digest, .. }, Output::Text) => {
+            (
+                TransferEvent::Pushed {
+                    to, digest, chunks, ..
+                },
+                Output::Text,
+            ) => {
                 output::line(&format!("{to} {digest}"))?;
+                if let Some(chunks) = chunks {
+                    let (packed, plain) = (Bytes(chunks.packed_bytes), Bytes(chunks.plain_bytes));
+                    output::line(&format!("chunks {} ({packed} of {plain})", chunks.digest))?;
+                }
             }
             (
                 TransferEvent::Progress(_)

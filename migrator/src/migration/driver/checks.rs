@@ -144,11 +144,12 @@ pub(super) fn check(offer: &Offer, here: &Facts) -> Result<(), Refuse> {
 fn disks(offer: &Offer, here: &Facts) -> Option<Refuse> {
     let node = &here.node;
     let none = |disk: &DiskOffer| check_size(disk.size).is_err() || disk.allocated > 2 * disk.size;
-    let same = offer.disks.len() == offer.vm.writable.len()
+    let moving = offer.vm.writable.iter().filter(|vm| vm.shared.is_none());
+    let same = offer.disks.len() == moving.clone().count()
         && offer
             .disks
             .iter()
-            .zip(&offer.vm.writable)
+            .zip(moving)
             .all(|(disk, vm)| disk.name == vm.name && disk.size == vm.size.0);
     if !same {
         return Some(Refuse {
@@ -309,6 +310,7 @@ mod tests {
                 serial: "w0".to_owned(),
                 name: disk.name.clone(),
                 size: Bytes(disk.size),
+                shared: None,
             };
             offer.vm.writable = disks.iter().map(vm).collect();
             offer.disks = disks;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
 
-use super::offer::offer;
+use super::offer::{images_later, offer};
 use super::report::Figures;
 use super::runner::Side;
 use super::source::Run;
@@ -17,13 +17,14 @@ use crate::daemon::migrations::Ticket;
 use crate::daemon::node::Node;
 use crate::memory::compress::Compress;
 use crate::migration::journal::SourceRecord;
+use crate::migration::mode::ImagesMode;
 use crate::migration::rounds::Policy;
 use crate::migration::source::{Input, Plan, Source};
 use crate::migration::status;
 use crate::network::{Port, Stage};
 use crate::pods::{MigrationEnd, PodHandle, PodResources};
 use crate::wire::message::{Ledger, Offer};
-use crate::wire::preamble::{VERSION_DISKS, VERSION_FLOWS};
+use crate::wire::preamble::{VERSION_CHUNKS, VERSION_DISKS, VERSION_FLOWS, VERSION_SHARED};
 use crate::wire::session;
 
 /// For TCP, TLS and the preambles of all connections.
@@ -48,13 +49,17 @@ pub(super) async fn outgoing(node: Arc<Node>, job: Outgoing) {
     } = job;
     let figures = figures(&node, &ticket, &pod, to.as_str());
     let begun = async {
-        let offer = offer(&node, &pod, &resources, ticket.id, options).await?;
+        let mut offer = offer(&node, &pod, &resources, ticket.id, options).await?;
         settled(&resources.port).await;
         let count = usize::from(options.connections);
         let session = session::dial(addr, &node.tls, to.as_str(), count, DIAL_DEADLINE)
             .await
             .map_err(|error| chain(&error))?;
         speaks_disks(&offer, session.version, to.as_str())?;
+        if options.images == ImagesMode::Demand && session.version >= VERSION_CHUNKS {
+            offer.images_later = Some(images_later(&node, &resources).await?);
+        }
+        speaks_shared(&offer, session.version, to.as_str())?;
         Ok::<_, String>((offer, session))
     };
     let begun = tokio::select! {
@@ -111,6 +116,19 @@ fn speaks_disks(offer: &Offer, version: u16, to: &str) -> Result<(), String> {
         false => Err(format!(
             "{} has writable disks, and {to} speaks version {version} of the protocol, which does not move them: upgrade migrator on {to}, or \
              choose another node",
+            offer.pod.name
+        )),
+    }
+}
+
+/// Whether the other end knows that disks can be on shared storage: an older one would take them for its own, and make them anew.
+fn speaks_shared(offer: &Offer, version: u16, to: &str) -> Result<(), String> {
+    let shared = offer.vm.writable.iter().any(|disk| disk.shared.is_some());
+    match !shared || version >= VERSION_SHARED {
+        true => Ok(()),
+        false => Err(format!(
+            "{} has disks on shared storage, and {to} speaks version {version} of the protocol, which does not know such: upgrade migrator on \
+             {to}, or choose another node",
             offer.pod.name
         )),
     }
@@ -185,6 +203,7 @@ pub(super) fn figures(node: &Node, ticket: &Ticket, pod: &PodHandle, to: &str) -
             ..status::MemoryReport::default()
         },
         disk: None,
+        images: None,
         phases: Vec::new(),
         downtime_us: 0,
         postcopy: false,
@@ -215,6 +234,9 @@ pub(super) async fn end_pod(pod: &PodHandle, end: MigrationEnd) {
 
 #[cfg(test)]
 mod tests {
+    use vm_runtime::spec::{SharedDisk, SharedDriver, WritableDisk};
+    use vm_runtime::units::Bytes;
+
     use super::*;
     use crate::wire::golden;
     use crate::wire::message::DiskOffer;
@@ -234,5 +256,21 @@ mod tests {
         for word in ["web", "version 2", "upgrade migrator on b"] {
             assert!(refused.contains(word), "{refused}");
         }
+        assert_eq!(speaks_shared(&offer, VERSION_SHARED - 1, "b"), Ok(()));
+        offer.vm.writable.push(WritableDisk {
+            serial: "w0".to_owned(),
+            name: "data".to_owned(),
+            size: Bytes::mib(64),
+            shared: Some(SharedDisk {
+                class: "ceph".to_owned(),
+                class_id: "id".to_owned(),
+                volume: "db".to_owned(),
+                driver: SharedDriver::Rbd,
+                ephemeral: false,
+            }),
+        });
+        assert_eq!(speaks_shared(&offer, VERSION_MAX, "b"), Ok(()));
+        let refused = speaks_shared(&offer, VERSION_SHARED - 1, "b").unwrap_err();
+        assert!(refused.contains("upgrade migrator on b"), "{refused}");
     }
 }

@@ -16,10 +16,12 @@ use super::arrive::{Relinked, question};
 use super::clock::Steps;
 use super::destination_disks::{Barriers, Filling, make_durable};
 use super::device_state::MAX_STATE;
+use super::images::Images;
 use super::link::{Link, LinkEvent};
 use super::packets;
-use super::prepare::{self, Built, Chunk, Images, Prepared};
+use super::prepare::{self, Built, Chunk, Prepared};
 use super::runner::{JournalFailed, News, Runner, Side};
+use super::shared_disks;
 use super::steps::wire_ledger;
 use crate::api::error::chain;
 use crate::daemon::node::Node;
@@ -27,12 +29,13 @@ use crate::memory::receive::{self, Arrival, Target};
 use crate::memory::verify::PageHashes;
 use crate::migration::destination::{Destination, Input, Output};
 use crate::network::Port;
-use crate::pods::{PodHandle, PodResources};
+use crate::pods::{PodDisk, PodHandle, PodResources};
 use crate::wire::bulk::Urgent;
 use crate::wire::conn::Connection;
 use crate::wire::fault::Fault;
 use crate::wire::id::MigrationId;
 use crate::wire::message::{Bye, Control, Ledger, Offer};
+use crate::wire::preamble::VERSION_CHUNKS;
 
 /// Chunks and barriers that wait for the conductor.
 const ARRIVALS: usize = 64;
@@ -56,6 +59,8 @@ pub(super) struct Run {
     pub(super) target: Arc<OnceLock<Target>>,
     /// The pod's writable disks, from when its memory is there.
     pub(super) disks: Filling,
+    /// Those of its disks that do not move.
+    pub(super) shared_disks: Vec<Arc<PodDisk>>,
     pub(super) hashes: Option<Arc<PageHashes>>,
     pub(super) theirs: Vec<(vm_runtime::units::PageIndex, Vec<u64>)>,
     /// The device state, as it comes, and how much of it has come.
@@ -108,6 +113,7 @@ impl Run {
             stale: Vec::new(),
             target: Arc::new(OnceLock::new()),
             disks: Filling::default(),
+            shared_disks: Vec::new(),
             hashes: None,
             theirs: Vec::new(),
             state,
@@ -222,6 +228,9 @@ impl Run {
         match event {
             LinkEvent::Lost(reason) => {
                 self.runner.link = None;
+                if self.machine.granted() {
+                    self.fence_source();
+                }
                 Some(Input::LinkLost { reason })
             }
             LinkEvent::Message(Control::StateChunk(chunk)) => {
@@ -315,6 +324,7 @@ impl Run {
             Input::StateLoaded => self.times.end("load_state"),
             Input::Verified { .. } => self.times.end("compare_pages"),
             Input::Resumed { steps, .. } => {
+                self.images.resumed(&self.runner.node);
                 self.times.end("resume");
                 *steps = self.times.take();
             }
@@ -351,7 +361,11 @@ impl Side for Run {
                     let _ = timeout(KEEPS_WITHIN, keeping).await;
                     self.flows_taken().await;
                 }
+                let runs = matches!(message, Control::Running(_));
                 self.runner.send(message).await;
+                if runs && self.version >= VERSION_CHUNKS {
+                    self.runner.send(self.images.figures()).await;
+                }
             }
             Output::Journal(entry) => {
                 self.times.begin("journal");
@@ -362,7 +376,7 @@ impl Side for Run {
             Output::Check(offer) => self.check(*offer).await,
             Output::ReceiveImages(_) => {
                 if let Some(chunks) = self.chunks.take() {
-                    let images = std::mem::take(&mut self.images);
+                    let images = self.images.take_incoming();
                     self.runner.step(prepare::receive_images(images, chunks));
                 }
             }
@@ -392,9 +406,14 @@ impl Side for Run {
             Output::Resume => {
                 self.times.begin("resume");
                 let resume = prepare::resume(self.vm());
-                self.runner.step(async {
+                let (shared, epoch) = (self.shared_disks.clone(), self.machine.epoch());
+                self.runner.step(async move {
                     let failed = |reason| Input::ResumeFailed { reason };
-                    Ok(resume.await.unwrap_or_else(failed))
+                    let resumed = async {
+                        shared_disks::take(shared, epoch).await?;
+                        resume.await
+                    };
+                    Ok(resumed.await.unwrap_or_else(failed))
                 });
             }
             Output::MarkStale { last } => self.mark_stale(last),

@@ -77,6 +77,33 @@ pub(super) fn make_durable(disks: &Filling, round: u32, inputs: &UnboundedSender
 }
 
 impl Run {
+    /// The source is not heard of, and this node has the right.
+    pub(super) fn fence_source(&self) {
+        let disks = self.shared_disks.clone();
+        if !disks.is_empty() {
+            let tasks = &self.runner.node.tasks;
+            tasks.spawn(super::shared_disks::fence_source(disks));
+        }
+    }
+
+    /// The pod is this node's, and gone: what it had of shared storage is free again.
+    pub(super) async fn give_back_disks(&mut self) {
+        self.shared_disks = Vec::new();
+        let Some(offer) = &self.offer else { return };
+        let (vm, epoch) = (offer.vm.clone(), self.machine.epoch());
+        let storage = Arc::clone(&self.runner.node.storage);
+        let given = blocking(move || {
+            storage.give_back_all(&vm, epoch);
+            Ok(())
+        });
+        if let Err(reason) = given.await {
+            tracing::error!(
+                reason,
+                "what the pod had of shared storage is not given back"
+            );
+        }
+    }
+
     /// All of the disks is here: nothing more is placed.
     pub(super) fn seal_disks(&self) {
         if let Some(disks) = self.disks.get() {

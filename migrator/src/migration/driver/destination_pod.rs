@@ -8,7 +8,7 @@ use vm_runtime::vm::Vm;
 use super::depart::end_pod;
 use super::destination::Run;
 use super::handoff::Handoff;
-use super::prepare::{self, Images};
+use super::prepare;
 use super::steps::{blocking, blocking_journal};
 use crate::api::error::chain;
 use crate::migration::destination::{Input, Outcome};
@@ -42,6 +42,7 @@ impl Run {
         let checked = prepare::check(&self.runner.node, &offer).await;
         let checked = match checked {
             Ok((pod, images, wants)) => {
+                self.shared_disks = pod.shared_disks();
                 *self.prepared.lock().await = Some(pod);
                 self.images = images;
                 Ok(wants)
@@ -181,6 +182,7 @@ impl Run {
         let pager = self.pager().filter(|_| self.machine.wants_pages());
         let id = self.machine.migration().to_string();
         let shutdown = self.runner.node.shutdown.clone();
+        let arriving = self.images.take_arriving();
         // Not a step: a pod that runs here is this node's, whatever else comes to an end.
         self.runner.node.tasks.spawn(async move {
             match (found, pager) {
@@ -195,6 +197,8 @@ impl Run {
                     }
                 }
             }
+            // The rest of its images may come now.
+            drop(arriving);
         });
     }
 
@@ -225,6 +229,7 @@ impl Run {
         if let Some(problem) = prepare::discard(&self.prepared).await {
             tracing::error!(reason = problem, "something of the pod is left behind");
         }
+        self.give_back_disks().await;
         let name = self.machine.pod().to_owned();
         if let Err(reason) =
             blocking_journal(&self.runner.node, move |journal| journal.stop_owner(&name)).await
@@ -235,13 +240,15 @@ impl Run {
 
     pub(super) async fn discard(&mut self) {
         self.runner.steps.shutdown().await;
-        self.images = Images::default();
+        let images = std::mem::take(&mut self.images);
         self.end_pager();
         self.flows_taken().await;
         self.parts = None;
+        self.shared_disks = Vec::new();
         if let Some(reason) = prepare::discard(&self.prepared).await {
             tracing::error!(reason, "something of a discarded pod is left behind");
         }
+        images.give_up(&self.runner.node).await;
         self.runner.tell(Input::Discarded);
     }
 

@@ -18,7 +18,7 @@ use crate::daemon::migrations::Ticket;
 use crate::daemon::node::Node;
 use crate::memory::compress::Compress;
 use crate::migration::journal::{Journal, Recovery};
-use crate::migration::mode::{Mode, OnStall};
+use crate::migration::mode::{ImagesMode, Mode, OnStall};
 use crate::network::OnOverflow;
 use crate::pods::recover::OpenMigration;
 use crate::pods::{PodHandle, PodResources};
@@ -37,12 +37,14 @@ mod device_state;
 mod early_pages;
 mod flows;
 mod handoff;
+mod images;
 mod link;
 mod offer;
 mod packets;
 mod prepare;
 mod report;
 mod runner;
+mod shared_disks;
 mod source;
 mod source_disks;
 mod source_link;
@@ -75,6 +77,8 @@ pub struct Options {
     pub compress: Compress,
     /// What is done when more packets come than may be kept.
     pub on_overflow: OnOverflow,
+    /// When the images cross.
+    pub images: ImagesMode,
 }
 
 /// A migration away from here, to be driven. The pod is marked as migrating.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use vm_runtime::spec::DiskSpec;
 use vm_runtime::units::Epoch;
 
 use super::Options;
@@ -11,7 +12,7 @@ use crate::daemon::node::Node;
 use crate::pods::disks::PodDisk;
 use crate::pods::{PodHandle, PodResources};
 use crate::wire::id::MigrationId;
-use crate::wire::message::{DiskOffer, ImageOffer, Offer, OfferOptions};
+use crate::wire::message::{DiskOffer, ImageOffer, ImagesLater, Offer, OfferOptions};
 
 /// What the destination is asked to take.
 pub(super) async fn offer(
@@ -53,22 +54,44 @@ pub(super) async fn offer(
         images,
         routed: super::checks::routed(node),
         disks: writable_disks(resources).await?,
+        images_later: None,
     })
 }
 
-/// The pod's writable disks.
+/// In which order the pod's images were read, for a destination that may run it before it has them.
+pub(super) async fn images_later(
+    node: &Arc<Node>,
+    resources: &PodResources,
+) -> Result<ImagesLater, String> {
+    let images = Arc::clone(&node.images);
+    let disks = resources.vm_spec.disks.clone();
+    blocking(move || {
+        let order = |disk: &DiskSpec| {
+            let digest = disk.image_digest.parse().ok()?;
+            Some(images.order(&digest).ok()?.list())
+        };
+        let order = disks.iter().map(|disk| order(disk).unwrap_or_default());
+        Ok(ImagesLater {
+            order: order.collect(),
+        })
+    })
+    .await
+}
+
+/// The pod's writable disks that move; those on shared storage are in the VM's specification.
 async fn writable_disks(resources: &PodResources) -> Result<Vec<DiskOffer>, String> {
     let disks = resources.disks.clone();
     blocking(move || {
-        let offer = |pod: Arc<PodDisk>| {
-            let allocated = pod.disk.allocated_bytes();
-            Ok(DiskOffer {
+        let offer = |pod: &Arc<PodDisk>| {
+            let disk = pod.local()?;
+            let allocated = disk.allocated_bytes().map_err(|error| chain(&error));
+            Some(allocated.map(|allocated| DiskOffer {
                 name: pod.name.clone(),
-                size: pod.disk.size(),
-                allocated: allocated.map_err(|error| chain(&error))?,
-            })
+                size: disk.size(),
+                allocated,
+            }))
         };
-        disks.into_iter().map(offer).collect()
+        disks.iter().filter_map(offer).collect()
     })
     .await
 }

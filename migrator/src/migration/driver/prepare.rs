@@ -16,10 +16,12 @@ use super::clock::unix_us;
 use super::depart::end_pod;
 use super::destination_disks::{Filling, fill};
 use super::handoff::Handoff;
+use super::images::{self, Images};
+use super::shared_disks;
 use super::steps::blocking;
 use crate::api::error::chain;
 use crate::daemon::node::Node;
-use crate::image::{Digest, ImageRecord, Incoming};
+use crate::image::Incoming;
 use crate::memory::postcopy::Pager;
 use crate::memory::receive::Target;
 use crate::memory::verify::PageHashes;
@@ -46,10 +48,6 @@ pub(super) struct Chunk {
     pub(super) digest: [u8; 32],
     pub(super) raw: Bytes,
 }
-
-/// The images that are being handed over. Dropping them removes what has come.
-#[derive(Debug, Default)]
-pub(super) struct Images(Vec<Incoming>);
 
 fn refuse(code: RefuseCode, reason: String) -> Refuse {
     Refuse { code, reason }
@@ -79,6 +77,7 @@ pub(super) async fn check(
             routed: checks::routed(node),
         },
     )?;
+    shared_disks::check(node, offer).await?;
     let record: PodRecord = serde_json::from_str(&offer.record)
         .map_err(|error| internal(format!("the pod's record cannot be read: {error}")))?;
     let pod = IncomingPod::prepare(node, offer.pod.clone(), offer.vm.clone(), record)
@@ -91,7 +90,7 @@ pub(super) async fn check(
         })?;
     let mut pod = pod;
     let checked = match pod.make_disks().await {
-        Ok(()) => images(node, offer)
+        Ok(()) => images::take_in(node, offer)
             .await
             .map_err(|reason| (RefuseCode::Image, reason)),
         Err(error) => Err((RefuseCode::Disk, chain(&error))),
@@ -119,88 +118,9 @@ fn code_of(error: &PodError) -> RefuseCode {
     }
 }
 
-/// Which chunks of which images are missing.
-async fn images(node: &Arc<Node>, offer: &Offer) -> Result<(Images, Vec<ImageWant>), String> {
-    let store = Arc::clone(&node.images);
-    let offered: Vec<String> = offer
-        .images
-        .iter()
-        .map(|image| image.record.clone())
-        .collect();
-    let disks: Vec<String> = offer
-        .vm
-        .disks
-        .iter()
-        .map(|disk| disk.image_digest.clone())
-        .collect();
-    blocking(move || {
-        if offered.len() != disks.len() {
-            return Err("the offer has not one image a disk".to_owned());
-        }
-        let (mut images, mut wants) = (Vec::new(), Vec::new());
-        for ((index, text), disk) in (0u32..).zip(&offered).zip(&disks) {
-            let record: ImageRecord = serde_json::from_str(text)
-                .map_err(|error| format!("the record of image {index} cannot be read: {error}"))?;
-            if record.erofs_digest.to_string() != *disk {
-                return Err(format!("image {index} is not the one that its disk names"));
-            }
-            if store.resolve(disk).is_ok() {
-                continue;
-            }
-            let (incoming, chunks) =
-                Incoming::begin(&store, record).map_err(|error| chain(&error))?;
-            if chunks.is_empty() {
-                incoming.finish().map_err(|error| chain(&error))?;
-                continue;
-            }
-            images.push(incoming);
-            wants.push(ImageWant {
-                image: index,
-                chunks,
-            });
-        }
-        Ok((Images(images), wants))
-    })
-    .await
-}
-
-/// Takes chunks until every image is complete.
-pub(super) async fn receive_images(images: Images, mut chunks: mpsc::Receiver<Chunk>) -> Step {
-    let mut images = images;
-    while images.0.iter().any(|image| !image.missing().is_empty()) {
-        let Some(Chunk { digest, raw }) = chunks.recv().await else {
-            return Err("the data connections ended before the images were complete".to_owned());
-        };
-        images = blocking(move || {
-            let digest = Digest(digest);
-            let wanted = images
-                .0
-                .iter()
-                .filter(|image| image.record().chunks.contains(&digest));
-            let mut placed = false;
-            for image in wanted {
-                image
-                    .place_digest(&digest, &raw)
-                    .map_err(|error| chain(&error))?;
-                placed = true;
-            }
-            if placed {
-                Ok(images)
-            } else {
-                Err(format!(
-                    "the source sent a chunk that nobody asked for: {digest}"
-                ))
-            }
-        })
-        .await?;
-    }
-    blocking(move || {
-        for image in images.0 {
-            image.finish().map_err(|error| chain(&error))?;
-        }
-        Ok(())
-    })
-    .await?;
+/// Takes chunks until every image that must be complete is.
+pub(super) async fn receive_images(images: Vec<Incoming>, chunks: mpsc::Receiver<Chunk>) -> Step {
+    Images::receive(images, chunks).await?;
     Ok(Input::ImagesReceived)
 }
 

@@ -4,10 +4,11 @@ use std::sync::{Arc, OnceLock};
 
 use crate::memory::postcopy::quantile;
 use crate::migration::status::{
-    ConntrackReport, DiskReport, FaultReport, MemoryReport, MigrationReport, Outcome, PacketReport,
+    ConntrackReport, DiskReport, FaultReport, ImageReport, MemoryReport, MigrationReport, Outcome,
+    PacketReport,
 };
 use crate::network;
-use crate::wire::message::{BoundTaken, FaultFigures, FlowsTaken, Ledger, Running};
+use crate::wire::message::{BoundTaken, FaultFigures, FlowsTaken, ImagesMoved, Ledger, Running};
 
 /// The source's own books, with every reason; the wire has only their sums.
 pub(super) type Books = Arc<OnceLock<network::Ledger>>;
@@ -23,6 +24,7 @@ pub(super) struct Figures {
     pub(super) frozen_at_unix_us: u64,
     pub(super) memory: MemoryReport,
     pub(super) disk: Option<DiskReport>,
+    pub(super) images: Option<ImageReport>,
     pub(super) phases: Vec<(String, u64)>,
     pub(super) downtime_us: u64,
     /// Frames that this node sent through the tunnel.
@@ -56,6 +58,20 @@ impl Figures {
             histogram: faults.buckets.clone(),
             took_us: faults.took_us,
             mismatched: faults.mismatched,
+        });
+    }
+
+    /// Takes in what of the images was at the destination.
+    pub(super) fn images_moved(&mut self, moved: ImagesMoved) {
+        let ImagesMoved {
+            size,
+            here,
+            before_resume,
+        } = moved;
+        self.images = Some(ImageReport {
+            bytes_size: size,
+            bytes_here: here,
+            bytes_before_resume: before_resume,
         });
     }
 
@@ -101,6 +117,7 @@ impl Figures {
             frozen_at_unix_us: self.frozen_at_unix_us,
             memory: self.memory,
             disk: self.disk,
+            images: self.images,
             packets: packets(source, destination, self.books.get()),
             conntrack: self.conntrack,
             phases: self.phases,

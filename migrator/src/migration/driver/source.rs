@@ -94,8 +94,15 @@ impl Run {
         let defaults = &node.config.migration;
         let (connections, compress) = (defaults.connections, defaults.compress);
         let disks = resources.as_ref().map(|resources| {
-            let disks = resources.disks.iter();
-            disks.map(|disk| Arc::clone(&disk.disk)).collect()
+            let disks = resources.disks.iter().filter_map(|disk| disk.local());
+            disks.cloned().collect()
+        });
+        let shared = resources.as_ref().map(|resources| {
+            let shared = resources
+                .disks
+                .iter()
+                .filter(|disk| disk.shared().is_some());
+            shared.filter_map(|disk| disk.served().cloned()).collect()
         });
         let mut runner = Runner::new(node, pod.name().to_owned(), ticket.cancel.clone());
         if let Some(resources) = &resources {
@@ -118,7 +125,8 @@ impl Run {
             server: None,
             wanted: Vec::new(),
             tracking: Tracking::new(pages),
-            disks: Disks::new(Outgoing::new(disks.unwrap_or_default())),
+            disks: Disks::new(Outgoing::new(disks.unwrap_or_default()))
+                .with_shared(shared.unwrap_or_default()),
             content_limit_us: 0,
             slowed: Slowed::default(),
             queue: None,
@@ -301,6 +309,10 @@ impl Side for Run {
             self.figures.flows_taken(*taken);
             return Vec::new();
         }
+        if let Input::Peer(Control::ImagesMoved(moved)) = &input {
+            self.figures.images_moved(*moved);
+            return Vec::new();
+        }
         if let Input::Peer(Control::BoundTaken(taken)) = &input {
             self.figures.bound_taken(*taken, self.news.bound());
             return Vec::new();
@@ -314,7 +326,13 @@ impl Side for Run {
             self.show(Some(phase));
         }
         match output {
-            Output::Send(message) => self.runner.send(message).await,
+            Output::Send(message) => {
+                if let (Control::Grant(_), Some(parts)) = (&message, &self.resources) {
+                    // The guest stands still and has flushed; before the destination can hear of it.
+                    parts.disks.iter().for_each(|disk| disk.let_go());
+                }
+                self.runner.send(message).await;
+            }
             Output::Journal(entry) => self.runner.journal(entry).await?,
             Output::Note(entry) => self.runner.note(entry).await,
             Output::WakeAt(at) => self.runner.wake_at(at),

@@ -10,6 +10,7 @@ use vm_runtime::units::PAGE_SIZE;
 use super::source::Run;
 use super::steps::blocking;
 use crate::api::error::chain;
+use crate::block::Disk;
 use crate::block::transfer::{Outgoing, Piece, Rounds, Sample, Turn};
 use crate::memory::send::{PageSender, SendError};
 use crate::migration::source::Input;
@@ -23,6 +24,8 @@ const AHEAD: usize = 4;
 #[derive(Clone, Debug)]
 pub struct Disks {
     outgoing: Outgoing,
+    /// Those that do not move.
+    shared: Arc<[Arc<Disk>]>,
     report: Arc<Mutex<DiskReport>>,
 }
 
@@ -44,8 +47,29 @@ impl Disks {
         };
         Self {
             outgoing,
+            shared: Arc::default(),
             report: Arc::new(Mutex::new(report)),
         }
+    }
+
+    /// The same, with disks on shared storage that this service serves: nothing of them is sent, but all that the guest wrote must be there
+    /// before another node opens them.
+    pub(super) fn with_shared(mut self, shared: Vec<Arc<Disk>>) -> Self {
+        self.shared = shared.into();
+        self
+    }
+
+    /// What QEMU would otherwise have to flush in the freeze.
+    async fn flush_shared(&self) -> Result<(), String> {
+        let shared = Arc::clone(&self.shared);
+        if shared.is_empty() {
+            return Ok(());
+        }
+        blocking(move || {
+            let mut shared = shared.iter();
+            shared.try_for_each(|disk| disk.flush().map_err(|error| chain(&error)))
+        })
+        .await
     }
 
     /// What is to be sent again, in pages.
@@ -130,6 +154,7 @@ impl Disks {
 
     /// A round beside one of memory, if there are disks.
     pub(super) async fn beside(&self, sender: &Arc<PageSender>) -> Result<RoundOfDisks, String> {
+        self.flush_shared().await?;
         match self.outgoing.is_empty() || self.outgoing.left() == 0 {
             true => Ok(RoundOfDisks::default()),
             false => self.round(sender).await,

@@ -185,8 +185,9 @@ impl Run {
         let (pod, to) = (self.pod.clone(), self.figures.to.clone());
         let resources = self.resources.take();
         let books = Arc::clone(&self.figures.books);
-        let volumes = self.runner.node.volumes.clone();
+        let granted = self.machine.offered();
+        let node = Arc::clone(&self.runner.node);
         self.runner
-            .step(steps::release(resources, pod, to, books, volumes));
+            .step(steps::release(resources, pod, to, books, node, granted));
     }
 }

@@ -3,12 +3,12 @@
 use std::io;
 use std::sync::Arc;
 use std::thread::available_parallelism;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use bytes::Bytes;
 use tokio::time::{Instant, sleep, sleep_until};
 use vm_runtime::agent_client::{AgentClient, AgentState};
-use vm_runtime::units::PageIndex;
+use vm_runtime::spec::DiskSpec;
+use vm_runtime::units::{Epoch, PageIndex};
 use vm_runtime::vm::RunState;
 
 use super::clock::unix_us;
@@ -27,7 +27,7 @@ use crate::memory::verify::hash_all;
 use crate::migration::source::{Input, Rollback};
 use crate::network::Stage;
 use crate::pods::{MigrationEnd, PodHandle, PodResources};
-use crate::volumes::{Volumes, remove_moved};
+use crate::volumes::remove_moved;
 use crate::wire::bulk::Data;
 use crate::wire::conn::Reader;
 use crate::wire::control::ControlSender;
@@ -45,6 +45,11 @@ const FORWARD_LEAST: Duration = Duration::from_millis(600);
 const FORWARD_QUIET: Duration = Duration::from_millis(200);
 /// Forwarding ends at the latest after this long, as the sum of what bridges and neighbours take to learn.
 const FORWARD_MOST: Duration = Duration::from_secs(10);
+
+/// How long images of a pod that has left are kept for its new node.
+const KEPT_FOR_PEERS: Duration = Duration::from_secs(3600);
+/// How long a chunk that the destination wants may take to come here.
+const CHUNK_WITHIN: Duration = Duration::from_secs(30);
 
 type Step = Result<Input, String>;
 type Parts = Option<Arc<PodResources>>;
@@ -82,12 +87,19 @@ pub(super) async fn send_images(
             })?;
         let digest: Digest = disk.image_digest.parse().map_err(|error| chain(&error))?;
         for index in want.chunks {
-            let images = Arc::clone(&node.images);
+            let (images, shutdown) = (Arc::clone(&node.images), node.shutdown.clone());
             let chunk = blocking(move || {
-                let raw = images
-                    .read_chunk(&digest, index)
-                    .map_err(|error| chain(&error))?;
-                Ok(Bytes::from(raw))
+                let record = images.record(&digest).map_err(|error| chain(&error))?;
+                // It may not be here itself yet.
+                let until = std::time::Instant::now() + CHUNK_WITHIN;
+                let over = || shutdown.is_cancelled() || std::time::Instant::now() >= until;
+                let chunk = images.chunks().wait(&record, index, &over);
+                chunk.map_err(|_| {
+                    format!(
+                        "chunk {index} of image `{}` is nowhere to be had",
+                        record.name
+                    )
+                })
             })
             .await?;
             let content = Digest::of(&chunk);
@@ -256,6 +268,10 @@ pub(super) async fn roll_back(
 ) -> Vec<String> {
     let mut problems = Vec::new();
     let Some(parts) = parts else { return problems };
+    // Before the guest runs: where that fails, somebody else may write, and it must not.
+    let back = take_back(parts).await;
+    let may_run = back.is_ok();
+    problems.extend(back.err());
     if what.stop_tracking {
         let tracking = tracking.clone();
         let stopped = blocking(move || {
@@ -271,7 +287,7 @@ pub(super) async fn roll_back(
         problems.push(chain(&error));
     }
     // After the gate: what the guest sends on its first instruction must go out.
-    if what.resume_vm {
+    if what.resume_vm && may_run {
         problems.extend(resume(parts).await.err());
     }
     if what.attach_agent
@@ -281,6 +297,26 @@ pub(super) async fn roll_back(
         problems.push(chain(&error));
     }
     problems
+}
+
+/// Takes shared disks back that were let go for a grant that was not sent, or was not taken.
+async fn take_back(parts: &PodResources) -> Result<(), String> {
+    let disks = parts.disks.clone();
+    if disks.iter().all(|disk| disk.shared().is_none()) {
+        return Ok(());
+    }
+    blocking(move || {
+        let mut disks = disks.iter();
+        disks.try_for_each(|disk| disk.take_back().map_err(|error| chain(&error)))
+    })
+    .await
+    .inspect_err(|reason| {
+        tracing::error!(
+            pod = parts.spec.name,
+            reason,
+            "its guest stands still: its shared disks are not to be had back"
+        );
+    })
 }
 
 async fn resume(parts: &PodResources) -> Result<(), String> {
@@ -323,11 +359,17 @@ pub(super) async fn release(
     pod: PodHandle,
     to: String,
     books: Books,
-    volumes: Volumes,
+    node: Arc<Node>,
+    granted: Epoch,
 ) -> Step {
     let mut ledger = Ledger::default();
     if let Some(parts) = parts {
-        parts.vm.kill().await.map_err(|error| chain(&error))?;
+        match parts.disks.iter().all(|disk| disk.served().is_some()) {
+            true => parts.vm.kill().await,
+            // It has images of Ceph open: one that is killed keeps their locks for half a minute.
+            false => parts.vm.quit().await,
+        }
+        .map_err(|error| chain(&error))?;
         parts.disks.iter().for_each(|disk| disk.close());
         let booked = parts.port.release().await.map_err(|error| chain(&error))?;
         ledger = wire_ledger(&booked);
@@ -335,9 +377,12 @@ pub(super) async fn release(
         let _ = books.set(booked);
     }
     // The destination has them, durably. Before the folder goes: a service that is killed in between finds the pod, and does it again.
-    let spec = pod.spec().clone();
+    let (spec, vm) = (pod.spec().clone(), pod.vm_spec().clone());
+    let destination = to.clone();
     blocking(move || {
-        remove_moved(&volumes, &spec);
+        keep_images(&node, &vm.disks);
+        remove_moved(&node.volumes, &spec, &vm);
+        node.storage.hand_over_all(&vm, &destination, granted);
         Ok(())
     })
     .await?;
@@ -350,4 +395,25 @@ pub(super) async fn release(
         );
     }
     Ok(Input::Released { ledger })
+}
+
+/// The destination may still lack some of the images: they stay for a while, whoever clears away.
+fn keep_images(node: &Node, disks: &[DiskSpec]) {
+    for disk in disks {
+        let digest = disk.image_digest.parse::<Digest>();
+        let record = digest
+            .ok()
+            .and_then(|digest| node.images.record(&digest).ok());
+        if let Some(record) = record
+            && let Err(error) =
+                node.images
+                    .lease_at_least(&record, SystemTime::now(), KEPT_FOR_PEERS)
+        {
+            tracing::warn!(
+                image = record.name,
+                error = chain(&error),
+                "the image has no lease"
+            );
+        }
+    }
 }

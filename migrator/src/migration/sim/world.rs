@@ -153,6 +153,9 @@ fn offer(verify: bool) -> Offer {
             vcpus: 1,
             volumes: Vec::new(),
             containers: Vec::new(),
+            cold_start: false,
+            storage_class: None,
+            settings: Default::default(),
         },
         vm: VmSpec {
             name: "web".to_owned(),
@@ -178,6 +181,7 @@ fn offer(verify: bool) -> Offer {
         images: Vec::new(),
         routed: None,
         disks: Vec::new(),
+        images_later: None,
     }
 }
 

@@ -10,6 +10,7 @@
 //! A VMM takes a frame off the TAP whether or not its guest can take it: so nothing may come into the TAP while it has two
 //! of them, or one whose guest stands still.
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
@@ -22,6 +23,17 @@ use crate::network::sys;
 /// Name of the TAP that the successor of a slot's VMM begins with.
 fn spare_name(slot: u16) -> String {
     format!("ms{slot}")
+}
+
+/// Name of the TAP of a guest without a pod.
+const IDLE_TAP: &str = "migrator-idle";
+
+/// A TAP like that of pods that is on no network, for a guest without a pod. It lives as long as its descriptors.
+///
+/// # Errors
+/// The kernel refuses, or there is one already.
+pub fn idle_tap() -> io::Result<OwnedFd> {
+    sys::create_tap(IDLE_TAP)
 }
 
 impl Port {

@@ -78,6 +78,7 @@ impl Actor {
             Err(error) => {
                 tracing::warn!(pod = self.name(), error = chain(&error), "not started");
                 parts.undo(self.name()).await;
+                order.disks.iter().for_each(|disk| disk.close());
                 let reason = chain(&error);
                 let waited = started.is_some();
                 self.disown().await;

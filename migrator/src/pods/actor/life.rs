@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::sync::broadcast;
 use tokio::time::MissedTickBehavior;
-use vm_runtime::agent_client::{AgentClient, Event};
+use vm_runtime::agent_client::{AgentClient, Condition, Event};
 use vm_runtime::vm::VmExit;
 
 use super::{Actor, End};
@@ -216,6 +216,8 @@ impl Actor {
     async fn release(&self, resources: &PodResources) {
         if let Err(error) = resources.vm.quit().await {
             tracing::error!(pod = self.name(), %error, "cannot end the VM");
+        } else {
+            resources.disks.iter().for_each(|disk| disk.let_go());
         }
         if let Err(error) = resources.port.release().await {
             tracing::error!(pod = self.name(), %error, "cannot remove the network port");
@@ -226,7 +228,7 @@ impl Actor {
     async fn relieve(&self, resources: &PodResources, starved: &mut bool) {
         let mut found = false;
         for disk in &resources.disks {
-            found |= disk.disk.take_starved();
+            found |= disk.served().is_some_and(|disk| disk.take_starved());
         }
         *starved |= found;
         if !*starved {
@@ -276,9 +278,27 @@ impl Actor {
                 }
             }),
             Err(error) => {
-                tracing::warn!(pod = self.name(), %error, "the agent does not tell its state")
+                tracing::warn!(pod = self.name(), %error, "the agent does not tell its state");
+                return;
             }
         }
+        // It is asked again at the next change of anything.
+        for condition in agent.conditions().await.unwrap_or_default() {
+            self.fares(&condition);
+        }
+    }
+
+    /// Shows how a container fares.
+    fn fares(&self, condition: &Condition) {
+        self.view.send_modify(|view| {
+            let mut containers = view.containers.iter_mut();
+            if let Some(known) = containers.find(|c| c.name == condition.container) {
+                known.condition = sink::condition(condition);
+                if condition.waits_ms.is_some() {
+                    known.state = ContainerState::Waiting;
+                }
+            }
+        });
     }
 
     fn event(&self, event: Event) {
@@ -288,6 +308,7 @@ impl Actor {
                 tracing::info!(pod = self.name(), container, code, "container ended");
                 self.show(&container, ContainerState::Exited { code });
             }
+            Event::Condition(condition) => self.fares(&condition),
             Event::Error { context, message } => {
                 tracing::warn!(pod = self.name(), context, message, "the agent reports");
             }

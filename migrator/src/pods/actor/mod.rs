@@ -243,7 +243,10 @@ impl Actor {
         }
     }
 
+    /// Its VM is gone: what it has of shared storage is given back, and what it has here is removed.
     async fn remove_files(&self) -> Result<(), PodError> {
+        let epoch = self.view.borrow().epoch;
+        super::run::give_back(&self.node, &self.facts.vm_spec, epoch).await;
         super::run::remove_folder(&self.facts.dir).await
     }
 }

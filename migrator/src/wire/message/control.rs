@@ -122,6 +122,8 @@ control! {
         0x22 => DiskAck,
         0x23 => DisksDone,
         0x25 => BoundTaken,
+        0x26 => ChunksWanted,
+        0x27 => ImagesMoved,
         0x31 => Places,
         0x32 => PlacesAck,
         0x33 => EndWanted,
@@ -139,13 +141,23 @@ control! {
 }
 
 /// How pods are routed follows the rest, and is left out where they are on a bridge: so an offer between bridges is the one of version 1.
-/// Where there are writable disks (version 3), a zero follows instead, which no networks begin with, and then both.
+/// Where there are writable disks (version 3), a zero follows instead, which no networks begin with, and then both. What version 4 adds follows
+/// these, each behind its tag, in the order of the tags; what says nothing is left out.
 impl Offer {
+    /// [`Offer::images_later`].
+    const IMAGES_LATER: u8 = 1;
+
     fn head(&self, out: &mut Vec<u8>) {
         put_postcard(self, out);
-        if !self.disks.is_empty() {
+        let mut more = Vec::new();
+        if let Some(images) = &self.images_later {
+            more.push(Self::IMAGES_LATER);
+            put_postcard(images, &mut more);
+        }
+        if !self.disks.is_empty() || !more.is_empty() {
             out.push(0);
             put_postcard(&(&self.routed, &self.disks), out);
+            out.extend(more);
         } else if let Some(routed) = &self.routed {
             put_postcard(routed, out);
         }
@@ -157,14 +169,39 @@ impl Offer {
         match rest {
             [] => {}
             [0, rest @ ..] => {
-                (offer.routed, offer.disks) = get_postcard(name, rest)?;
-                if offer.disks.is_empty() {
+                let (both, more) = split_postcard(name, rest)?;
+                (offer.routed, offer.disks) = both;
+                if offer.disks.is_empty() && more.is_empty() {
                     return Err(DecodeError::Malformed(name));
                 }
+                offer.parse_more(more)?;
             }
             rest => offer.routed = Some(get_postcard(name, rest)?),
         }
         Ok(offer)
+    }
+}
+
+impl Offer {
+    fn parse_more(&mut self, more: &[u8]) -> Result<(), DecodeError> {
+        let name = "Offer";
+        let mut more = more;
+        let mut before = 0;
+        while let [tag, rest @ ..] = more {
+            if *tag <= before {
+                return Err(DecodeError::Malformed(name));
+            }
+            before = *tag;
+            more = match *tag {
+                Self::IMAGES_LATER => {
+                    let (images, rest) = split_postcard(name, rest)?;
+                    self.images_later = Some(images);
+                    rest
+                }
+                _ => return Err(DecodeError::Malformed(name)),
+            };
+        }
+        Ok(())
     }
 }
 

@@ -125,6 +125,7 @@ pub struct GuestLink {
     numbers: Numbers,
     session: Option<SessionId>,
     attached: bool,
+    version: u16,
     control: VecDeque<Frame>,
 }
 
@@ -142,6 +143,11 @@ impl GuestLink {
     /// Messages that hosts have acknowledged since boot: the one with ordinal `n` is released when this exceeds `n`.
     pub fn released(&self) -> u64 {
         self.numbers.released
+    }
+
+    /// The version that the host which attached last speaks; 0 before the first.
+    pub fn version(&self) -> u16 {
+        self.version
     }
 
     /// Deals with a frame.
@@ -168,6 +174,7 @@ impl GuestLink {
                 }
                 self.numbers.rewind();
                 self.attached = true;
+                self.version = version;
                 self.control.clear();
                 self.control.push_back(Frame::Attached {
                     version,
@@ -247,6 +254,7 @@ pub struct HostLink {
     state: HostLinkState,
     nonce: u64,
     attached: bool,
+    version: u16,
     control: VecDeque<Frame>,
 }
 
@@ -267,6 +275,7 @@ impl HostLink {
             state,
             nonce: 0,
             attached: false,
+            version: 0,
             control: VecDeque::new(),
         }
     }
@@ -279,6 +288,11 @@ impl HostLink {
     /// Whether the guest has answered.
     pub fn attached(&self) -> bool {
         self.attached
+    }
+
+    /// The version that the guest speaks, once it has answered; 0 before.
+    pub fn version(&self) -> u16 {
+        self.version
     }
 
     /// Whether the guest has acknowledged every message.
@@ -310,13 +324,18 @@ impl HostLink {
     /// Deals with a frame. Until the guest has answered this Attach, everything else is from the past.
     pub fn receive(&mut self, frame: Frame) -> HostInput {
         match frame {
-            Frame::Attached { nonce, next_rx, .. } if nonce == self.nonce && !self.attached => {
+            Frame::Attached {
+                version,
+                nonce,
+                next_rx,
+            } if nonce == self.nonce && !self.attached => {
                 if !self.state.numbers.release(next_rx) {
                     return HostInput::Detached(Some(Refusal::UnknownSession));
                 }
                 self.state.numbers.rewind();
                 self.state.established = true;
                 self.attached = true;
+                self.version = version;
                 HostInput::Attached
             }
             Frame::Refused { nonce, reason } if nonce == self.nonce && !self.attached => {

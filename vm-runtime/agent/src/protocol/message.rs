@@ -4,7 +4,10 @@
 
 use std::net::IpAddr;
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
+
+pub use super::blob::Blob;
+use super::settings::{Condition, ContainerSettings, PodSettings};
 
 /// Identifies a request; unique in the life of a guest, so that a repeated one is answered from memory.
 pub type RequestId = u64;
@@ -21,38 +24,6 @@ pub const OUTPUT_WINDOW: u64 = 256 << 10;
 
 /// Bytes that may be under way in each direction of an exec before the consumer has taken them.
 pub const EXEC_WINDOW: u64 = 128 << 10;
-
-/// Raw bytes, which serde would otherwise write one by one.
-#[derive(Clone, Default, PartialEq, Eq)]
-pub struct Blob(pub Vec<u8>);
-
-impl std::fmt::Debug for Blob {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} bytes", self.0.len())
-    }
-}
-
-impl Serialize for Blob {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_bytes(&self.0)
-    }
-}
-
-impl<'de> Deserialize<'de> for Blob {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Visitor;
-        impl serde::de::Visitor<'_> for Visitor {
-            type Value = Blob;
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("bytes")
-            }
-            fn visit_bytes<E>(self, bytes: &[u8]) -> Result<Blob, E> {
-                Ok(Blob(bytes.to_vec()))
-            }
-        }
-        deserializer.deserialize_bytes(Visitor)
-    }
-}
 
 /// From the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -102,7 +73,7 @@ pub enum HostMessage {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
     /// Set up network, mounts and limits. Once; a second one is answered `Done` if it is the same.
-    Configure(Configuration),
+    Configure(Box<Configuration>),
     /// Start the containers in order. `Done` when all run; again `Done` if they have been started.
     StartPod,
     /// Run a process in a container.
@@ -130,6 +101,27 @@ pub enum Request {
     Status,
     /// Power off at once. Not answered.
     PowerOff,
+    /// Give memory back that is not needed: before the guest becomes a template. Since version 3.
+    Settle,
+    /// Become another guest than the one that was saved, before Configure. Since version 3.
+    Identify(Identity),
+    /// How the containers fare. Since version 3.
+    Conditions,
+}
+
+/// What a guest that was started from a template must not share with others of that template.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Random bytes for the kernel's generator, which is keyed anew.
+    pub entropy: Blob,
+    /// CLOCK_REALTIME, in nanoseconds since 1970.
+    pub unix_ns: u64,
+    /// The VM's UUID, as /sys/class/dmi/id/product_uuid is to show it to containers.
+    pub uuid: String,
+    /// The MAC address of the template's network device.
+    pub old_mac: [u8; 6],
+    /// Its MAC address from now on.
+    pub mac: [u8; 6],
 }
 
 /// Everything that a pod is, for its guest.
@@ -147,6 +139,10 @@ pub struct Configuration {
     pub sysctls: Vec<(String, String)>,
     /// Of the containers that have disks to write to. Since version 2.
     pub storage: Vec<Storage>,
+    /// Of the pod as a whole. Since version 3.
+    pub settings: PodSettings,
+    /// Of each container, in the order of `containers`. Since version 3.
+    pub container_settings: Vec<ContainerSettings>,
 }
 
 /// The disks that a container writes to.
@@ -247,6 +243,8 @@ pub enum Reply {
     Stats(Stats),
     /// To Status.
     Status(Status),
+    /// To Conditions: each container, in order. Since version 3.
+    Conditions(Vec<Condition>),
 }
 
 /// Why a request failed; the text says what, and what to do where there is something to do.
@@ -416,4 +414,6 @@ pub enum Event {
         /// What happened.
         message: String,
     },
+    /// A container fares otherwise than before. Since version 3.
+    Condition(Condition),
 }

@@ -30,9 +30,11 @@
 //! What is absent: any timer (only the host retries), and any trust. Lengths are checked before
 //! anything is allocated, and a frame that fails its checks is dropped and counted.
 
+mod blob;
 pub mod frame;
 pub mod link;
 pub mod message;
+pub mod settings;
 
 /// The name of the virtio-serial port, as the guest sees it in `/sys/class/virtio-ports/*/name`.
 pub const PORT_NAME: &str = "migrator.agent";
@@ -41,4 +43,7 @@ pub const PORT_NAME: &str = "migrator.agent";
 pub const MIN_VERSION: u16 = 1;
 
 /// The newest protocol version this build speaks.
-pub const MAX_VERSION: u16 = 2;
+pub const MAX_VERSION: u16 = 3;
+
+/// From this version on there are [`settings`], and a guest tells how its containers fare.
+pub const CONDITIONS: u16 = 3;

@@ -1,5 +1,10 @@
 //! The rows of the table: which cases each has, and what runs them.
 
+mod handover;
+mod reads;
+mod start;
+mod template;
+
 use anyhow::Result;
 
 use crate::bench::figures::Record;
@@ -26,10 +31,23 @@ pub(super) struct Row {
 
 /// The rows that have a wanted case, in the order in which they run.
 pub(super) fn all(plan: &Plan) -> Vec<Row> {
-    let mut rows: Vec<Row> = vec![];
+    let mut rows: Vec<Row> = vec![
+        row("start", start::cases(plan), start::run),
+        row("handover", handover::cases(plan.quick), handover::run),
+        row(
+            "start from a template",
+            template::cases(plan.quick),
+            template::run,
+        ),
+        row("disks", reads::cases(plan.quick), reads::run),
+    ];
     for row in &mut rows {
         row.cases.retain(|case| plan.wants(case));
     }
     rows.retain(|row| !row.cases.is_empty());
     rows
+}
+
+fn row(name: &'static str, cases: Vec<String>, run: Run) -> Row {
+    Row { name, cases, run }
 }

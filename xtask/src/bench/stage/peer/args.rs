@@ -155,6 +155,7 @@ mod tests {
             initramfs: Path::new("/i"),
             disks: &Vec::<PathBuf>::new(),
             data_dirs: &[],
+            rbd: &[],
         };
         let shape = Shape {
             memory,

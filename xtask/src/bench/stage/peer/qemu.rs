@@ -132,6 +132,7 @@ impl Qemu {
                 initramfs: &ground.initramfs,
                 disks: &disks,
                 data_dirs: &ground.qemu.data_dirs,
+                rbd: &[],
             },
             Shape {
                 memory,

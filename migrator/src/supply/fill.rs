@@ -1,0 +1,181 @@
+//! What an image lacks, in the background.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use nix::sys::statvfs::statvfs;
+use tokio::time::sleep;
+
+use super::source::Wanted;
+use super::{Lacking, Supply};
+use crate::image::ImageRecord;
+
+/// Chunks of one image that are under way at once.
+const AT_ONCE: usize = 16;
+/// Chunks of the beginning, which is short, that are under way at once.
+const HEAD_AT_ONCE: usize = 8;
+/// Filling leaves that much of the disk to others, in bytes.
+pub const ROOM_LEFT: u64 = 32 << 20;
+/// Until an image that does not get on is tried again: at first, and at most; twice as long each time.
+const AGAIN: [Duration; 2] = [Duration::from_millis(250), Duration::from_secs(10)];
+
+/// Until the image is complete or removed, or the service ends.
+pub(super) async fn fill(supply: Supply, record: Arc<ImageRecord>) {
+    let shutdown = supply.inner.shutdown.clone();
+    tokio::select! {
+        () = until_complete(&supply, &record) => {
+            supply.lock().fills.remove(&record.erofs_digest);
+        }
+        () = shutdown.cancelled() => {}
+    }
+}
+
+async fn until_complete(supply: &Supply, record: &Arc<ImageRecord>) {
+    let mut again = AGAIN[0];
+    let mut told = false;
+    loop {
+        let Some(missing) = supply.missing(record).await else {
+            return;
+        };
+        if missing.is_empty() {
+            let images = Arc::clone(&supply.inner.images);
+            let synced = tokio::task::spawn_blocking(move || images.chunks().sync()).await;
+            if let Ok(Err(error)) = synced {
+                // Each chunk is verified whenever it is read.
+                tracing::warn!(%error, "chunks are not made durable");
+            }
+            tracing::info!(image = record.name, "all of the image is here");
+            return;
+        }
+        let problem = match once(supply, record, missing).await {
+            Ok(()) => {
+                again = AGAIN[0];
+                None
+            }
+            Err(problem) => Some(problem.to_string()),
+        };
+        if let Some(problem) = &problem
+            && !std::mem::replace(&mut told, true)
+        {
+            tracing::warn!(image = record.name, problem, "filling the image waits");
+        }
+        let waits = problem.is_some();
+        supply.lock().fills.insert(record.erofs_digest, problem);
+        if waits {
+            sleep(again).await;
+            again = (again * 2).min(AGAIN[1]);
+        }
+    }
+}
+
+/// Fetches these chunks; the first problem that stands in the way.
+async fn once(
+    supply: &Supply,
+    record: &Arc<ImageRecord>,
+    missing: Vec<u32>,
+) -> Result<(), Lacking> {
+    let one = |index: u32| async move {
+        supply.may_fill().await;
+        if room(supply) < ROOM_LEFT {
+            return Err(Lacking::NotKept {
+                reason: "the disk is nearly full".to_owned(),
+                full: true,
+            });
+        }
+        let record = Arc::clone(record);
+        supply.fetch(&Wanted { record, index }).await
+    };
+    let mut coming = futures::stream::iter(missing).map(one).buffered(AT_ONCE);
+    let mut lacking = None;
+    while let Some(came) = coming.next().await {
+        match came {
+            Ok(()) => {}
+            // Somebody may have the next one.
+            Err(nobody @ Lacking::Nobody(_)) => lacking = Some(nobody),
+            Err(full @ Lacking::NotKept { .. }) => return Err(full),
+        }
+        // Removed meanwhile.
+        if !supply.is_here(record) {
+            break;
+        }
+    }
+    lacking.map_or(Ok(()), Err)
+}
+
+fn room(supply: &Supply) -> u64 {
+    statvfs(supply.inner.images.chunks().root()).map_or(u64::MAX, |stat| {
+        stat.blocks_available().saturating_mul(stat.fragment_size())
+    })
+}
+
+impl Supply {
+    /// Fetches the first chunks of the order of use, at most `budget` bytes of them, whoever else wants what.
+    pub async fn head(&self, record: &Arc<ImageRecord>, budget: u64) {
+        let Some(missing) = self.missing(record).await else {
+            return;
+        };
+        let used = self.inner.images.order(&record.erofs_digest);
+        let used = used.map_or(0, |order| order.list().len());
+        let mut left = budget;
+        let head: Vec<u32> = missing
+            .into_iter()
+            .take(used)
+            .take_while(|index| {
+                let len = record.chunk_len(*index) as u64;
+                let fits = len <= left;
+                left = left.saturating_sub(len);
+                fits
+            })
+            .collect();
+        let one = |index: u32| {
+            let record = Arc::clone(record);
+            async move { self.fetch(&Wanted { record, index }).await }
+        };
+        let coming = futures::stream::iter(head).map(one);
+        // What does not come is asked for again when it is read.
+        coming
+            .buffer_unordered(HEAD_AT_ONCE)
+            .for_each(|_| std::future::ready(()))
+            .await;
+    }
+
+    /// What an image lacks, in the order of use as far as that is known; `None`: it is not the store's any more.
+    pub(super) async fn missing(&self, record: &Arc<ImageRecord>) -> Option<Vec<u32>> {
+        let (images, record) = (Arc::clone(&self.inner.images), Arc::clone(record));
+        let missing = move || {
+            let order = images.order(&record.erofs_digest).ok()?.list();
+            let mut missing = images.chunks().missing(&record);
+            let mut rank = vec![u32::MAX; record.chunks.len()];
+            for (place, index) in (0u32..).zip(order) {
+                rank[index as usize] = place;
+            }
+            missing.sort_by_key(|index| (rank[*index as usize], *index));
+            Some(missing)
+        };
+        tokio::task::spawn_blocking(missing).await.ok().flatten()
+    }
+
+    fn is_here(&self, record: &ImageRecord) -> bool {
+        let here = self.inner.images.record(&record.erofs_digest).is_ok();
+        if !here {
+            let digests = record.chunks.iter().copied().collect();
+            self.inner.images.sweep(&digests);
+        }
+        here
+    }
+
+    /// Waits until nobody waits for a chunk, and no pod arrives.
+    async fn may_fill(&self) {
+        let mut arriving = self.inner.arriving.subscribe();
+        let mut demanded = self.inner.demanded.subscribe();
+        loop {
+            // Their senders are here.
+            let _ = arriving.wait_for(|count| *count == 0).await;
+            let _ = demanded.wait_for(|count| *count == 0).await;
+            if *arriving.borrow() == 0 {
+                return;
+            }
+        }
+    }
+}

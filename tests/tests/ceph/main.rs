@@ -1,0 +1,242 @@
+//! Pods whose volumes are images of a real Ceph cluster. Run by `cargo xtask test ceph`, which installs it.
+
+mod cluster;
+
+use std::cell::OnceCell;
+use std::process::Command;
+use std::thread;
+
+use anyhow::{Context, Result, ensure};
+use cluster::{Cluster, POOL};
+use migrator::api::types::{VolumeInfo, VolumeList};
+use migrator_tests::lab::{POD, POD_IPV4, POD_IPV6, SOON, TestLab, pod_yaml};
+use xtask::lab::Node;
+use xtask::process::poll_until;
+use xtask::{cmd, demo_image};
+
+const VOLUME: &str = "records";
+/// Beside the nodes, on the lab's switch.
+const ADDRESS: &str = "10.78.0.100";
+
+/// The usual pod, and a container that says each number once it is in a file, synced; its own files are on Ceph, too.
+fn yaml() -> String {
+    let writer = format!(
+        "    - name: writer
+      image: {image}
+      command: [/bin/sh, -c]
+      args: ['i=0; while :; do i=$((i+1)); echo $i >> /data/log; dd if=/dev/urandom of=/data/blob bs=64k count=1 seek=$((i % 200)) conv=notrunc 2>/dev/null; sync; echo $i > /own; echo $i; done']
+      resources:
+        limits:
+          ephemeral-storage: 64Mi
+      volumeMounts:
+        - name: data
+          mountPath: /data
+  volumes:
+    - name: data
+      persistentVolumeClaim:
+        claimName: {VOLUME}
+",
+        image = demo_image::REFERENCE
+    );
+    let yaml = pod_yaml(POD, POD_IPV4, POD_IPV6) + &writer;
+    yaml.replace(
+        "    migrator/vm-memory",
+        "    migrator/storage-class: ceph\n    migrator/vm-memory",
+    )
+}
+
+struct Test {
+    lab: TestLab,
+    cluster: Cluster,
+}
+
+impl Test {
+    fn up() -> Result<Self> {
+        // Both nodes' configurations name the one cluster.
+        let started: OnceCell<Result<Cluster>> = OnceCell::new();
+        let lab = TestLab::up_with(|test| match started.get_or_init(|| start(test)) {
+            Ok(cluster) => format!("storage: {{ classes: {{ ceph: {} }} }}", cluster.class()),
+            Err(_) => String::new(),
+        })?;
+        let cluster = started.into_inner().context("no cluster")??;
+        Ok(Self { lab, cluster })
+    }
+
+    /// Waits until the writer has said more than `floor`; the last number.
+    fn said(&self, node: Node, floor: u64) -> Result<u64> {
+        let mut last = 0;
+        poll_until(SOON, || {
+            let log = self.lab.succeeds(node, &["logs", POD, "writer"]);
+            let log = log.unwrap_or_default();
+            last = log.lines().last().and_then(|n| n.parse().ok()).unwrap_or(0);
+            last > floor
+        });
+        ensure!(last > floor, "the writer is at {last}");
+        Ok(last)
+    }
+
+    fn volume(&self, node: Node) -> Result<Option<VolumeInfo>> {
+        let text = self
+            .lab
+            .succeeds(node, &["--output", "json", "volume", "ls"])?;
+        let list: VolumeList = serde_json::from_str(&text)?;
+        ensure!(list.problems.is_empty(), "{:?}", list.problems);
+        Ok(list.volumes.into_iter().find(|v| v.name == VOLUME))
+    }
+
+    fn held_by(&self, node: Node) -> Result<Option<String>> {
+        Ok(self.volume(node)?.context("the volume is not listed")?.node)
+    }
+
+    fn comes_to_be_held_by(&self, node: Node) -> Result<()> {
+        let mut last = None;
+        let comes = poll_until(SOON, || {
+            last = self.held_by(Node::A).ok().flatten();
+            last.as_deref() == Some(node.name())
+        });
+        ensure!(comes, "the volume is held by {last:?}");
+        Ok(())
+    }
+}
+
+fn start(test: &TestLab) -> Result<Cluster> {
+    let switch = test.lab().netns("switch");
+    let address = format!("{ADDRESS}/24");
+    cmd::run(Command::new("ip").args(["-n", &switch, "addr", "add", &address, "dev", "sw0"]))?;
+    Cluster::start(&test.lab().dir().join("ceph"), &switch, ADDRESS)
+}
+
+/// The file has every number up to `least`, and none is missing, doubled or out of turn.
+fn is_whole(file: &str, least: u64) -> Result<()> {
+    let mut last = 0;
+    // The last line may be under way.
+    for line in file.split_inclusive('\n').filter(|l| l.ends_with('\n')) {
+        ensure!(
+            line.trim() == (last + 1).to_string(),
+            "{line:?} after {last}"
+        );
+        last += 1;
+    }
+    ensure!(last >= least, "the file ends with {last}, {least} was said");
+    Ok(())
+}
+
+#[test]
+fn volumes_on_ceph_stay_where_they_are_and_their_pod_moves() -> Result<()> {
+    let mut test = Test::up()?;
+    let create = |name: &'static str| {
+        [
+            "volume", "create", name, "--size", "128Mi", "--class", "ceph",
+        ]
+    };
+    // Nothing is there before the pool is prepared.
+    let said = test.lab.says(Node::A, &create(VOLUME))?;
+    ensure!(said.err.contains("migrator volume init ceph"), "{said:?}");
+    test.lab.succeeds(Node::A, &["volume", "init", "ceph"])?;
+    test.lab.succeeds(Node::B, &create(VOLUME))?;
+    test.lab.succeeds(Node::A, &create("other"))?;
+    let said = test.lab.says(Node::A, &create(VOLUME))?;
+    ensure!(said.code == Some(4), "made twice: {said:?}");
+    test.lab.succeeds(Node::B, &["volume", "rm", "other"])?;
+    let made = test.volume(Node::A)?.context("it is not listed")?;
+    ensure!(
+        made.class == "ceph" && made.size_bytes == 128 << 20,
+        "{made:?}"
+    );
+
+    test.lab.run_pod_of(&yaml())?;
+    test.said(Node::A, 3)?;
+    ensure!(test.held_by(Node::B)?.as_deref() == Some("a"));
+    // The key is nowhere to be seen.
+    let key = std::fs::read_to_string(test.lab.lab().dir().join("ceph/key"))?;
+    let inspected = test
+        .lab
+        .succeeds(Node::A, &["--output", "json", "inspect", POD])?;
+    let inspected: serde_json::Value = serde_json::from_str(&inspected)?;
+    let vmm = inspected["vmm_pid"].as_i64().context("no vmm_pid")?;
+    let command_line = std::fs::read(format!("/proc/{vmm}/cmdline"))?;
+    let log = std::fs::read_to_string(test.lab.lab().log(Node::A))?;
+    ensure!(!String::from_utf8_lossy(&command_line).contains(key.trim()));
+    ensure!(!log.contains(key.trim()));
+
+    // The destination is killed before the grant: the source goes on, and has it.
+    let id = test
+        .lab
+        .begins(Node::A, &["--bandwidth", "2", "--compress", "none"])?;
+    test.lab
+        .comes_to(Node::A, &id, "the first pages", |status| {
+            status.bytes_sent > 0
+        })?;
+    test.lab.lab().kill_node(Node::B)?;
+    test.lab.fails(&id)?;
+    test.lab.lab().start_node(Node::B)?;
+    test.lab.runs_on(Node::A)?;
+    let mut floor = test.said(Node::A, 0)?;
+    floor = test.said(Node::A, floor)?;
+
+    for from in [Node::A, Node::B] {
+        let to = from.other();
+        let report = test.lab.moves(from)?;
+        println!("downtime {} ms", report.downtime_ms);
+        ensure!(report.disk.is_none(), "blocks were sent: {:?}", report.disk);
+        floor = test.said(to, floor)?;
+        test.comes_to_be_held_by(to)?;
+        let file = test.lab.succeeds(
+            to,
+            &["exec", POD, "-c", "writer", "--", "/bin/cat", "/data/log"],
+        )?;
+        is_whole(&file, floor)?;
+    }
+
+    // The source's service is killed after the grant: its QEMU is shut out, and the guest writes on.
+    let blocklisted = || {
+        test.cluster
+            .admin(&["osd", "blocklist", "ls", "--format", "json"])
+    };
+    let before = blocklisted()?;
+    thread::scope(|scope| {
+        let moving = scope.spawn(|| test.lab.says(Node::A, &["migrate", POD, "b"]));
+        test.lab.runs_on(Node::B)?;
+        test.lab.lab().kill_node(Node::A)?;
+        // Its answer does not come any more.
+        drop(moving.join());
+        Ok::<_, anyhow::Error>(())
+    })?;
+    let shut_out = poll_until(SOON, || blocklisted().is_ok_and(|now| now != before));
+    ensure!(shut_out, "nobody is blocklisted: {before}");
+    floor = test.said(Node::B, floor)?;
+    test.lab.lab().start_node(Node::A)?;
+    floor = test.said(Node::B, floor)?;
+    test.comes_to_be_held_by(Node::B)?;
+    let said = test.lab.says(Node::A, &["volume", "rm", VOLUME])?;
+    ensure!(said.code == Some(4), "{said:?}");
+
+    // What is on the image is whole.
+    test.lab.stop_probe()?;
+    test.lab.succeeds(Node::B, &["stop", POD])?;
+    ensure!(test.held_by(Node::A)?.is_none());
+    let copy = test.lab.lab().dir().join("copy");
+    let image = format!("{POOL}/{VOLUME}");
+    let path = copy.to_str().context("a path that is not UTF-8")?;
+    test.cluster
+        .tool("rbd", &["export", "--no-progress", &image, path])?;
+    cmd::output(Command::new("e2fsck").args(["-f", "-n"]).arg(&copy))?;
+    let mut cat = Command::new("debugfs");
+    let file = cmd::output(cat.args(["-R", "cat /volume/log"]).arg(&copy))?;
+    is_whole(&file, floor)?;
+    let used = test.volume(Node::A)?.context("it is not listed")?;
+    ensure!(
+        (1..used.size_bytes).contains(&used.allocated_bytes),
+        "{used:?}"
+    );
+    test.lab.succeeds(Node::A, &["volume", "rm", VOLUME])?;
+    // The disk that ended with the pod is gone as well: templates alone are left.
+    let left = test.cluster.tool("rbd", &["ls", POOL])?;
+    ensure!(
+        left.lines()
+            .all(|image| image.starts_with("migrator.ext4.")),
+        "{left}"
+    );
+    test.cluster.end()?;
+    test.lab.end()
+}

@@ -1,0 +1,114 @@
+//! Filling an image while the disk is full.
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Result, ensure};
+use migrator::block::ReadOnly;
+use migrator::image::{Digest, ImageRecord, ImageStore};
+use migrator::supply::{ChunkSource, SourceError, Supply, Wanted};
+use nix::mount::{MsFlags, mount};
+use tempfile::TempDir;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::{Mount, umoci_image};
+
+/// Chunks of another store, as a node has them that is not far away.
+#[derive(Debug)]
+struct Neighbour(ImageStore);
+
+impl ChunkSource for Neighbour {
+    fn name(&self) -> &str {
+        "neighbour"
+    }
+
+    fn fetch<'a>(
+        &'a self,
+        wanted: &'a Wanted,
+    ) -> futures::future::BoxFuture<'a, Result<Option<bytes::Bytes>, SourceError>> {
+        Box::pin(async { Ok(self.0.chunks().read_known(&wanted.digest())) })
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_is_full_holds_up_the_filling_and_not_the_reader() -> Result<()> {
+    let folder = TempDir::new()?;
+    let layout = umoci_image(folder.path(), |root| {
+        let data: Vec<u8> = (0..24_u32 << 18)
+            .flat_map(|n| n.wrapping_mul(0x9e37_79b9).to_le_bytes())
+            .collect();
+        fs::create_dir_all(root.join("etc"))?;
+        fs::write(root.join("etc/passwd"), "app:x:77:78::/:/bin/sh\n")?;
+        Ok(fs::write(root.join("large"), data)?)
+    })?;
+    let there = ImageStore::open(&folder.path().join("there"))?;
+    let record = Arc::new(there.import(&layout, Some("app:1"))?);
+    let small = folder.path().join("small");
+    fs::create_dir(&small)?;
+    // Filling leaves 32 MiB to others: there is room for a third of the image.
+    let _disk = Mount::tmpfs(&small, "40m")?;
+    let here = Arc::new(ImageStore::open(&small.join("images"))?);
+    here.adopt(ImageRecord::clone(&record))?;
+    let supply = Supply::new(
+        Arc::clone(&here),
+        CancellationToken::new(),
+        TaskTracker::new(),
+    );
+    supply.add(Arc::new(Neighbour(there)));
+    supply.start();
+    let holds_up = |supply: &Supply| {
+        let problem = supply.problem(&record.erofs_digest);
+        problem.is_some_and(|problem| problem.contains("disk is nearly full"))
+    };
+    let mut waited = 0;
+    while !holds_up(&supply) {
+        waited += 1;
+        ensure!(waited < 2_000, "the disk does not become full");
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    let lacking = here.chunks().missing(&record).len();
+    ensure!(
+        lacking > record.chunks.len() / 2,
+        "{lacking} chunks are missing"
+    );
+    // Not a byte is left for what is read now.
+    let rest = nix::sys::statvfs::statvfs(&small)?;
+    let rest = rest.blocks_available() * rest.fragment_size();
+    fs::write(small.join("rest"), vec![1; usize::try_from(rest)?])?;
+    let export = here.export(&record.erofs_digest, PathBuf::from("i0"))?;
+    let expected = Arc::new(tokio::sync::Mutex::new(vec![
+        0;
+        usize::try_from(
+            record.erofs_size
+        )?
+    ]));
+    let read = Arc::clone(&expected);
+    tokio::task::spawn_blocking(move || export.read_at(&mut read.blocking_lock(), 0)).await??;
+    let bytes = expected.lock().await;
+    for (chunk, digest) in bytes.chunks(record.chunk_size as usize).zip(&record.chunks) {
+        ensure!(Digest::of(chunk) == *digest, "a wrong chunk was served");
+    }
+    drop(bytes);
+    // There is room again.
+    let larger = Some("size=128m");
+    mount(
+        Some("none"),
+        &small,
+        Some("tmpfs"),
+        MsFlags::MS_REMOUNT,
+        larger,
+    )?;
+    let mut waited = 0;
+    while !here.chunks().missing(&record).is_empty() {
+        waited += 1;
+        ensure!(waited < 3_000, "filling does not go on");
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    ensure!(
+        here.verify(&record).is_whole(),
+        "what was filled is damaged"
+    );
+    Ok(())
+}
