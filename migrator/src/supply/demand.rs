@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use super::source::Wanted;
 use super::{Counted, Lacking, Supply};
@@ -51,7 +51,9 @@ async fn fetch(supply: &Supply, places: &Semaphore, wanted: Wanted) {
         let answer = {
             let _place = places.acquire().await;
             let _demanded = Counted::new(&supply.inner.demanded);
-            supply.fetch(&wanted).await
+            let answer = supply.fetch(&wanted).await;
+            supply.lock().demanded_at = Some(Instant::now());
+            answer
         };
         match answer {
             Ok(()) => return,

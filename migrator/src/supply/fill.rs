@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use nix::sys::statvfs::statvfs;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::source::Wanted;
 use super::{Lacking, Supply};
@@ -17,6 +17,10 @@ const AT_ONCE: usize = 16;
 const HEAD_AT_ONCE: usize = 8;
 /// Filling leaves that much of the disk to others, in bytes.
 pub const ROOM_LEFT: u64 = 32 << 20;
+/// So long after a chunk that was waited for, filling stays off the link: between two reads of a program that starts.
+const CALM: Duration = Duration::from_millis(200);
+/// A chunk of the background gives way for so long at most: [`AT_ONCE`] of them come in that time, whoever reads.
+const GIVES_WAY: Duration = Duration::from_secs(1);
 /// Until an image that does not get on is tried again: at first, and at most; twice as long each time.
 const AGAIN: [Duration; 2] = [Duration::from_millis(250), Duration::from_secs(10)];
 
@@ -165,16 +169,30 @@ impl Supply {
         here
     }
 
-    /// Waits until nobody waits for a chunk, and no pod arrives.
+    /// Waits until no pod arrives, and nobody has waited for a chunk for a while.
     async fn may_fill(&self) {
         let mut arriving = self.inner.arriving.subscribe();
-        let mut demanded = self.inner.demanded.subscribe();
         loop {
-            // Their senders are here.
+            // Its sender is here.
             let _ = arriving.wait_for(|count| *count == 0).await;
-            let _ = demanded.wait_for(|count| *count == 0).await;
+            // A pod that reads on and on is served first, and does not hold up the rest for ever.
+            let _ = timeout(GIVES_WAY, self.calm()).await;
             if *arriving.borrow() == 0 {
                 return;
+            }
+        }
+    }
+
+    /// Nobody waits for a chunk, nor will at once: who has read one goes on to the next.
+    async fn calm(&self) {
+        let mut demanded = self.inner.demanded.subscribe();
+        loop {
+            // Its sender is here.
+            let _ = demanded.wait_for(|count| *count == 0).await;
+            let calm = self.lock().demanded_at.map(|at| at + CALM);
+            match calm {
+                Some(calm) if calm > Instant::now() => sleep_until(calm).await,
+                Some(_) | None => return,
             }
         }
     }

@@ -11,7 +11,7 @@
 //! A source that sends something else than what was asked for is left alone for a while, as is one that does not answer; nothing wrong is ever kept or
 //! served. While nobody has a chunk that a VM waits for, the VM waits, and `inspect` says why.
 //!
-//! Filling is of the lowest priority: it stands still while a VM waits for a chunk, while pods arrive, and while the disk is nearly full.
+//! Filling is of the lowest priority: it stands still while pods arrive and while the disk is nearly full, and gives way to VMs that read.
 
 mod demand;
 mod fetch;
@@ -28,6 +28,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -66,6 +67,8 @@ struct State {
     fetched: BTreeMap<Digest, u64>,
     /// Images that are being filled, each with what holds that up.
     fills: BTreeMap<Digest, Option<String>>,
+    /// When a chunk came last that somebody waited for.
+    demanded_at: Option<Instant>,
 }
 
 /// One more of what a counter counts, until it is dropped.
