@@ -9,16 +9,16 @@ use xtask::process::{ProcessId, poll_until};
 use xtask::{cmd, netns};
 
 /// The pool of the class.
-pub const POOL: &str = "pods";
+pub(crate) const POOL: &str = "pods";
 /// Its user.
-pub const USER: &str = "migrator";
+pub(crate) const USER: &str = "migrator";
 /// A healthy cluster answers in a tenth of a second.
 const SOON: Duration = Duration::from_secs(30);
 /// From the start to an active pool: 7 s on an idle machine.
 const COMES_UP_WITHIN: Duration = Duration::from_secs(120);
 
 /// A cluster that runs; dropping it ends its daemons, which are its own.
-pub struct Cluster {
+pub(crate) struct Cluster {
     dir: PathBuf,
     netns: String,
     address: String,
@@ -30,7 +30,7 @@ impl Cluster {
     ///
     /// # Errors
     /// It does not come up.
-    pub fn start(dir: &Path, netns: &str, address: &str) -> Result<Self> {
+    pub(crate) fn start(dir: &Path, netns: &str, address: &str) -> Result<Self> {
         for part in ["mon", "mgr", "osd", "log", "run"] {
             std::fs::create_dir_all(dir.join(part))?;
         }
@@ -136,7 +136,7 @@ impl Cluster {
     }
 
     /// The configuration of the class that is in it.
-    pub fn class(&self) -> String {
+    pub(crate) fn class(&self) -> String {
         format!(
             "{{ driver: rbd, pool: {POOL}, monitors: [\"{}:3300\"], user: {USER}, key_file: {} }}",
             self.address,
@@ -145,12 +145,12 @@ impl Cluster {
     }
 
     /// `ceph`, as its administrator.
-    pub fn admin(&self, args: &[&str]) -> Result<String> {
+    pub(crate) fn admin(&self, args: &[&str]) -> Result<String> {
         self.tool("ceph", &[&["--connect-timeout", "5"], args].concat())
     }
 
     /// Another program, as its administrator.
-    pub fn tool(&self, program: &str, args: &[&str]) -> Result<String> {
+    pub(crate) fn tool(&self, program: &str, args: &[&str]) -> Result<String> {
         let mut command = Command::new(program);
         command.arg("--conf").arg(self.path("ceph.conf")).args(args);
         if program == "ceph-authtool" || program == "monmaptool" {
@@ -166,7 +166,7 @@ impl Cluster {
     }
 
     /// Ends its daemons.
-    pub fn end(mut self) -> Result<()> {
+    pub(crate) fn end(mut self) -> Result<()> {
         self.end_daemons()
     }
 
@@ -196,10 +196,23 @@ impl Cluster {
     fn comes(&self, what: &str, so: impl Fn(&Self) -> bool) -> Result<()> {
         ensure!(
             poll_until(COMES_UP_WITHIN, || so(self)),
-            "never: {what}; see {}",
-            self.path("log").display()
+            "never: {what}; the daemons said last:\n{}",
+            self.last_lines()
         );
         Ok(())
+    }
+
+    /// The end of each log: the folder is gone with the lab.
+    fn last_lines(&self) -> String {
+        let files = std::fs::read_dir(self.path("log")).into_iter().flatten();
+        let ends = files.flatten().map(|file| {
+            let text = std::fs::read(file.path()).unwrap_or_default();
+            let text = String::from_utf8_lossy(&text);
+            let lines: Vec<&str> = text.lines().rev().take(20).collect();
+            let lines: Vec<&str> = lines.into_iter().rev().collect();
+            format!("{}:\n{}", file.path().display(), lines.join("\n"))
+        });
+        ends.collect::<Vec<_>>().join("\n")
     }
 
     fn monitors(&self) -> String {

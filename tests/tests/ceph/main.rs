@@ -9,37 +9,18 @@ use std::thread;
 use anyhow::{Context, Result, ensure};
 use cluster::{Cluster, POOL};
 use migrator::api::types::{VolumeInfo, VolumeList};
-use migrator_tests::lab::{POD, POD_IPV4, POD_IPV6, SOON, TestLab, pod_yaml};
+use migrator_tests::lab::{POD, SOON, TestLab, is_whole, writer_yaml};
+use xtask::cmd;
 use xtask::lab::Node;
 use xtask::process::poll_until;
-use xtask::{cmd, demo_image};
 
 const VOLUME: &str = "records";
 /// Beside the nodes, on the lab's switch.
 const ADDRESS: &str = "10.78.0.100";
 
-/// The usual pod, and a container that says each number once it is in a file, synced; its own files are on Ceph, too.
+/// The pod that writes; its own files are on Ceph, too.
 fn yaml() -> String {
-    let writer = format!(
-        "    - name: writer
-      image: {image}
-      command: [/bin/sh, -c]
-      args: ['i=0; while :; do i=$((i+1)); echo $i >> /data/log; dd if=/dev/urandom of=/data/blob bs=64k count=1 seek=$((i % 200)) conv=notrunc 2>/dev/null; sync; echo $i > /own; echo $i; done']
-      resources:
-        limits:
-          ephemeral-storage: 64Mi
-      volumeMounts:
-        - name: data
-          mountPath: /data
-  volumes:
-    - name: data
-      persistentVolumeClaim:
-        claimName: {VOLUME}
-",
-        image = demo_image::REFERENCE
-    );
-    let yaml = pod_yaml(POD, POD_IPV4, POD_IPV6) + &writer;
-    yaml.replace(
+    writer_yaml(VOLUME).replace(
         "    migrator/vm-memory",
         "    migrator/storage-class: ceph\n    migrator/vm-memory",
     )
@@ -60,19 +41,6 @@ impl Test {
         })?;
         let cluster = started.into_inner().context("no cluster")??;
         Ok(Self { lab, cluster })
-    }
-
-    /// Waits until the writer has said more than `floor`; the last number.
-    fn said(&self, node: Node, floor: u64) -> Result<u64> {
-        let mut last = 0;
-        poll_until(SOON, || {
-            let log = self.lab.succeeds(node, &["logs", POD, "writer"]);
-            let log = log.unwrap_or_default();
-            last = log.lines().last().and_then(|n| n.parse().ok()).unwrap_or(0);
-            last > floor
-        });
-        ensure!(last > floor, "the writer is at {last}");
-        Ok(last)
     }
 
     fn volume(&self, node: Node) -> Result<Option<VolumeInfo>> {
@@ -106,21 +74,6 @@ fn start(test: &TestLab) -> Result<Cluster> {
     Cluster::start(&test.lab().dir().join("ceph"), &switch, ADDRESS)
 }
 
-/// The file has every number up to `least`, and none is missing, doubled or out of turn.
-fn is_whole(file: &str, least: u64) -> Result<()> {
-    let mut last = 0;
-    // The last line may be under way.
-    for line in file.split_inclusive('\n').filter(|l| l.ends_with('\n')) {
-        ensure!(
-            line.trim() == (last + 1).to_string(),
-            "{line:?} after {last}"
-        );
-        last += 1;
-    }
-    ensure!(last >= least, "the file ends with {last}, {least} was said");
-    Ok(())
-}
-
 #[test]
 fn volumes_on_ceph_stay_where_they_are_and_their_pod_moves() -> Result<()> {
     let mut test = Test::up()?;
@@ -145,7 +98,7 @@ fn volumes_on_ceph_stay_where_they_are_and_their_pod_moves() -> Result<()> {
     );
 
     test.lab.run_pod_of(&yaml())?;
-    test.said(Node::A, 3)?;
+    test.lab.said(Node::A, 3)?;
     ensure!(test.held_by(Node::B)?.as_deref() == Some("a"));
     // The key is nowhere to be seen.
     let key = std::fs::read_to_string(test.lab.lab().dir().join("ceph/key"))?;
@@ -171,21 +124,17 @@ fn volumes_on_ceph_stay_where_they_are_and_their_pod_moves() -> Result<()> {
     test.lab.fails(&id)?;
     test.lab.lab().start_node(Node::B)?;
     test.lab.runs_on(Node::A)?;
-    let mut floor = test.said(Node::A, 0)?;
-    floor = test.said(Node::A, floor)?;
+    let mut floor = test.lab.said(Node::A, 0)?;
+    floor = test.lab.said(Node::A, floor)?;
 
     for from in [Node::A, Node::B] {
         let to = from.other();
         let report = test.lab.moves(from)?;
         println!("downtime {} ms", report.downtime_ms);
         ensure!(report.disk.is_none(), "blocks were sent: {:?}", report.disk);
-        floor = test.said(to, floor)?;
+        floor = test.lab.said(to, floor)?;
         test.comes_to_be_held_by(to)?;
-        let file = test.lab.succeeds(
-            to,
-            &["exec", POD, "-c", "writer", "--", "/bin/cat", "/data/log"],
-        )?;
-        is_whole(&file, floor)?;
+        test.lab.file_is_whole(to, floor)?;
     }
 
     // The source's service is killed after the grant: its QEMU is shut out, and the guest writes on.
@@ -195,7 +144,7 @@ fn volumes_on_ceph_stay_where_they_are_and_their_pod_moves() -> Result<()> {
     };
     let before = blocklisted()?;
     thread::scope(|scope| {
-        let moving = scope.spawn(|| test.lab.says(Node::A, &["migrate", POD, "b"]));
+        let moving = scope.spawn(|| test.lab.says(Node::A, &["migrate", POD, "--to", "b"]));
         test.lab.runs_on(Node::B)?;
         test.lab.lab().kill_node(Node::A)?;
         // Its answer does not come any more.
@@ -204,9 +153,9 @@ fn volumes_on_ceph_stay_where_they_are_and_their_pod_moves() -> Result<()> {
     })?;
     let shut_out = poll_until(SOON, || blocklisted().is_ok_and(|now| now != before));
     ensure!(shut_out, "nobody is blocklisted: {before}");
-    floor = test.said(Node::B, floor)?;
+    floor = test.lab.said(Node::B, floor)?;
     test.lab.lab().start_node(Node::A)?;
-    floor = test.said(Node::B, floor)?;
+    floor = test.lab.said(Node::B, floor)?;
     test.comes_to_be_held_by(Node::B)?;
     let said = test.lab.says(Node::A, &["volume", "rm", VOLUME])?;
     ensure!(said.code == Some(4), "{said:?}");
