@@ -2,6 +2,7 @@
 
 mod leftovers;
 mod migration;
+mod pods;
 mod verbs;
 
 use std::net::SocketAddr;
@@ -17,6 +18,7 @@ use xtask::probe::{self, Probe, Record};
 use xtask::process::poll_until;
 use xtask::project::Project;
 
+pub use pods::{is_whole, pod_yaml, writer_yaml};
 pub use verbs::Said;
 
 /// The pod that tests move.
@@ -406,29 +408,4 @@ fn tail(log: &Path) {
     for line in lines.get(from..).unwrap_or_default() {
         eprintln!("    {line}");
     }
-}
-
-/// A pod of 256 MiB with an echo, and a container that counts aloud.
-pub fn pod_yaml(name: &str, ipv4: &str, ipv6: &str) -> String {
-    format!(
-        "apiVersion: v1
-kind: Pod
-metadata:
-  name: {name}
-  annotations:
-    migrator/ipv4: {ipv4}/24
-    migrator/ipv6: {ipv6}/64
-    migrator/vm-memory: 256Mi
-spec:
-  containers:
-    - name: echo
-      image: {image}
-      command: [/usr/local/bin/udp-echo]
-    - name: counter
-      image: {image}
-      command: [/bin/sh, -c]
-      args: ['i=0; while :; do i=$((i+1)); echo tick $i; usleep 50000; done']
-",
-        image = demo_image::REFERENCE
-    )
 }

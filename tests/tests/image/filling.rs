@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use migrator::block::ReadOnly;
@@ -12,6 +13,7 @@ use nix::mount::{MsFlags, mount};
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use xtask::process::poll_until;
 
 use super::{Mount, umoci_image};
 
@@ -30,6 +32,11 @@ impl ChunkSource for Neighbour {
     ) -> futures::future::BoxFuture<'a, Result<Option<bytes::Bytes>, SourceError>> {
         Box::pin(async { Ok(self.0.chunks().read_known(&wanted.digest())) })
     }
+}
+
+/// Waits for it, beside the runtime's other threads.
+fn comes(what: impl FnMut() -> bool) -> bool {
+    tokio::task::block_in_place(|| poll_until(Duration::from_secs(30), what))
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -62,12 +69,8 @@ async fn a_disk_that_is_full_holds_up_the_filling_and_not_the_reader() -> Result
         let problem = supply.problem(&record.erofs_digest);
         problem.is_some_and(|problem| problem.contains("disk is nearly full"))
     };
-    let mut waited = 0;
-    while !holds_up(&supply) {
-        waited += 1;
-        ensure!(waited < 2_000, "the disk does not become full");
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-    }
+    let full = comes(|| holds_up(&supply));
+    ensure!(full, "the disk does not become full");
     let lacking = here.chunks().missing(&record).len();
     ensure!(
         lacking > record.chunks.len() / 2,
@@ -100,12 +103,8 @@ async fn a_disk_that_is_full_holds_up_the_filling_and_not_the_reader() -> Result
         MsFlags::MS_REMOUNT,
         larger,
     )?;
-    let mut waited = 0;
-    while !here.chunks().missing(&record).is_empty() {
-        waited += 1;
-        ensure!(waited < 3_000, "filling does not go on");
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-    }
+    let complete = comes(|| here.chunks().missing(&record).is_empty());
+    ensure!(complete, "filling does not go on");
     ensure!(
         here.verify(&record).is_whole(),
         "what was filled is damaged"

@@ -13,7 +13,7 @@ use xtask::demo_image;
 use xtask::lab::Node;
 use xtask::process::{ProcessId, poll_until};
 
-use crate::moving_disks::{VOLUME, is_whole_after_a_cut, said, volume};
+use crate::moving_disks::{VOLUME, is_whole_after_a_cut, volume};
 
 /// When it happens.
 #[derive(Clone, Copy, Debug)]
@@ -59,7 +59,7 @@ fn with_pod() -> Result<TestLab> {
     }
     test.succeeds(Node::A, &["volume", "create", VOLUME, "--size", "128Mi"])?;
     test.run(Node::A, &yaml(), &[])?;
-    said(&test, Node::A, 3)?;
+    test.said(Node::A, 3)?;
     Ok(test)
 }
 
@@ -151,7 +151,7 @@ fn settles(test: &TestLab, floor: u64) -> Result<Node> {
         test.succeeds(at, &["stop", POD])?;
         test.run(at, &yaml(), &[])?;
     }
-    said(test, at, floor)?;
+    test.said(at, floor)?;
     Ok(at)
 }
 
@@ -161,7 +161,7 @@ fn power_cuts_while_a_disk_moves_leave_it_whole_at_the_owner() -> Result<()> {
     let mut from = Node::A;
     for moment in [Blocks, Switchover(5), Switchover(25), Forwarding] {
         for at_source in [true, false] {
-            let floor = said(&test, from, 0)?;
+            let floor = test.said(from, 0)?;
             let id = begin(&test, from, moment)?;
             let cut = if at_source { from } else { from.other() };
             cut_power(&test, cut)?;
@@ -189,7 +189,7 @@ fn a_destination_killed_after_the_grant_has_the_disk_with_everything_in_it() -> 
     let test = with_pod()?;
     let mut from = Node::A;
     for moment in [Switchover(15), Switchover(40), Forwarding] {
-        let floor = said(&test, from, 0)?;
+        let floor = test.said(from, 0)?;
         let id = begin(&test, from, moment)?;
         test.lab().kill_node(from.other())?;
         test.comes_to(from, &id, "an end, or doubt", |status| {
@@ -208,7 +208,7 @@ fn a_destination_killed_after_the_grant_has_the_disk_with_everything_in_it() -> 
         from = at;
     }
     // The VMM alone: the pod has failed, at the destination, with the whole disk.
-    let floor = said(&test, from, 0)?;
+    let floor = test.said(from, 0)?;
     begin(&test, from, Forwarding)?;
     test.runs_on(from.other())?;
     let record = VmRecord::load(&test.state(from.other()).join("pods").join(POD))?;

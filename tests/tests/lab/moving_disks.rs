@@ -4,80 +4,25 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use migrator_tests::lab::{POD, POD_IPV4, POD_IPV6, SOON, TestLab, pod_yaml};
+use migrator_tests::lab::{POD, TestLab, is_whole, writer_yaml};
 use nix::sys::signal::Signal;
 use xtask::cmd;
-use xtask::demo_image;
 use xtask::lab::Node;
-use xtask::process::{ProcessId, poll_until};
+use xtask::process::ProcessId;
 
 /// The volume that is written to.
 pub(crate) const VOLUME: &str = "data";
 
-/// The usual pod, and a container that says each number once it is in a file, synced; its own files are on a disk, too.
-fn yaml() -> String {
-    let writer = format!(
-        "    - name: writer
-      image: {image}
-      command: [/bin/sh, -c]
-      args: ['i=0; while :; do i=$((i+1)); echo $i >> /data/log; dd if=/dev/urandom of=/data/blob bs=64k count=1 seek=$((i % 200)) conv=notrunc 2>/dev/null; sync; echo $i > /own; echo $i; done']
-      resources:
-        limits:
-          ephemeral-storage: 64Mi
-      volumeMounts:
-        - name: {VOLUME}
-          mountPath: /data
-  volumes:
-    - name: {VOLUME}
-      persistentVolumeClaim:
-        claimName: {VOLUME}
-",
-        image = demo_image::REFERENCE
-    );
-    pod_yaml(POD, POD_IPV4, POD_IPV6) + &writer
-}
-
 fn with_pod() -> Result<TestLab> {
     let mut test = TestLab::up()?;
     test.succeeds(Node::A, &["volume", "create", VOLUME, "--size", "128Mi"])?;
-    test.run_pod_of(&yaml())?;
-    said(&test, Node::A, 3)?;
+    test.run_pod_of(&writer_yaml(VOLUME))?;
+    test.said(Node::A, 3)?;
     Ok(test)
 }
 
 pub(crate) fn volume(test: &TestLab, node: Node) -> PathBuf {
     test.state(node).join(format!("volumes/{VOLUME}.img"))
-}
-
-/// Waits until the writer has said more than `floor`; the last number.
-pub(crate) fn said(test: &TestLab, node: Node, floor: u64) -> Result<u64> {
-    let mut last = 0;
-    poll_until(SOON, || {
-        let log = test.succeeds(node, &["logs", POD, "writer"]);
-        let log = log.unwrap_or_default();
-        last = log.lines().last().and_then(|n| n.parse().ok()).unwrap_or(0);
-        last > floor
-    });
-    ensure!(last > floor, "the writer is at {last}");
-    Ok(last)
-}
-
-/// The file has every number up to `least`, and none is missing, doubled or out of turn.
-fn is_whole(file: &str, least: u64) -> Result<()> {
-    let mut last = 0;
-    // The last line may be under way.
-    for line in file
-        .split_inclusive('\n')
-        .filter(|line| line.ends_with('\n'))
-    {
-        ensure!(
-            line.trim() == (last + 1).to_string(),
-            "{line:?} after {last}"
-        );
-        last += 1;
-    }
-    ensure!(last >= least, "the file ends with {last}, {least} was said");
-    Ok(())
 }
 
 /// What a power cut would leave: the journal is replayed on a copy, which is whole then, and has what was said.
@@ -106,7 +51,7 @@ fn disks_move_with_their_pod_there_and_back() -> Result<()> {
     let test = with_pod()?;
     let mut floor = 0;
     for from in [Node::A, Node::B] {
-        floor = said(&test, from, floor)?;
+        floor = test.said(from, floor)?;
         let report = test.moves(from)?;
         let disk = report.disk.context("no disks in the report")?;
         println!("{disk:?}, downtime {} ms", report.downtime_ms);
@@ -116,12 +61,8 @@ fn disks_move_with_their_pod_there_and_back() -> Result<()> {
         );
         ensure!(disk.bytes < disk.bytes_size, "{disk:?}");
         let to = from.other();
-        floor = said(&test, to, floor)?;
-        let file = test.succeeds(
-            to,
-            &["exec", POD, "-c", "writer", "--", "/bin/cat", "/data/log"],
-        )?;
-        is_whole(&file, floor)?;
+        floor = test.said(to, floor)?;
+        test.file_is_whole(to, floor)?;
         ensure!(!volume(&test, from).exists(), "the volume is left behind");
         ensure!(
             volume(&test, to).exists(),
@@ -151,11 +92,11 @@ fn killed_services_and_a_power_cut_leave_the_disk_at_its_owner() -> Result<()> {
             !volume(&test, Node::B).exists(),
             "a part of the volume is left on b"
         );
-        let floor = said(&test, Node::A, 0)?;
-        said(&test, Node::A, floor)?;
+        let floor = test.said(Node::A, 0)?;
+        test.said(Node::A, floor)?;
     }
     test.moves(Node::A)?;
-    let floor = said(&test, Node::B, 0)?;
+    let floor = test.said(Node::B, 0)?;
     // The power of the owner fails.
     test.stop_probe()?;
     let shown = test.succeeds(Node::B, &["--output", "json", "inspect", POD])?;
