@@ -5,6 +5,7 @@ mod figures;
 mod image;
 mod memory;
 mod network;
+mod plain;
 mod plan;
 mod stage;
 mod table;

@@ -195,6 +195,11 @@ const BENCH: &[Package] = &[
         program: Some("runc"),
         why: "benchmarks: runs podman's containers",
     },
+    Package {
+        name: "qemu-utils",
+        program: Some("qemu-img"),
+        why: "benchmarks: asks the block server and QEMU's raw driver for the same",
+    },
 ];
 
 /// The verb.

@@ -9,42 +9,20 @@ mod tail;
 
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
-use self::rows::Bench;
-use super::plan::{Args, Plan, Results};
+use super::plain;
+use super::plan::Args;
 use crate::project::Project;
 use crate::setup;
 
 /// The form.
 ///
 /// # Errors
-/// Nothing could be measured. A row that cannot be run is told of, and makes the exit code 1; a missed aim does not.
+/// As for [`plain::form`].
 pub(super) fn main(project: &Project, args: &Args) -> Result<ExitCode> {
-    let plan = Plan::new(args);
-    let rows = rows::all(&plan);
-    if rows.is_empty() {
-        bail!("no case matches: `cargo xtask bench network --list` names them");
-    }
-    if args.list {
-        for case in rows.iter().flat_map(|row| &row.cases) {
-            println!("{case}");
-        }
-        return Ok(ExitCode::SUCCESS);
-    }
-    setup::require_root("to make network namespaces")?;
-    setup::ensure(project, &setup::Args::default())?;
-    program::build(project)?;
-    let mut results = Results::new(args);
-    for row in &rows {
-        results.row(row.name, &row.cases, |records| {
-            let mut bench = Bench {
-                project,
-                plan: &plan,
-                records,
-            };
-            (row.run)(&mut bench, &row.cases)
-        })?;
-    }
-    Ok(results.conclude())
+    plain::form(project, args, "network", rows::all, || {
+        setup::ensure(project, &setup::Args::default())?;
+        program::build(project)
+    })
 }

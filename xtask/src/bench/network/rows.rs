@@ -3,33 +3,12 @@
 mod latency;
 mod paths;
 
-use anyhow::Result;
-
-use crate::bench::figures::Record;
+use crate::bench::plain::{Bench, Row, row, wanted};
 use crate::bench::plan::Plan;
-use crate::project::Project;
-
-/// What a row works with.
-pub(super) struct Bench<'a> {
-    pub(super) project: &'a Project,
-    pub(super) plan: &'a Plan,
-    pub(super) records: &'a mut Vec<Record>,
-}
-
-/// Runs the named cases of a row, and adds their records.
-type Run = fn(&mut Bench<'_>, &[String]) -> Result<()>;
-
-/// One row.
-pub(super) struct Row {
-    pub(super) name: &'static str,
-    /// Its cases that are wanted, by name.
-    pub(super) cases: Vec<String>,
-    pub(super) run: Run,
-}
 
 /// The rows that have a wanted case, in the order in which they run.
 pub(super) fn all(plan: &Plan) -> Vec<Row> {
-    let mut rows = vec![
+    let rows = vec![
         row("idle gate", paths::gate_idle(plan.quick), paths::run),
         row(
             "park and inject",
@@ -41,15 +20,7 @@ pub(super) fn all(plan: &Plan) -> Vec<Row> {
         row("forward", paths::forward(plan.quick), paths::run),
         row("latency", latency::cases(plan.quick), latency::run),
     ];
-    for row in &mut rows {
-        row.cases.retain(|case| plan.wants(case));
-    }
-    rows.retain(|row| !row.cases.is_empty());
-    rows
-}
-
-fn row(name: &'static str, cases: Vec<String>, run: Run) -> Row {
-    Row { name, cases, run }
+    wanted(rows, plan)
 }
 
 #[cfg(test)]
