@@ -52,6 +52,12 @@ pub const BUCKETS: u32 = 256;
 /// Row of the counters that books frames of a device without a slot.
 pub const NO_SLOT_ROW: u32 = MAX_SLOTS;
 
+/// `skb->mark` and `skb->priority` of what the service injects into a TAP, which the gate passes in any mode, and takes off again. Both need
+/// CAP_NET_ADMIN (socket(7)), and neither comes from the network.
+pub const INJECTED_MARK: u32 = u32::from_be_bytes(*b"migr");
+/// See [`INJECTED_MARK`].
+pub const INJECTED_PRIORITY: u32 = u32::from_be_bytes(*b"ator");
+
 /// MAC address of each pod's gateway where pods are routed: of the host's side of every TAP on every node, and of what nodes send each other, so
 /// that nothing changes in a guest that moves. Locally administered and unicast (IEEE 802); Calico's, too.
 pub const GATEWAY_MAC: [u8; MAC_LEN] = [0xee; MAC_LEN];
@@ -107,8 +113,11 @@ pub mod names {
     /// Array of `u64`, by [`crate::bucket_index`]: parked frames that have left the service. Memory-mappable.
     pub const DONE: &str = "DONE";
     /// Array of `u64`, by slot: how far the service has injected the log of the pod's arrival, for the service after it.
-    /// No program uses it. Memory-mappable.
+    /// Memory-mappable.
     pub const INJECTED: &str = "INJECTED";
+    /// Array of `u64`, by slot: what [`INJECTED`] is once the gate has passed the frame that the service injects next; 0: what it was. So a service
+    /// that is killed in between has noted neither too much nor too little. Memory-mappable.
+    pub const INJECTED_NEXT: &str = "INJECTED_NEXT";
     /// Per-CPU array of [`crate::CounterRow`], by slot, and one row more: [`crate::NO_SLOT_ROW`].
     pub const COUNTERS: &str = "COUNTERS";
     /// Array of `u64`, by slot: until when the pod is watched, see [`crate::is_watched`]. Memory-mappable, not pinned.

@@ -23,9 +23,9 @@ use aya_ebpf::maps::{Array, HashMap, PerCpuArray};
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use migrator_ebpf::{
-    BRIEFS_MAX, BUCKETS, Brief, Bytes, Counter, CounterRow, Device, Direction, Gate, MAX_SLOTS,
-    NO_SLOT_ROW, Verdict, bucket, bucket_index, is_fast_kind, is_group, is_own_echo, is_settled,
-    verdict,
+    BRIEFS_MAX, BUCKETS, Brief, Bytes, Counter, CounterRow, Device, Direction, Gate, INJECTED_MARK,
+    INJECTED_PRIORITY, MAX_SLOTS, NO_SLOT_ROW, Verdict, bucket, bucket_index, is_fast_kind,
+    is_group, is_own_echo, is_settled, verdict,
 };
 use onward::OUTERS;
 
@@ -50,6 +50,8 @@ pub(crate) static PARKED: Array<u64> = Array::pinned(MAX_SLOTS * BUCKETS, BPF_F_
 pub(crate) static DONE: Array<u64> = Array::pinned(MAX_SLOTS * BUCKETS, BPF_F_MMAPABLE);
 #[map]
 static INJECTED: Array<u64> = Array::pinned(MAX_SLOTS, BPF_F_MMAPABLE);
+#[map]
+static INJECTED_NEXT: Array<u64> = Array::pinned(MAX_SLOTS, BPF_F_MMAPABLE);
 #[map]
 pub(crate) static COUNTERS: PerCpuArray<CounterRow> = PerCpuArray::pinned(MAX_SLOTS + 1, 0);
 
@@ -157,9 +159,39 @@ fn pass_settled(ctx: &TcContext, slot: u16, uplink: u32) -> Option<i32> {
     Some(TCX_NEXT)
 }
 
+/// A frame that the service injects: it has been here before, on this node or on the one that the pod came from. The service sends it in the same
+/// call that this runs in, so nothing can come between the frame's way into the TAP and the note of it.
+#[inline(always)]
+fn pass_injected(ctx: &TcContext) -> bool {
+    // SAFETY: `skb` is the context that the kernel passed in.
+    unsafe {
+        let skb = ctx.skb.skb;
+        if (*skb).mark != INJECTED_MARK || (*skb).priority != INJECTED_PRIORITY {
+            return false;
+        }
+        (*skb).mark = 0;
+        (*skb).priority = 0;
+    }
+    let Some(device) = device(ctx) else {
+        return true;
+    };
+    let slot = u32::from(device.slot);
+    let next = read(&INJECTED_NEXT, slot);
+    if next != 0
+        && let Some(injected) = INJECTED.get_ptr_mut(slot)
+    {
+        // SAFETY: an aligned `u64` of a live map, which nobody else writes while the service is in this call.
+        unsafe { injected.write_volatile(next) };
+    }
+    true
+}
+
 /// tcx egress: frames for the guest.
 #[classifier]
 fn gate(ctx: TcContext) -> i32 {
+    if pass_injected(&ctx) {
+        return TCX_NEXT;
+    }
     // SAFETY: `skb` is the context that the kernel passed in.
     let ifindex = unsafe { (*ctx.skb.skb).ifindex };
     if let Some(brief) = Brief::from_word(read(&BRIEFS, ifindex))

@@ -10,4 +10,5 @@ pub mod packet;
 pub mod programs;
 pub mod registry;
 pub mod stack;
+pub mod tracer;
 pub mod xsk;

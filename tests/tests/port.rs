@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use futures::FutureExt;
 use migrator::network::{
     ExistingDevices, Ledger, LogKind, Port, Role, Stage, VNET_HEADER, XdpChoice,
 };
@@ -49,8 +50,8 @@ fn migrate(
     Ok((destination, guest))
 }
 
-#[test]
-fn a_pod_moves_there_and_back_under_load_and_no_frame_is_lost() -> anyhow::Result<()> {
+/// A pod at a, whose guest has been heard of.
+fn with_guest() -> anyhow::Result<(Lab, Inbox, Port, Guest)> {
     let lab = Lab::new()?;
     let inbox = Inbox::default();
     let at_a = lab
@@ -58,6 +59,12 @@ fn a_pod_moves_there_and_back_under_load_and_no_frame_is_lost() -> anyhow::Resul
         .attach(&pod("pod", POD_MAC, 10), 1, Role::Local, None)?;
     let guest = Guest::start(at_a.tap_fd()?, &inbox);
     say_hello(&at_a)?;
+    Ok((lab, inbox, at_a, guest))
+}
+
+#[test]
+fn a_pod_moves_there_and_back_under_load_and_no_frame_is_lost() -> anyhow::Result<()> {
+    let (lab, inbox, at_a, guest) = with_guest()?;
     let sender = lab.sender(50_000)?;
 
     sender.wait_for(10_000)?;
@@ -98,13 +105,7 @@ fn a_pod_moves_there_and_back_under_load_and_no_frame_is_lost() -> anyhow::Resul
 
 #[test]
 fn an_aborted_move_gives_every_frame_back_in_order() -> anyhow::Result<()> {
-    let lab = Lab::new()?;
-    let inbox = Inbox::default();
-    let at_a = lab
-        .a
-        .attach(&pod("pod", POD_MAC, 10), 1, Role::Local, None)?;
-    let guest = Guest::start(at_a.tap_fd()?, &inbox);
-    say_hello(&at_a)?;
+    let (lab, inbox, at_a, guest) = with_guest()?;
     let sender = lab.sender(30_000)?;
 
     sender.wait_for(5_000)?;
@@ -134,6 +135,31 @@ fn an_aborted_move_gives_every_frame_back_in_order() -> anyhow::Result<()> {
     let ledger = lab.a.settled_ledger(&at_a)?;
     check_ledger(&ledger)?;
     ensure!(ledger.reasons.residue > 0, "{ledger:?}");
+    guest.stop();
+    Ok(())
+}
+
+#[test]
+fn a_hold_that_nobody_waits_for_is_known_and_can_be_rolled_back() -> anyhow::Result<()> {
+    let (lab, inbox, at_a, guest) = with_guest()?;
+    let sender = lab.sender(10_000)?;
+    sender.wait_for(1_000)?;
+    for _ in 0..20 {
+        let port = at_a.clone();
+        let stage = lab.a.call(async move {
+            let hold = port.hold(mpsc::unbounded_channel().0);
+            // It asks, and gives up: usually before the port's thread has woken.
+            drop(hold.now_or_never());
+            let stage = port.stage_by_now().await?;
+            port.rollback().await?;
+            port.reached(Stage::Local).await?;
+            Ok::<_, migrator::network::PortError>(stage)
+        })??;
+        ensure!(stage == Stage::Holding, "{stage}");
+    }
+    let sent = sender.finish();
+    inbox.check(&sent)?;
+    check_ledger(&lab.a.settled_ledger(&at_a)?)?;
     guest.stop();
     Ok(())
 }

@@ -22,8 +22,11 @@ pub const CPU: &str =
     "qemu64-v1,-svm,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16,+lahf-lm,+rdrand,enforce";
 
 /// What every guest's kernel command line begins with: console on the serial port, and a kernel
-/// panic reboots at once, which ends the VM (see [`crate::command_line`]).
-pub const KERNEL_CMDLINE: &str = "console=ttyS0 panic=-1 reboot=t";
+/// panic reboots at once, which ends the VM (see [`crate::command_line`]). Grace periods of RCU are expedited: a
+/// guest under emulation, or with one CPU, else waits for some while it mounts and makes namespaces. No driver makes files for its debugging
+/// whenever it finds a device: nobody reads them there.
+pub const KERNEL_CMDLINE: &str =
+    "console=ttyS0 panic=-1 reboot=t rcupdate.rcu_expedited=1 debugfs=off";
 
 /// The most block devices a VM may have: one PCI slot each.
 pub const MAX_DISKS: usize = 20;

@@ -33,6 +33,7 @@ mod verbs;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -238,11 +239,17 @@ impl Lab {
     /// This is not root, something is missing, or a node does not come up.
     pub fn up(&self, owner: Owner) -> Result<()> {
         setup::require_root("to make network namespaces")?;
-        setup::ensure(&self.project, &setup::Args::default())?;
-        if self.setting("MIGRATOR_QEMU").as_deref() == Some("10") {
-            qemu10::ensure(&self.project)?;
+        // Half a second of looks: a program of tests brings up many labs.
+        static READY: OnceLock<()> = OnceLock::new();
+        if READY.get().is_none() {
+            setup::ensure(&self.project, &setup::Args::default())?;
+            if self.setting("MIGRATOR_QEMU").as_deref() == Some("10") {
+                qemu10::ensure(&self.project)?;
+            }
+            build(&self.project)?;
+            // Another thread may have been first.
+            let _ = READY.set(());
         }
-        build(&self.project)?;
         self.down()?;
         std::fs::create_dir_all(self.dir.join("bin"))
             .with_context(|| format!("cannot create {}", self.dir.display()))?;

@@ -1,8 +1,12 @@
 //! `cargo xtask test`: everything that a change must pass. The last line of its output sums the tests up.
 
+mod failures;
+mod times;
+
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::{Subcommand, ValueEnum};
@@ -10,6 +14,8 @@ use clap::{Subcommand, ValueEnum};
 use crate::lab::{self, Lab};
 use crate::project::Project;
 use crate::{apps, check, cmd, demo_image, qemu10, setup, soak};
+use failures::Failures;
+use times::Times;
 
 /// Arguments of the verb.
 #[derive(Clone, Debug, clap::Args)]
@@ -46,6 +52,14 @@ enum Part {
     Root,
 }
 
+/// What runs of tests told.
+#[derive(Debug)]
+struct Told {
+    tally: Tally,
+    times: Times,
+    failures: Failures,
+}
+
 /// Sums of test runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Tally {
@@ -74,14 +88,29 @@ pub fn main(project: &Project, args: &Args) -> Result<ExitCode> {
         },
     )?;
     let clean = !wants(Part::Check) || check::all(project);
-    let mut tally = Tally::default();
+    let mut told = Told::new();
     if wants(Part::Unit) {
         let mut test = cmd::cargo(project, ["test", "--quiet", "--no-fail-fast"]);
-        tally.add(tests(test.arg("--").args(&args.filter))?);
+        let unit = tests(test.arg("--").args(&args.filter))?;
+        told.tally.add(unit.tally);
+        told.failures.add(unit.failures);
     }
     if wants(Part::Root) {
-        tally.add(root(project, &args.filter)?);
+        let root = root(project, &args.filter)?;
+        told.tally.add(root.tally);
+        told.times.add(root.times);
+        told.failures.add(root.failures);
     }
+    let Told {
+        tally,
+        times,
+        failures,
+    } = told;
+    let slowest = times.slowest();
+    if !slowest.is_empty() {
+        print!("the slowest tests that need root:\n{slowest}");
+    }
+    print!("{}", failures.text());
     if !clean {
         println!("check: FAILED, see above");
     }
@@ -105,7 +134,9 @@ fn ceph(project: &Project) -> Result<ExitCode> {
     };
     setup::ensure(project, &all)?;
     let mut test = of_root(project, "--test")?;
-    let tally = tests(test.arg("ceph").args(["--", "--test-threads=1"]))?;
+    let told = tests(test.arg("ceph").args(["--", "--test-threads=1"]))?;
+    print!("{}", told.failures.text());
+    let tally = told.tally;
     println!("{} passed, {} failed", tally.passed, tally.failed);
     Ok(match tally.failed {
         0 => ExitCode::SUCCESS,
@@ -113,8 +144,11 @@ fn ceph(project: &Project) -> Result<ExitCode> {
     })
 }
 
-/// The `tests` crate: one test at a time, because they share the machine's two CPUs and the lab's names.
-fn root(project: &Project, filter: &[String]) -> Result<Tally> {
+/// The `tests` crate: one test at a time, because they share the machine's two CPUs and the lab's names. Tests that kill services look into windows of
+/// microseconds, which are wider where something else runs.
+fn root(project: &Project, filter: &[String]) -> Result<Told> {
+    // Compiled first, so that no time of a test has some of that.
+    cmd::run(&mut of_root(project, "--no-run")?)?;
     let mut test = of_root(project, "--no-fail-fast")?;
     tests(test.arg("--").arg("--test-threads=1").args(filter))
 }
@@ -126,7 +160,7 @@ fn of_root(project: &Project, option: &str) -> Result<Command> {
     let image = demo_image::ensure(project)?;
     lab::build(project)?;
     let lab = Lab::new(project)?;
-    let mut test = cmd::cargo(project, ["test", "--quiet", "-p", "migrator-tests", option]);
+    let mut test = cmd::cargo(project, ["test", "-p", "migrator-tests", option]);
     test.env("MIGRATOR_GUEST_DIR", project.guest_dir())
         .env("MIGRATOR_BIN", project.migrator())
         .env("MIGRATOR_DEMO_IMAGE", image)
@@ -144,8 +178,8 @@ fn bridge_filters() -> Result<()> {
     cmd::run(Command::new("modprobe").arg("br_netfilter"))
 }
 
-/// Runs cargo's tests with their output shown as it comes, and counted.
-fn tests(command: &mut Command) -> Result<Tally> {
+/// Runs cargo's tests with their output shown as it comes, and counted. What each took is right where they run one at a time, and are named.
+fn tests(command: &mut Command) -> Result<Told> {
     println!("test: {}", cmd::show(command));
     let mut child = command
         .stdin(Stdio::null())
@@ -153,23 +187,37 @@ fn tests(command: &mut Command) -> Result<Tally> {
         .spawn()
         .context("cannot start cargo")?;
     let output = child.stdout.take().context("no output to read")?;
-    let mut tally = Tally::default();
+    let mut told = Told::new();
     for line in BufReader::new(output).split(b'\n') {
         let line = line.context("cannot read cargo's output")?;
         let text = String::from_utf8_lossy(&line);
-        tally.add(Tally::of_line(&text));
-        println!("{text}");
+        told.tally.add(Tally::of_line(&text));
+        told.failures.line(&text);
+        match told.times.line(&text, Instant::now()) {
+            Some(took) => println!("{text} ({:.1} s)", took.as_secs_f64()),
+            None => println!("{text}"),
+        }
         let _ = std::io::stdout().flush();
     }
     let status = child.wait()?;
-    if !status.success() && tally.failed == 0 {
+    if !status.success() && told.tally.failed == 0 {
         println!(
             "test: `{}` failed before its tests could ({status})",
             cmd::show(command)
         );
-        tally.failed = 1;
+        told.tally.failed = 1;
     }
-    Ok(tally)
+    Ok(told)
+}
+
+impl Told {
+    fn new() -> Self {
+        Self {
+            tally: Tally::default(),
+            times: Times::new(Instant::now()),
+            failures: Failures::default(),
+        }
+    }
 }
 
 impl Tally {

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::error::ApiError;
-use super::types::{ErrorCode, PodDetail, PodList};
+use super::types::{ErrorCode, PodDetail, PodList, PodSummary};
 use crate::daemon::node::Node;
 use crate::pods::run as run_pod;
 
@@ -77,6 +77,24 @@ pub(super) async fn inspect(
     Path(name): Path<String>,
 ) -> Result<Json<PodDetail>, ApiError> {
     Ok(Json(node.pods.get(&name)?.detail()))
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct StartQuery {
+    #[serde(default = "default_timeout")]
+    timeout_s: u64,
+}
+
+pub(super) async fn start(
+    State(node): State<Arc<Node>>,
+    Path(name): Path<String>,
+    Query(query): Query<StartQuery>,
+) -> Result<Json<PodSummary>, ApiError> {
+    let deadline = bounded(Duration::from_secs(query.timeout_s), "timeout_s")?;
+    let pod = node.pods.get(&name)?;
+    pod.start(deadline).await?;
+    Ok(Json(pod.summary()))
 }
 
 pub(super) async fn stop(

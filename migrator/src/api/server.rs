@@ -88,6 +88,7 @@ fn router(node: Arc<Node>) -> Router {
         .route("/v1/doctor", get(examine))
         .route("/v1/pods", get(pods::list).post(pods::run))
         .route("/v1/pods/{name}", get(pods::inspect).delete(pods::stop))
+        .route("/v1/pods/{name}/start", post(pods::start))
         .route("/v1/pods/{name}/logs", get(logs::logs))
         .route("/v1/pods/{name}/exec", post(exec::exec))
         .route("/v1/pods/{name}/migrate", post(migrations::start))

@@ -10,7 +10,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Whence, lseek};
 
 use super::granule::Extent;
-use super::sys::read_cached;
+use super::sys::{begin_writeback, read_cached};
 
 /// Zeros to write where the file system cannot make holes.
 const ZEROS: &[u8] = &[0; 64 << 10];
@@ -60,6 +60,11 @@ impl Backing {
 
     pub(super) fn write(&self, data: &[u8], offset: u64) -> io::Result<()> {
         self.file.write_all_at(data, offset)
+    }
+
+    /// Begins to write to the device what a sync would wait for. A file system that cannot do that has it wait.
+    pub(super) fn begin_writeback(&self) {
+        let _ = begin_writeback(&self.file);
     }
 
     pub(super) fn sync(&self) -> io::Result<()> {

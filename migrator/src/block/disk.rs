@@ -247,6 +247,13 @@ impl Disk {
         }
     }
 
+    /// Begins to write to the device what a flush would wait for.
+    pub fn begin_writeback(&self) {
+        if let Some(backing) = self.backing.get() {
+            backing.begin_writeback();
+        }
+    }
+
     /// Forgets which granules were written, and begins to remember those that are from now on.
     pub fn start_tracking(&self) -> Generation {
         self.dirty.start()

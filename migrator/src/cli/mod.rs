@@ -13,6 +13,7 @@ mod node;
 mod output;
 mod ps;
 mod run;
+mod start;
 mod status;
 mod stop;
 mod template;
@@ -89,6 +90,8 @@ enum Verb {
     Logs(logs::LogsArgs),
     /// Run a command in a container
     Exec(exec::ExecArgs),
+    /// Start a failed pod again, with its disks
+    Start(start::StartArgs),
     /// Stop a pod and remove it
     Stop(stop::StopArgs),
     /// Move a pod to another node
@@ -143,6 +146,7 @@ pub fn main() -> ExitCode {
         | Verb::Inspect(_)
         | Verb::Logs(_)
         | Verb::Exec(_)
+        | Verb::Start(_)
         | Verb::Stop(_)
         | Verb::Migrate(_)
         | Verb::Upgrade(_)
@@ -177,6 +181,7 @@ async fn dispatch(verb: Verb, context: &Context) -> Result<ExitCode, Failure> {
         Verb::Inspect(args) => args.run(context).await,
         Verb::Logs(args) => args.run(context).await,
         Verb::Exec(args) => args.run(context).await,
+        Verb::Start(args) => args.run(context).await,
         Verb::Stop(args) => args.run(context).await,
         Verb::Migrate(args) => args.run(context).await,
         Verb::Upgrade(args) => args.run(context).await,

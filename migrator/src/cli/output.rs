@@ -5,6 +5,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
+use super::Output;
+use crate::api::types::PodSummary;
+
 /// Prints one JSON value as one line.
 pub(super) fn json(value: &impl Serialize) -> io::Result<()> {
     let mut line = serde_json::to_vec(value)?;
@@ -22,6 +25,19 @@ pub(super) fn bytes(data: &[u8]) -> io::Result<()> {
     let mut out = io::stdout().lock();
     out.write_all(data)?;
     out.flush()
+}
+
+/// Prints where a pod is and how it fares.
+pub(super) fn pod(pod: &PodSummary, form: Output) -> io::Result<()> {
+    match form {
+        Output::Json => json(pod),
+        Output::Text => line(&format!(
+            "{} {} on {}",
+            pod.name,
+            pod.state.as_str(),
+            pod.node
+        )),
+    }
 }
 
 /// Prints rows in columns as wide as their widest cell; the last is not padded.

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::Args;
 
 use super::failure::{Exit, Failure};
-use super::{Context, Output, output};
+use super::{Context, output};
 use crate::api::types::PodSummary;
 
 #[derive(Debug, Args)]
@@ -27,15 +27,7 @@ impl RunArgs {
         let yaml = read(&self.file)?;
         let path = format!("/v1/pods?wait={}&timeout_s={}", !self.no_wait, self.timeout);
         let pod: PodSummary = context.client.post_yaml(&path, yaml).await?;
-        match context.output {
-            Output::Json => output::json(&pod)?,
-            Output::Text => output::line(&format!(
-                "{} {} on {}",
-                pod.name,
-                pod.state.as_str(),
-                pod.node
-            ))?,
-        }
+        output::pod(&pod, context.output)?;
         Ok(ExitCode::SUCCESS)
     }
 }

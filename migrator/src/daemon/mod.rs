@@ -106,6 +106,7 @@ pub async fn run(config: Config) -> Result<(), DaemonError> {
         .map_err(|e| DaemonError::open("the pods' folders", e))?;
     let api = api::server::bind(&node.config.api_socket())
         .map_err(|e| DaemonError::open("the API's socket", e))?;
+    start::release_images(&node, &open).await;
     for migration in open {
         node.tasks
             .spawn(driver::recover(Arc::clone(&node), migration));

@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -22,13 +22,16 @@ use vm_runtime::spec::MACHINE;
 use super::DaemonError;
 use super::migrations::MigrationRegistry;
 use super::node::{GuestFiles, Node};
+use crate::api::error::chain;
+use crate::api::images::in_use;
 use crate::config::{Config, Topology, Tunnel};
 use crate::directory::Directory;
-use crate::image::ImageStore;
+use crate::image::{Digest, ImageStore};
 use crate::migration::driver::Arrivals;
 use crate::migration::journal::{Journal, Recovery};
 use crate::network::{Cluster, NodeNetConfig, NodeNetwork, TunnelConfig};
 use crate::pods::PodRegistry;
+use crate::pods::recover::OpenMigration;
 use crate::registry::Registries;
 use crate::storage::Storage;
 use crate::supply::{PeerSource, Supply};
@@ -198,6 +201,50 @@ pub(super) async fn open(config: Config) -> Result<(Arc<Node>, Recovery), Daemon
         config,
     };
     Ok((Arc::new(node), recovery))
+}
+
+/// Removes images whose pods were on their way here when an earlier service died. Only where each pod is known that may use one.
+pub(super) async fn release_images(node: &Arc<Node>, open: &[OpenMigration]) {
+    let mut lacking = open.iter();
+    if lacking.any(|migration| matches!(migration, OpenMigration::Lacking { .. })) {
+        return;
+    }
+    let node = Arc::clone(node);
+    let released = blocking(move || {
+        let found = node.pods.list();
+        let known = |folder: &std::fs::DirEntry| {
+            let name = folder.file_name();
+            found.iter().any(|pod| name == *pod.name())
+        };
+        let mut folders = std::fs::read_dir(node.pods_dir())
+            .into_iter()
+            .flatten()
+            .flatten();
+        if !folders.all(|folder| known(&folder)) {
+            return Ok(Vec::new());
+        }
+        let used: Vec<Digest> = in_use(&node).into_iter().map(|(image, _)| image).collect();
+        node.images.release_arriving(&used, SystemTime::now())
+    });
+    match released.await {
+        Ok(Ok(images)) => {
+            for image in images {
+                tracing::info!(image = image.name, "released: its pod has not come");
+            }
+        }
+        Ok(Err(error)) => {
+            tracing::warn!(
+                error = chain(&error),
+                "images of pods that have not come stay"
+            );
+        }
+        Err(error) => {
+            tracing::warn!(
+                error = chain(&error),
+                "images of pods that have not come stay"
+            );
+        }
+    }
 }
 
 /// The other nodes, where pods are routed.

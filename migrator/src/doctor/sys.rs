@@ -6,6 +6,8 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
+use migrator_ebpf::{INJECTED_MARK, INJECTED_PRIORITY};
+
 /// `UFFD_API` and what dirty tracking needs (linux/userfaultfd.h): `PAGEFAULT_FLAG_WP`,
 /// `WP_HUGETLBFS_SHMEM`, `WP_UNPOPULATED`, `WP_ASYNC`.
 const UFFD_API: u64 = 0xaa;
@@ -199,23 +201,27 @@ pub(super) fn tcx(ifindex: u32) -> io::Result<()> {
     .map(drop)
 }
 
-/// Opens a packet socket with virtio-net headers and without a queueing discipline.
+/// Opens a packet socket with virtio-net headers and marks.
 pub(super) fn packet_socket() -> io::Result<()> {
     // SAFETY: socket(2) takes numbers only.
     let socket = owned(libc::c_long::from(unsafe {
         libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0)
     }))?;
-    let on: libc::c_int = 1;
-    for option in [libc::PACKET_VNET_HDR, libc::PACKET_QDISC_BYPASS] {
-        // SAFETY: needed because nix has no wrapper for these options. The value is a live int, and its
+    let options = [
+        (libc::SOL_PACKET, libc::PACKET_VNET_HDR, 1),
+        (libc::SOL_SOCKET, libc::SO_MARK, INJECTED_MARK),
+        (libc::SOL_SOCKET, libc::SO_PRIORITY, INJECTED_PRIORITY),
+    ];
+    for (level, option, value) in options {
+        // SAFETY: needed because nix has no wrapper for these options on sockets of this kind. The value is a live int, and its
         // size is passed; the socket is open during the call.
         let result = unsafe {
             libc::setsockopt(
                 socket.as_raw_fd(),
-                libc::SOL_PACKET,
+                level,
                 option,
-                (&raw const on).cast(),
-                size_of::<libc::c_int>() as libc::socklen_t,
+                (&raw const value).cast(),
+                size_of_val(&value) as libc::socklen_t,
             )
         };
         if result != 0 {

@@ -31,7 +31,7 @@ impl Garbage {
     }
 }
 
-fn unix_ms(time: SystemTime) -> u64 {
+pub(super) fn unix_ms(time: SystemTime) -> u64 {
     millis(time.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO))
 }
 
@@ -152,7 +152,11 @@ impl ImageStore {
         })
     }
 
-    fn remove_all(&self, state: &mut State, doomed: &[Digest]) -> Result<(), StoreError> {
+    pub(super) fn remove_all(
+        &self,
+        state: &mut State,
+        doomed: &[Digest],
+    ) -> Result<(), StoreError> {
         if doomed.is_empty() {
             return Ok(());
         }

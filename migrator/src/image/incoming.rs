@@ -106,6 +106,19 @@ impl Incoming {
             .collect()
     }
 
+    /// [`Incoming::missing`], by digest.
+    pub fn missing_digests(&self) -> Vec<Digest> {
+        let missing = self.missing().into_iter();
+        missing
+            .map(|index| self.record.chunks[index as usize])
+            .collect()
+    }
+
+    /// Whether the chunk is one of the image.
+    pub fn has(&self, digest: &Digest) -> bool {
+        self.places.contains_key(digest)
+    }
+
     /// Verifies chunk `index` and stores it. A chunk that is there already is left as it is.
     pub fn place(&self, index: u32, bytes: &Bytes) -> Result<(), HandoverError> {
         let expected = *self

@@ -31,6 +31,7 @@ pub(crate) mod oci;
 pub mod record;
 pub mod store;
 
+mod arriving;
 mod attributes;
 mod compression;
 mod docker;

@@ -6,6 +6,7 @@
 //! images/leases.json           id -> until when it is kept, milliseconds of Unix time
 //! images/<id>/record.json      its ImageRecord
 //! images/<id>/order            in which order its chunks were first read
+//! images/<id>/arriving         the pod that brought it has not come yet; nobody else has asked for it
 //! images/chunks/               the chunks of all images, see `chunks`
 //! images/content/              blobs of registries, see `content`
 //! images/.tmp-*                work under way; removed at the next start
@@ -269,6 +270,9 @@ impl ImageStore {
         id: Digest,
         take: bool,
     ) -> Result<(), StoreError> {
+        if take {
+            self.unmark(id);
+        }
         let free = !state.names.contains_key(name);
         if free || (take && state.names.get(name) != Some(&id)) {
             let mut names = state.names.clone();

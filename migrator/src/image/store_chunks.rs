@@ -77,9 +77,14 @@ impl ImageStore {
     /// # Errors
     /// The record is not valid or does not fit a chunk that is here, or it cannot be written.
     pub fn adopt(&self, record: ImageRecord) -> Result<(ImageRecord, ImageHold), StoreError> {
-        record.validate()?;
-        self.check_lengths(&record)?;
+        self.check(&record)?;
         self.commit(self.scratch()?, record, false)
+    }
+
+    /// Refuses a record that is not valid, or does not fit a chunk that is here.
+    pub(super) fn check(&self, record: &ImageRecord) -> Result<(), StoreError> {
+        record.validate()?;
+        self.check_lengths(record)
     }
 
     /// Refuses a record that gives a chunk that is here another length than it has.

@@ -24,6 +24,9 @@ pub(super) const RECORD: &str = "record.json";
 /// File name of the order in which chunks were first read.
 pub(super) const ORDER: &str = "order";
 
+/// File that an image has while the pod that brought it may still turn back.
+pub(super) const ARRIVING: &str = "arriving";
+
 /// Folder of the chunks of all images.
 pub(super) const CHUNKS: &str = "chunks";
 

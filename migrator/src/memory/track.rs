@@ -9,6 +9,7 @@ use vm_runtime::units::PageRange;
 use vm_runtime::vm::Vm;
 
 use super::holes::DataPages;
+pub use super::holes::Holes;
 use super::pageset::PageSet;
 
 /// Why tracking failed.
@@ -47,13 +48,13 @@ const HOT_SCANS: usize = 8;
 
 impl Tracking {
     /// Nothing is tracked and nothing pending yet.
-    pub fn new(pages: u64) -> Self {
+    pub fn new(pages: u64, holes: Holes) -> Self {
         Self {
             inner: Arc::new(Mutex::new(Inner {
                 tracker: None,
                 memory: None,
                 pending: PageSet::new(pages),
-                data: DataPages::new(pages),
+                data: DataPages::new(pages, holes),
                 written: Vec::new(),
                 scanned_at: None,
             })),

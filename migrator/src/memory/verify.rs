@@ -87,6 +87,12 @@ impl PageHashes {
         self.refresh(memory).map(drop)
     }
 
+    /// Whether the page was all zero when it was last hashed.
+    pub fn is_zero(&self, page: PageIndex) -> bool {
+        let hash = self.hashes.get(page.0 as usize);
+        hash.is_some_and(|hash| hash.load(Ordering::SeqCst) == ZERO_HASH)
+    }
+
     /// Compares `theirs`, the hashes of the pages from `first` on, and returns the pages that differ.
     /// Pages beyond the end of this table count as different.
     pub fn compare(&self, first: PageIndex, theirs: &[u64]) -> Vec<PageIndex> {

@@ -58,6 +58,7 @@ pub(crate) struct Gates {
     parked: MappedWords,
     done: MappedWords,
     injected: MappedWords,
+    injected_next: MappedWords,
     tunnel: tunnel::Maps,
     endpoints: endpoints::Maps,
     bound: bound::Maps,
@@ -113,6 +114,7 @@ impl Gates {
         let parked = maps.words(names::PARKED, MAX_SLOTS * BUCKETS)?;
         let done = maps.words(names::DONE, MAX_SLOTS * BUCKETS)?;
         let injected = maps.words(names::INJECTED, MAX_SLOTS)?;
+        let injected_next = maps.words(names::INJECTED_NEXT, MAX_SLOTS)?;
         let until = maps.words(names::TRACE, MAX_SLOTS)?;
         let missed = maps.words(names::TRACE_MISSED, MAX_SLOTS)?;
         let tunnel = tunnel::Maps::take(&mut maps)?;
@@ -132,6 +134,7 @@ impl Gates {
             parked,
             done,
             injected,
+            injected_next,
             tunnel,
             endpoints,
             bound,

@@ -59,7 +59,8 @@ pub use ledger::{Ledger, Reasons};
 pub use log::{FIRST_FRAME_SEQ, FIRST_SEQ, LogItem, LogKind};
 pub use networks::{BadNetwork, BadNetworks, MAX_NETWORKS, PodNetwork, PodNetworks};
 pub use node::{
-    Cluster, ExistingDevices, NodeNetConfig, NodeNetwork, PodNetId, Role, park_name, tap_name,
+    Cluster, ExistingDevices, NewDevices, NodeNetConfig, NodeNetwork, PodNetId, Role, park_name,
+    tap_name,
 };
 pub use port::{Port, idle_tap};
 pub use show::{

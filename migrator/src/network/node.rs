@@ -88,6 +88,36 @@ pub struct ExistingDevices {
     pub park: OwnedFd,
 }
 
+impl ExistingDevices {
+    /// More descriptors of the same devices.
+    ///
+    /// # Errors
+    /// The process has no descriptor left.
+    pub fn try_clone(&self) -> std::io::Result<Self> {
+        Ok(Self {
+            tap: self.tap.try_clone()?,
+            park: self.park.try_clone()?,
+        })
+    }
+}
+
+/// The devices of a new pod in its slot, which nothing reaches yet.
+#[derive(Debug)]
+pub struct NewDevices {
+    slot: u16,
+    devices: ExistingDevices,
+}
+
+impl NewDevices {
+    /// Descriptors of them, for the VMM.
+    ///
+    /// # Errors
+    /// The process has no descriptor left.
+    pub fn share(&self) -> std::io::Result<ExistingDevices> {
+        self.devices.try_clone()
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct NodeInner {
     pub(crate) config: NodeNetConfig,

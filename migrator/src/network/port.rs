@@ -219,6 +219,17 @@ impl Port {
         *self.inner.stages.borrow()
     }
 
+    /// Where the port stands once it has done all that it was asked until now. Who drops [`hold`](Self::hold) or another call has asked all the same,
+    /// and [`stage`](Self::stage) may not say so yet.
+    ///
+    /// # Errors
+    /// The port is gone.
+    pub async fn stage_by_now(&self) -> Result<Stage, PortError> {
+        // The thread takes one after the other.
+        self.ask(Command::Tally).await?;
+        Ok(self.stage())
+    }
+
     /// Waits until the port stands at `stage`.
     ///
     /// # Errors

@@ -9,6 +9,7 @@ use std::sync::atomic::AtomicU64;
 
 use aya::maps::{MapData, RingBuf};
 use aya_log::EbpfLogger;
+use migrator_ebpf::{INJECTED_MARK, INJECTED_PRIORITY};
 use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
 use tokio::io::unix::AsyncFd;
@@ -145,6 +146,11 @@ pub(crate) fn rcu_grace_period() -> io::Result<()> {
     Ok(())
 }
 
+/// Whether a frame is one that its device is to cut (linux/virtio_net.h: `gso_type` is the header's second byte, `VIRTIO_NET_HDR_GSO_NONE` 0).
+pub(crate) fn is_segment(frame: &[u8]) -> bool {
+    frame.get(1).is_some_and(|gso_type| *gso_type != 0)
+}
+
 /// What became of a frame that was given to a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sent {
@@ -161,12 +167,13 @@ pub(crate) enum Sent {
 pub(crate) struct PacketSocket(OwnedFd);
 
 impl PacketSocket {
-    /// Puts frames into the device's own queue, past its qdisc and its tcx egress program. Frames carry
-    /// a virtio-net header of [`VNET_HEADER`] bytes.
+    /// Puts frames into the queue of a TAP, which has no qdisc: past its gate, which passes what has these marks. Frames carry a virtio-net header
+    /// of [`VNET_HEADER`] bytes.
     pub(crate) fn injector(ifindex: u32) -> io::Result<Self> {
         let socket = Self::open(ifindex)?;
-        socket.enable(libc::PACKET_VNET_HDR)?;
-        socket.enable(libc::PACKET_QDISC_BYPASS)?;
+        socket.set(libc::SOL_PACKET, libc::PACKET_VNET_HDR, 1)?;
+        socket.set(libc::SOL_SOCKET, libc::SO_MARK, INJECTED_MARK)?;
+        socket.set(libc::SOL_SOCKET, libc::SO_PRIORITY, INJECTED_PRIORITY)?;
         Ok(socket)
     }
 
@@ -203,16 +210,15 @@ impl PacketSocket {
         Ok(socket)
     }
 
-    fn enable(&self, option: libc::c_int) -> io::Result<()> {
-        let on: libc::c_int = 1;
-        // SAFETY: the option takes one `int`, which lives through the call.
+    fn set(&self, level: libc::c_int, option: libc::c_int, value: u32) -> io::Result<()> {
+        // SAFETY: the options take one `int` each, which lives through the call.
         let result = unsafe {
             libc::setsockopt(
                 self.0.as_raw_fd(),
-                libc::SOL_PACKET,
+                level,
                 option,
-                (&raw const on).cast(),
-                size_of_val(&on) as libc::socklen_t,
+                (&raw const value).cast(),
+                size_of_val(&value) as libc::socklen_t,
             )
         };
         if result < 0 {
@@ -225,7 +231,9 @@ impl PacketSocket {
     pub(crate) fn send(&self, frame: &[u8]) -> Sent {
         match nix::sys::socket::send(self.0.as_raw_fd(), frame, MsgFlags::MSG_DONTWAIT) {
             Ok(_) => Sent::Queued,
-            Err(Errno::ENOBUFS | Errno::EAGAIN | Errno::EINTR | Errno::ENOMEM) => Sent::Full,
+            Err(
+                Errno::ENOBUFS | Errno::EAGAIN | Errno::EINTR | Errno::ENOMEM | Errno::ENETDOWN,
+            ) => Sent::Full,
             Err(errno) => Sent::Refused(errno),
         }
     }

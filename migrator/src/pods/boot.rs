@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::oneshot;
 use tokio::time::Instant;
-use vm_runtime::agent_client::AgentClient;
-use vm_runtime::agent_client::Configuration;
+use vm_runtime::agent_client::{AgentClient, Beginning, Configuration};
 use vm_runtime::memory::{GuestMemory, huge_pages_available};
 use vm_runtime::pod::PodSpec;
 use vm_runtime::spec::VmSpec;
@@ -23,7 +23,7 @@ use super::plan::{VMM_OVERHEAD, ordinary_and_huge};
 use super::sink::LogSink;
 use super::warm;
 use crate::daemon::node::Node;
-use crate::network::{ExistingDevices, PodNetId, Port, Role};
+use crate::network::{ExistingDevices, NewDevices, PodNetId, Port, Role};
 use crate::templates::make_later;
 
 /// What a boot needs beside the pod's facts.
@@ -37,10 +37,16 @@ pub(super) struct BootOrder {
     pub(super) deadline: Duration,
 }
 
-/// What has been built so far; a field a step, in the order of the steps.
+/// What has been built so far. Port and guest are built side by side.
 #[derive(Debug, Default)]
 pub(super) struct Parts {
     pub(super) port: Option<Port>,
+    pub(super) guest: Guest,
+}
+
+/// What has been built so far of a guest, in the order of the steps.
+#[derive(Debug, Default)]
+pub(super) struct Guest {
     pub(super) vm: Option<Arc<Vm>>,
     pub(super) agent: Option<AgentClient>,
 }
@@ -49,7 +55,8 @@ impl Parts {
     /// Takes everything down again, in reverse. What cannot be removed is logged: there is nobody
     /// left to ask.
     pub(super) async fn undo(self, pod: &str) {
-        let Self { port, vm, agent } = self;
+        let Self { port, guest } = self;
+        let Guest { vm, agent } = guest;
         drop(agent);
         if let Some(vm) = vm
             && let Err(error) = vm.kill().await
@@ -77,27 +84,43 @@ pub(super) async fn boot(
 ) -> Result<PodResources, PodError> {
     let name = facts.spec.name.as_str();
     let until = Instant::now() + order.deadline;
+    let _starting = node.supply.starting();
+    let filling = warm::begin(node, facts).await;
     disks::serve(name, &order.disks)?;
-    let port = make_port(node, facts, Role::Local, parts).await?;
-    // Its first packets may be answered from anywhere.
-    port.claim(epoch)
-        .map_err(|e| PodError::step(name, "tell other nodes of it", e))?;
-    let warm = warm::start(node, facts, order, &port, parts).await;
-    let vm = match &parts.vm {
+    let (devices, theirs) = make_devices(node, facts)?;
+    let Parts { port, guest } = parts;
+    // Side by side: a VMM that awaits a state sends and takes nothing.
+    let (done, ready) = oneshot::channel();
+    let attached = async {
+        let port = make_port(node, facts, Role::Local, devices, port).await?;
+        // Its first packets may be answered from anywhere.
+        port.claim(epoch)
+            .map_err(|e| PodError::step(name, "tell other nodes of it", e))?;
+        // Who boots does not wait for it.
+        let _ = done.send(());
+        Ok::<Port, PodError>(port)
+    };
+    let warm = async {
+        let filling = filling?;
+        warm::start(node, facts, order, (&theirs, ready), filling, guest).await
+    };
+    let (port, warm) = tokio::join!(attached, warm);
+    let port = port?;
+    let vm = match &guest.vm {
         Some(vm) => Arc::clone(vm),
         None => {
             let memory = memory(&facts.vm_spec)?;
-            let res = resources(node, facts, memory, &port)?;
+            let res = resources(node, facts, memory, theirs)?;
             let vm = Vm::boot(&facts.vm_spec, res)
                 .await
                 .map_err(|e| PodError::step(name, "start its VM", e))?;
             let vm = Arc::new(vm);
-            parts.vm = Some(Arc::clone(&vm));
+            guest.vm = Some(Arc::clone(&vm));
             vm
         }
     };
     let is_cold = warm.is_none();
-    let start = start_containers(facts, &vm, warm, order, parts);
+    let start = start_containers(facts, &vm, warm, order, guest);
     let started = tokio::select! {
         started = tokio::time::timeout_at(until, start) => started,
         exit = vm.wait_exit() => return Err(PodError::Died {
@@ -130,32 +153,36 @@ pub(super) async fn boot(
     })
 }
 
-/// Configures the guest and starts its containers; `agent` is there if the guest was started from a template.
+/// Configures the guest and starts its containers; a guest that was started from a template was asked to already.
 async fn start_containers(
     facts: &Facts,
     vm: &Vm,
-    agent: Option<AgentClient>,
+    warm: Option<(AgentClient, Beginning)>,
     order: &BootOrder,
-    parts: &mut Parts,
+    guest: &mut Guest,
 ) -> Result<AgentClient, PodError> {
     let name = facts.spec.name.as_str();
-    let agent = match agent {
-        Some(agent) => agent,
+    let (agent, mut beginning) = match warm {
+        Some(warm) => warm,
         None => {
             let sink = Arc::new(LogSink::new(Arc::clone(&facts.logs)));
-            AgentClient::connect(&vm.agent_socket(), sink, order.deadline)
+            let agent = AgentClient::connect(&vm.agent_socket(), sink, order.deadline)
                 .await
-                .map_err(|e| PodError::step(name, "reach the agent in its guest", e))?
+                .map_err(|e| PodError::step(name, "reach the agent in its guest", e))?;
+            let beginning = agent
+                .begin(None, Configuration::clone(&order.configuration))
+                .map_err(|e| PodError::step(name, "configure its guest", e))?;
+            (agent, beginning)
         }
     };
-    parts.agent = Some(agent.clone());
-    agent
-        .configure(Configuration::clone(&order.configuration))
+    guest.agent = Some(agent.clone());
+    beginning
+        .configured()
         .await
         .map_err(|e| PodError::step(name, "configure its guest", e))?;
     tracing::debug!(pod = name, "configured");
-    agent
-        .start_pod()
+    beginning
+        .started()
         .await
         .map_err(|e| PodError::step(name, "start its containers", e))?;
     Ok(agent)
@@ -172,19 +199,34 @@ pub(super) fn memory(spec: &VmSpec) -> Result<Arc<GuestMemory>, PodError> {
     Ok(Arc::new(memory))
 }
 
-/// Makes the port.
+/// Makes the devices of a pod's port, and gives what its VMM is to have of them.
+pub(super) fn make_devices(
+    node: &Node,
+    facts: &Facts,
+) -> Result<(NewDevices, ExistingDevices), PodError> {
+    let devices = node.network.make_devices(facts.slot);
+    let devices =
+        devices.map_err(|e| PodError::step(&facts.spec.name, "make its network devices", e))?;
+    let theirs = devices.share();
+    let theirs =
+        theirs.map_err(|e| PodError::step(&facts.spec.name, "share its TAP with the VMM", e))?;
+    Ok((devices, theirs))
+}
+
+/// Makes the port, for devices that its VMM may have by now; nothing comes to them, or from them, before that.
 pub(super) async fn make_port(
     node: &Node,
     facts: &Facts,
     role: Role,
-    parts: &mut Parts,
+    devices: NewDevices,
+    made: &mut Option<Port>,
 ) -> Result<Port, PodError> {
     let port = node
         .network
-        .attach(&net_id(&facts.spec), facts.slot, role, None)
+        .attach_new(&net_id(&facts.spec), role, devices)
         .await
         .map_err(|e| PodError::step(&facts.spec.name, "make its network port", e))?;
-    parts.port = Some(port.clone());
+    *made = Some(port.clone());
     Ok(port)
 }
 
@@ -193,15 +235,14 @@ pub(super) fn resources(
     node: &Node,
     facts: &Facts,
     memory: Arc<GuestMemory>,
-    port: &Port,
+    devices: ExistingDevices,
 ) -> Result<VmResources, PodError> {
     let name = facts.spec.name.as_str();
-    let dup = |e| PodError::step(name, "share its TAP with the VMM", e);
     Ok(VmResources {
         dir: facts.dir.clone(),
         memory,
-        tap: port.tap_fd().map_err(dup)?,
-        park: Some(port.park_fd().map_err(dup)?),
+        tap: devices.tap,
+        park: Some(devices.park),
         qemu: node.qemu.clone(),
         kernel: node.guest.kernel.clone(),
         initramfs: node.guest.initramfs.clone(),

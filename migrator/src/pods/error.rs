@@ -170,6 +170,14 @@ pub enum PodError {
         #[source]
         source: Cause,
     },
+    /// The right to run it is not this node's.
+    #[error("pod `{0}` cannot be started here: this node has no right to run it")]
+    NotOwned(String),
+    /// Its VM had another kernel than the node's.
+    #[error(
+        "pod `{0}` cannot be started again: its guest had another kernel or initramfs than this node boots now"
+    )]
+    OtherGuest(String),
     /// The VM ended while something was being done with it.
     #[error("pod `{pod}`: its VM ended: {reason}")]
     Died {
@@ -235,6 +243,7 @@ impl PodError {
             }
             Self::Pull { source, .. } => code_of_pull(source),
             Self::Busy { .. } | Self::NoAgent(_) => ErrorCode::Busy,
+            Self::NotOwned(_) | Self::OtherGuest(_) => ErrorCode::Refused,
             Self::Slow { .. } => ErrorCode::Timeout,
             Self::NotUpgraded { source, .. } => source.code(),
             Self::ShuttingDown => ErrorCode::Unavailable,
@@ -280,6 +289,14 @@ impl PodError {
             }
             Self::HugePages { .. } => {
                 "raise vm.nr_hugepages (`sysctl`), or leave the annotation `migrator/hugepages` out"
+                    .to_owned()
+            }
+            Self::NotOwned(_) => {
+                "`migrator status` tells where it went, if it did; one that never ran is removed by `stop`, and run anew".to_owned()
+            }
+            Self::OtherGuest(_) => {
+                "name the one that it had in `guest` of the node's configuration; or keep what its disks have \
+                 (docs/storage.md says how), stop it, and run it anew"
                     .to_owned()
             }
             Self::NoAgent(_) => "try again in a moment; its console is in its folder".to_owned(),

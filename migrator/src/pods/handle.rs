@@ -104,6 +104,10 @@ pub(super) enum Command {
         grace: Duration,
         reply: oneshot::Sender<Result<(), PodError>>,
     },
+    Start {
+        deadline: Duration,
+        reply: oneshot::Sender<Result<(), PodError>>,
+    },
     BeginMigration {
         id: String,
         reply: oneshot::Sender<Result<Arc<PodResources>, PodError>>,
@@ -277,6 +281,14 @@ impl PodHandle {
     /// It is migrating, or something of it could not be removed.
     pub async fn stop(&self, grace: Duration) -> Result<(), PodError> {
         self.ask(|reply| Command::Stop { grace, reply }).await
+    }
+
+    /// Boots it again, with the disks that it has, if its VM is gone; returns when its containers have started, which may take `deadline`.
+    ///
+    /// # Errors
+    /// It has a VM, or cannot be started; nothing of it is removed then.
+    pub async fn start(&self, deadline: Duration) -> Result<(), PodError> {
+        self.ask(|reply| Command::Start { deadline, reply }).await
     }
 
     /// Replaces its VMM under the running guest; see [`super::upgrade`].

@@ -76,6 +76,7 @@ impl IncomingPod {
             vm,
             slot: reservation.slot(),
             booting: false,
+            starting_again: false,
             record: record.clone(),
         };
         let disks = file.vm.disks.iter();
@@ -151,14 +152,21 @@ impl IncomingPod {
         disks::serve(name, &self.disks)?;
         let (dir, vm) = (&self.facts.dir, &self.facts.vm_spec);
         self.images = images::serve(&self.node, name, dir, vm).await?;
-        let role = Role::Incoming;
-        let port = boot::make_port(&self.node, &self.facts, role, &mut self.parts).await?;
-        let res = boot::resources(&self.node, &self.facts, memory, &port)?;
-        let vm = Vm::incoming(&self.facts.vm_spec, res)
-            .await
-            .map_err(|e| PodError::step(name, "start a VM for it", e))?;
-        let vm = Arc::new(vm);
-        self.parts.vm = Some(Arc::clone(&vm));
+        let (devices, theirs) = boot::make_devices(&self.node, &self.facts)?;
+        let res = boot::resources(&self.node, &self.facts, memory, theirs)?;
+        let Parts { port, guest } = &mut self.parts;
+        let (node, facts) = (&self.node, &self.facts);
+        // Side by side: a VMM that awaits a state sends and takes nothing.
+        let attached = boot::make_port(node, facts, Role::Incoming, devices, port);
+        let started = async {
+            let vm = Vm::incoming(&facts.vm_spec, res).await;
+            let vm = vm.map_err(|e| PodError::step(name, "start a VM for it", e))?;
+            let vm = Arc::new(vm);
+            guest.vm = Some(Arc::clone(&vm));
+            Ok(vm)
+        };
+        let (port, vm) = tokio::join!(attached, started);
+        let (port, vm) = (port?, vm?);
         Ok((vm, port))
     }
 
@@ -184,7 +192,7 @@ impl IncomingPod {
         link: Option<AgentState>,
         migration: Option<String>,
     ) -> Result<PodHandle, Box<Self>> {
-        let (Some(vm), Some(port)) = (self.parts.vm.take(), self.parts.port.take()) else {
+        let (Some(vm), Some(port)) = (self.parts.guest.vm.take(), self.parts.port.take()) else {
             return Err(Box::new(self));
         };
         self.keep_volumes();

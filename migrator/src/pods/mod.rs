@@ -31,6 +31,7 @@ pub mod state;
 pub mod upgrade;
 
 mod actor;
+mod again;
 mod agent;
 mod boot;
 mod console;

@@ -132,6 +132,7 @@ pub fn plan(
         storage,
         settings: spec.settings.clone(),
         container_settings,
+        output_offsets: Vec::new(),
     };
     Ok(Plan { vm, configuration })
 }

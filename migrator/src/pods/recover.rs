@@ -6,6 +6,7 @@
 //! |---|---|
 //! | owner, no migration open | attached; a VM that stands still goes on |
 //! | owner, containers never started | removed: whoever asked was told of a failure |
+//! | owner, it was being started again | its VM is ended; it is shown as failed, and can be started again |
 //! | a migration from here is open | attached as migrating; the driver ends the migration |
 //! | granted to this node, not settled with the source | attached as migrating; the driver resumes it if need be |
 //! | the same, and its guest lacks pages | attached as soon as its VMM answers, which may itself wait for a page |
@@ -20,6 +21,7 @@ use std::sync::Arc;
 use vm_runtime::vm::{AttachError, RunState, Vm, VmRecord};
 
 use super::actor::{self, Birth};
+use super::again;
 use super::agent::{AgentSlot, attach_later};
 use super::boot;
 use super::disks::Origin;
@@ -226,6 +228,7 @@ async fn find(
         .map(|record| record.migration)
         .or(granted.map(|r| r.migration));
     let containers = file.record.containers.clone();
+    let starting_again = file.starting_again;
     let facts = facts(node, dir, file)?;
     let epoch = owner.epoch;
     if let Some(record) = granted
@@ -247,7 +250,10 @@ async fn find(
         true => Origin::InDoubt(epoch),
         false => Origin::Found(epoch),
     };
-    let found = attach(node, &facts, migration.is_some(), role, origin).await;
+    let found = match starting_again {
+        true => Err(interrupted(node, &facts).await?),
+        false => attach(node, &facts, migration.is_some(), role, origin).await,
+    };
     let birth = match (&found, migration) {
         (Err(reason), _) => Birth::Dead(reason.clone()),
         (Ok(resources), None) => Birth::Running(Arc::clone(resources)),
@@ -378,6 +384,16 @@ pub(super) async fn attach(
     Ok(resources)
 }
 
+/// Ends what there is of the VM of a pod that was being started again. The reason that it is shown as failed with.
+async fn interrupted(node: &Node, facts: &Facts) -> Result<String, PodError> {
+    let name = facts.spec.name.as_str();
+    again::end_vm(&facts.dir)
+        .await
+        .map_err(|e| PodError::step(name, "end its VM", e))?;
+    clean_network(node, facts.slot, name).await;
+    Ok(again::INTERRUPTED.to_owned())
+}
+
 /// A guest that this node owns, and that no migration holds, has no reason to stand still or to wait for
 /// its packets.
 async fn resume(pod: &str, vm: &Vm, port: &Port) {
@@ -408,14 +424,7 @@ async fn resume(pod: &str, vm: &Vm, port: &Port) {
 async fn remove(node: &Node, dir: &Path, file: Option<&PodFile>) -> Result<(), PodError> {
     let name = dir.file_name().unwrap_or_default().to_string_lossy();
     tracing::warn!(pod = %name, "it is not this node's (any more): removing what is left of it");
-    let ended = async {
-        VmRecord::kill_others(dir).await?;
-        match VmRecord::load(dir) {
-            Ok(record) => record.kill().await,
-            Err(_) => Ok(()),
-        }
-    };
-    ended
+    again::end_vm(dir)
         .await
         .map_err(|e| PodError::step(&name, "end its VM", e))?;
     if let Some(file) = file {

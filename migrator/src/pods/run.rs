@@ -50,18 +50,7 @@ pub async fn run(
             limit,
         });
     }
-    if let Some(endpoints) = node.network.endpoints() {
-        // Which epoch it will have makes no difference here.
-        let claim = Claim {
-            mac: spec.net.mac,
-            v4: spec.net.ipv4.map(|(address, _)| address),
-            v6: spec.net.ipv6.map(|(address, _)| address),
-            epoch: Epoch(0),
-        };
-        if let Some((mac, node)) = endpoints.conflict(&claim) {
-            return Err(PodError::AddressElsewhere { mac, node });
-        }
-    }
+    check_claim(node, &spec)?;
     let reservation = node.pods.reserve(&spec, node.config.limits.pods)?;
     let (images, plan) = planned(node, &spec).await?;
     check_memory(&spec)?;
@@ -73,6 +62,7 @@ pub async fn run(
         vm: plan.vm,
         slot: reservation.slot(),
         booting: true,
+        starting_again: false,
         record: PodRecord {
             created_unix_ms: unix_ms(),
             containers: waiting(&spec),
@@ -115,6 +105,38 @@ pub async fn run(
     Ok(handle)
 }
 
+/// Refuses addresses that a pod of another node has.
+///
+/// # Errors
+/// [`PodError::AddressElsewhere`], where pods are routed.
+pub(super) fn check_claim(node: &Node, spec: &PodSpec) -> Result<(), PodError> {
+    let Some(endpoints) = node.network.endpoints() else {
+        return Ok(());
+    };
+    // Which epoch it will have makes no difference here.
+    let claim = Claim {
+        mac: spec.net.mac,
+        v4: spec.net.ipv4.map(|(address, _)| address),
+        v6: spec.net.ipv6.map(|(address, _)| address),
+        epoch: Epoch(0),
+    };
+    match endpoints.conflict(&claim) {
+        Some((mac, node)) => Err(PodError::AddressElsewhere { mac, node }),
+        None => Ok(()),
+    }
+}
+
+/// What this node gives to every VM.
+pub(super) fn base(node: &Node) -> Base<'_> {
+    Base {
+        machine: &node.machine,
+        accel: node.accel,
+        kernel_sha256: &node.guest.kernel_sha256,
+        initramfs_sha256: &node.guest.initramfs_sha256,
+        routed_mtu: node.network.routed_mtu(),
+    }
+}
+
 /// The VM that a pod would have here, without what is its own.
 ///
 /// # Errors
@@ -128,16 +150,9 @@ pub async fn shape_of(node: &Node, yaml: &str) -> Result<VmSpec, PodError> {
 /// Its images, and what it is to become.
 async fn planned(node: &Node, spec: &PodSpec) -> Result<(Vec<Arc<ImageRecord>>, Plan), PodError> {
     let images = images(node, spec).await?;
-    let base = Base {
-        machine: &node.machine,
-        accel: node.accel,
-        kernel_sha256: &node.guest.kernel_sha256,
-        initramfs_sha256: &node.guest.initramfs_sha256,
-        routed_mtu: node.network.routed_mtu(),
-    };
     let uuid = plan::uuid(crate::wire::id::MigrationId::random().0);
     let writable = writable(node, spec, &uuid).await?;
-    let plan = plan::plan(spec, writable, &images, &base, uuid)?;
+    let plan = plan::plan(spec, writable, &images, &base(node), uuid)?;
     Ok((images, plan))
 }
 

@@ -29,6 +29,9 @@ pub struct PodFile {
     /// Its containers have not been started yet: a service that finds it so removes it.
     #[serde(default)]
     pub booting: bool,
+    /// It is being started again ([`super::again`]): a service that finds it so ends what there is of its VM.
+    #[serde(default)]
+    pub starting_again: bool,
     /// What travels with it.
     pub record: PodRecord,
 }

@@ -79,7 +79,7 @@ impl Registries {
         };
         // The first chunk has the file system's own description, so that it is always needed; and it shows whether the registry gives parts.
         let first = match remote.record().chunks.first() {
-            Some(digest) if remote.has(digest) => match remote.chunk(digest).await {
+            Some(digest) if remote.has(digest) => match remote.chunk(digest, true).await {
                 Ok(bytes) => Some(bytes),
                 Err(error) => return whole(chain(&*error)),
             },

@@ -33,6 +33,8 @@ pub struct RegistrySource {
     config: config::Registries,
     store: Arc<ImageStore>,
     images: Mutex<HashMap<Digest, Arc<Found>>>,
+    /// What is asked for the chunks of an image, for people.
+    addresses: Mutex<HashMap<Digest, String>>,
 }
 
 /// What became of looking for the chunks of an image.
@@ -57,6 +59,7 @@ impl RegistrySource {
             config,
             store,
             images: Mutex::default(),
+            addresses: Mutex::default(),
         }
     }
 
@@ -70,6 +73,50 @@ impl RegistrySource {
         let mut images = self.images();
         images.retain(|image, _| self.store.record(image).is_ok());
         images.insert(digest, Arc::new(found));
+        drop(images);
+        // It may have been pulled from elsewhere before.
+        let mut addresses = self.addresses();
+        addresses.retain(|image, _| self.store.record(image).is_ok());
+        addresses.remove(&digest);
+    }
+
+    fn addresses(&self) -> MutexGuard<'_, HashMap<Digest, String>> {
+        // As below.
+        self.addresses
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where an image was pulled from; `None`: what its name says.
+    async fn origin(&self, image: Digest) -> Result<Option<Origin>, LookError> {
+        let store = Arc::clone(&self.store);
+        let read = tokio::task::spawn_blocking(move || store.origin::<Origin>(&image)).await;
+        Ok(read.map_err(|error| OpenError::Fetch(FetchError::Task(error)))?)
+    }
+
+    async fn find_address(&self, record: &ImageRecord) -> String {
+        let image = record.erofs_digest;
+        if let Some(address) = self.addresses().get(&image) {
+            return address.clone();
+        }
+        let origin = self.origin(image).await.ok().flatten();
+        let name = origin.map_or_else(|| record.name.clone(), |origin| origin.reference);
+        let address = match name.parse::<Reference>() {
+            Ok(reference) => format!(
+                "registry {}/{}",
+                reference.registry(),
+                reference.repository()
+            ),
+            Err(_) => format!("registry of {name}"),
+        };
+        self.addresses().insert(image, address.clone());
+        address
+    }
+
+    /// The image's chunks, if they were found.
+    fn opened_before(&self, image: &Digest) -> Option<Arc<RemoteChunks>> {
+        let found = Arc::clone(self.images().get(image)?);
+        found.remote.get().cloned().flatten()
     }
 
     fn images(&self) -> MutexGuard<'_, HashMap<Digest, Arc<Found>>> {
@@ -101,9 +148,7 @@ impl RegistrySource {
     }
 
     async fn look(&self, record: &ImageRecord) -> Result<Option<Arc<RemoteChunks>>, LookError> {
-        let (store, digest) = (Arc::clone(&self.store), record.erofs_digest);
-        let read = tokio::task::spawn_blocking(move || store.origin::<Origin>(&digest)).await;
-        let origin = read.map_err(|error| OpenError::Fetch(FetchError::Task(error)))?;
+        let origin = self.origin(record.erofs_digest).await?;
         let name = match &origin {
             Some(origin) => &origin.reference,
             None => &record.name,
@@ -160,7 +205,7 @@ impl RegistrySource {
         }
     }
 
-    async fn get(&self, wanted: &Wanted) -> Result<Option<Bytes>, SourceError> {
+    async fn get(&self, wanted: &Wanted, urgent: bool) -> Result<Option<Bytes>, SourceError> {
         let remote = self.of(&wanted.record).await;
         let remote = remote.map_err(|error| SourceError(chain(&error)))?;
         let (Some(remote), digest) = (remote, wanted.digest()) else {
@@ -171,7 +216,7 @@ impl RegistrySource {
             let zeros = remote.record().chunks.contains(&digest);
             return Ok(zeros.then(|| Bytes::from(vec![0; wanted.len()])));
         }
-        match remote.chunk(&digest).await {
+        match remote.chunk(&digest, urgent).await {
             Ok(bytes) => Ok(Some(bytes)),
             Err(error) => {
                 self.forget(&wanted.record.erofs_digest, &error);
@@ -182,14 +227,21 @@ impl RegistrySource {
 }
 
 impl ChunkSource for RegistrySource {
-    fn name(&self) -> &str {
-        "registry"
+    fn address<'a>(&'a self, wanted: &'a Wanted) -> BoxFuture<'a, String> {
+        self.find_address(&wanted.record).boxed()
     }
 
     fn fetch<'a>(
         &'a self,
         wanted: &'a Wanted,
+        urgent: bool,
     ) -> BoxFuture<'a, Result<Option<Bytes>, SourceError>> {
-        self.get(wanted).boxed()
+        self.get(wanted, urgent).boxed()
+    }
+
+    fn hurry(&self, wanted: &Wanted) {
+        if let Some(remote) = self.opened_before(&wanted.record.erofs_digest) {
+            remote.hurry(&wanted.digest());
+        }
     }
 }

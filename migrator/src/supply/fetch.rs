@@ -1,4 +1,4 @@
-//! Fetches one chunk: from the first source that has it.
+//! Asks for one chunk: the first source that has it.
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -37,19 +37,16 @@ fn now() -> Duration {
 
 impl Supply {
     /// Asks one source after the other for a chunk, and keeps it.
-    ///
-    /// # Errors
-    /// Nobody gives it, or it cannot be kept.
-    pub async fn fetch(&self, wanted: &Wanted) -> Result<(), Lacking> {
+    pub(super) async fn ask(&self, wanted: &Wanted, urgent: bool) -> Result<(), Lacking> {
         let mut reasons = Vec::new();
-        for source in self.in_order() {
-            let name = source.name();
+        for (source, name) in self.in_order(wanted).await {
+            let name = name.as_str();
             let paused = self.lock().standing.paused(name, now()).map(str::to_owned);
             if let Some(why) = paused {
                 reasons.push(format!("{name}: {why}"));
                 continue;
             }
-            let answer = timeout(WITHIN, source.fetch(wanted)).await;
+            let answer = timeout(WITHIN, source.fetch(wanted, urgent)).await;
             let answer = answer.unwrap_or_else(|_| {
                 Err(SourceError(format!(
                     "no answer within {} s",
@@ -91,17 +88,23 @@ impl Supply {
         Err(Lacking::Nobody(reasons))
     }
 
-    fn in_order(&self) -> Vec<Arc<dyn ChunkSource>> {
-        let state = self.lock();
-        let mut sources = state.sources.clone();
-        sources.sort_by_key(|source| state.standing.rank(source.name()));
+    /// The sources, each with what is asked there, in the order in which they are asked.
+    async fn in_order(&self, wanted: &Wanted) -> Vec<(Arc<dyn ChunkSource>, String)> {
+        let known = self.lock().sources.clone();
+        let mut sources = Vec::with_capacity(known.len());
+        for source in known {
+            let address = source.address(wanted).await;
+            sources.push((source, address));
+        }
+        let (state, image) = (self.lock(), wanted.record.erofs_digest);
+        sources.sort_by_key(|(_, address)| state.standing.rank(&image, address));
         sources
     }
 
     fn came(&self, name: &str, wanted: &Wanted) {
         let mut state = self.lock();
-        state.standing.good(name);
         let image = wanted.record.erofs_digest;
+        state.standing.good(&image, name);
         *state.fetched.entry(image).or_default() += wanted.len() as u64;
     }
 

@@ -1,5 +1,6 @@
 //! What an image lacks, in the background.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,19 +20,52 @@ const HEAD_AT_ONCE: usize = 8;
 pub const ROOM_LEFT: u64 = 32 << 20;
 /// So long after a chunk that was waited for, filling stays off the link: between two reads of a program that starts.
 const CALM: Duration = Duration::from_millis(200);
-/// A chunk of the background gives way for so long at most: [`AT_ONCE`] of them come in that time, whoever reads.
-const GIVES_WAY: Duration = Duration::from_secs(1);
+/// A chunk of the background gives way for so long at most: [`AT_ONCE`] of them come in that time, whoever reads. That is a fifteenth of a link of
+/// 100 Mbit/s.
+const GIVES_WAY: Duration = Duration::from_secs(5);
 /// Until an image that does not get on is tried again: at first, and at most; twice as long each time.
 const AGAIN: [Duration; 2] = [Duration::from_millis(250), Duration::from_secs(10)];
 
 /// Until the image is complete or removed, or the service ends.
 pub(super) async fn fill(supply: Supply, record: Arc<ImageRecord>) {
     let shutdown = supply.inner.shutdown.clone();
-    tokio::select! {
-        () = until_complete(&supply, &record) => {
-            supply.lock().fills.remove(&record.erofs_digest);
+    let over = async {
+        loop {
+            until_complete(&supply, &record).await;
+            // One that was found damaged meanwhile was left to this fill.
+            let mut state = supply.lock();
+            let (images, image) = (&supply.inner.images, record.erofs_digest);
+            if images.record(&image).is_err() || images.chunks().missing(&record).is_empty() {
+                state.fills.remove(&image);
+                state.ahead.remove(&image);
+                state.standing.forget(&image);
+                return;
+            }
         }
+    };
+    tokio::select! {
+        () = over => {}
         () = shutdown.cancelled() => {}
+    }
+}
+
+/// Fills images of which a chunk was found damaged or gone, until the service ends.
+pub(super) async fn mend(supply: Supply) {
+    let images = Arc::clone(&supply.inner.images);
+    let Some(mut lost) = images.chunks().losing() else {
+        return;
+    };
+    loop {
+        let digest = tokio::select! {
+            digest = lost.recv() => digest,
+            () = supply.inner.shutdown.cancelled() => return,
+        };
+        let Some(digest) = digest else { return };
+        for record in images.records() {
+            if record.chunks.contains(&digest) {
+                supply.fill(&record);
+            }
+        }
     }
 }
 
@@ -79,8 +113,12 @@ async fn once(
     record: &Arc<ImageRecord>,
     missing: Vec<u32>,
 ) -> Result<(), Lacking> {
+    let order = supply.inner.images.order(&record.erofs_digest);
+    let used: HashSet<u32> =
+        order.map_or_else(|_| HashSet::new(), |o| o.list().into_iter().collect());
+    let used = &used;
     let one = |index: u32| async move {
-        supply.may_fill().await;
+        supply.may_fill(used.contains(&index)).await;
         if room(supply) < ROOM_LEFT {
             return Err(Lacking::NotKept {
                 reason: "the disk is nearly full".to_owned(),
@@ -155,6 +193,9 @@ impl Supply {
                 rank[index as usize] = place;
             }
             missing.sort_by_key(|index| (rank[*index as usize], *index));
+            // Of chunks with equal bytes only the first.
+            let mut seen = HashSet::new();
+            missing.retain(|index| seen.insert(record.chunks[*index as usize]));
             Some(missing)
         };
         tokio::task::spawn_blocking(missing).await.ok().flatten()
@@ -169,15 +210,18 @@ impl Supply {
         here
     }
 
-    /// Waits until no pod arrives, and nobody has waited for a chunk for a while.
-    async fn may_fill(&self) {
+    /// Waits until no pod arrives, and nobody has waited for a chunk for a while. While a pod starts, only what pods `used` is worth the
+    /// node's time.
+    async fn may_fill(&self, used: bool) {
         let mut arriving = self.inner.arriving.subscribe();
+        let mut starting = self.inner.starting.subscribe();
         loop {
-            // Its sender is here.
+            // Their senders are here.
             let _ = arriving.wait_for(|count| *count == 0).await;
+            let _ = starting.wait_for(|count| used || *count == 0).await;
             // A pod that reads on and on is served first, and does not hold up the rest for ever.
             let _ = timeout(GIVES_WAY, self.calm()).await;
-            if *arriving.borrow() == 0 {
+            if *arriving.borrow() == 0 && (used || *starting.borrow() == 0) {
                 return;
             }
         }

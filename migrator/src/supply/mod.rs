@@ -11,11 +11,14 @@
 //! A source that sends something else than what was asked for is left alone for a while, as is one that does not answer; nothing wrong is ever kept or
 //! served. While nobody has a chunk that a VM waits for, the VM waits, and `inspect` says why.
 //!
-//! Filling is of the lowest priority: it stands still while pods arrive and while the disk is nearly full, and gives way to VMs that read.
+//! Filling is of the lowest priority: it stands still while pods arrive and while the disk is nearly full, and gives way to VMs that read; while a
+//! pod starts, only what pods read before is filled. A VM that reads one chunk after the other has the next ones fetched ahead.
 
+mod ahead;
 mod demand;
 mod fetch;
 mod fill;
+mod flight;
 mod peers;
 mod serve;
 mod source;
@@ -33,6 +36,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::image::{Digest, ImageRecord, ImageStore};
+use ahead::Ahead;
+use flight::Flights;
 use standing::Standing;
 
 pub use fetch::Lacking;
@@ -53,6 +58,8 @@ struct Inner {
     state: Mutex<State>,
     /// How many pods arrive.
     arriving: watch::Sender<usize>,
+    /// How many pods start.
+    starting: watch::Sender<usize>,
     /// How many chunks are under way that a VM waits for.
     demanded: watch::Sender<usize>,
     shutdown: CancellationToken,
@@ -63,6 +70,9 @@ struct Inner {
 struct State {
     sources: Vec<Arc<dyn ChunkSource>>,
     standing: Standing,
+    flights: Flights,
+    /// By the image's bytes: its readers.
+    ahead: BTreeMap<Digest, Ahead>,
     /// By the image's bytes: what has come of it from elsewhere, in bytes.
     fetched: BTreeMap<Digest, u64>,
     /// Images that are being filled, each with what holds that up.
@@ -96,6 +106,7 @@ impl Supply {
                 images,
                 state: Mutex::default(),
                 arriving: watch::Sender::new(0),
+                starting: watch::Sender::new(0),
                 demanded: watch::Sender::new(0),
                 shutdown,
                 tasks,
@@ -119,6 +130,7 @@ impl Supply {
     /// Begins to fetch what is waited for, and to fill the images that lack chunks. Call it once, within the runtime.
     pub fn start(&self) {
         self.inner.tasks.spawn(demand::serve(self.clone()));
+        self.inner.tasks.spawn(fill::mend(self.clone()));
         let supply = self.clone();
         self.inner.tasks.spawn(async move {
             let images = Arc::clone(&supply.inner.images);
@@ -149,9 +161,25 @@ impl Supply {
         }
     }
 
+    /// Runs something until it is over or the service ends.
+    fn spawn(&self, what: impl Future<Output = ()> + Send + 'static) {
+        let shutdown = self.inner.shutdown.clone();
+        self.inner.tasks.spawn(async move {
+            tokio::select! {
+                () = what => {}
+                () = shutdown.cancelled() => {}
+            }
+        });
+    }
+
     /// A pod arrives: filling waits until this is dropped.
     pub fn arriving(&self) -> Counted {
         Counted::new(&self.inner.arriving)
+    }
+
+    /// A pod starts: until this is dropped, only what pods read before is filled.
+    pub fn starting(&self) -> Counted {
+        Counted::new(&self.inner.starting)
     }
 
     /// Bytes of an image that have come from elsewhere since the service began.

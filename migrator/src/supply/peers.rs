@@ -55,11 +55,11 @@ impl PeerSource {
 }
 
 impl ChunkSource for PeerSource {
-    fn name(&self) -> &str {
-        &self.name
+    fn address<'a>(&'a self, _wanted: &'a Wanted) -> BoxFuture<'a, String> {
+        std::future::ready(self.name.clone()).boxed()
     }
 
-    fn fetch<'a>(&'a self, wanted: &'a Wanted) -> BoxFuture<'a, Answer> {
+    fn fetch<'a>(&'a self, wanted: &'a Wanted, _urgent: bool) -> BoxFuture<'a, Answer> {
         async move {
             let gone = || SourceError("the service is ending".to_owned());
             let (answer, come) = oneshot::channel();

@@ -41,10 +41,18 @@ pub struct SourceError(pub String);
 
 /// Something that may have chunks. Whoever asks it checks what it gives, and leaves it alone for a while after an error.
 pub trait ChunkSource: Debug + Send + Sync {
-    /// What it is called in messages, such as `peer b`; unique.
-    fn name(&self) -> &str;
+    /// What is asked for a chunk, as it is called in messages: `peer b`, or `registry` with host and repository. After an error that one is left
+    /// alone for a while, and no other.
+    fn address<'a>(&'a self, wanted: &'a Wanted) -> BoxFuture<'a, String>;
 
-    /// Fetches a chunk; `None`: it does not have it. Many may be under way. Dropping the future gives up.
-    fn fetch<'a>(&'a self, wanted: &'a Wanted)
-    -> BoxFuture<'a, Result<Option<Bytes>, SourceError>>;
+    /// Fetches a chunk; `None`: it does not have it. Many may be under way: one that is `urgent` is waited for by somebody. Dropping the future
+    /// gives up.
+    fn fetch<'a>(
+        &'a self,
+        wanted: &'a Wanted,
+        urgent: bool,
+    ) -> BoxFuture<'a, Result<Option<Bytes>, SourceError>>;
+
+    /// Somebody waits now for a chunk that is being fetched, if it is from here.
+    fn hurry(&self, _wanted: &Wanted) {}
 }

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use crate::image::Digest;
+
 /// How long a source is left alone after its first failure; twice as long after each further one.
 const PAUSE: Duration = Duration::from_secs(1);
 /// The longest.
@@ -10,31 +12,35 @@ const PAUSE_MOST: Duration = Duration::from_secs(30);
 /// How long a source is left alone that gave something wrong.
 const LIAR: Duration = Duration::from_secs(60);
 
-/// What is known of sources, by name. Times are since a moment that the caller chose.
+/// What is known of sources, by [`address`](super::ChunkSource::address). Times are since a moment that the caller chose.
 #[derive(Debug, Default)]
 pub(super) struct Standing {
     known: BTreeMap<String, Known>,
+    /// By image, when each one gave a chunk of it last.
+    given: BTreeMap<Digest, BTreeMap<String, u64>>,
     /// Grows by one with each chunk that came.
     clock: u64,
 }
 
 #[derive(Debug, Default)]
 struct Known {
-    last_good: u64,
     failures: u32,
     /// Until when it is left alone, and why.
     pause: Option<(Duration, String)>,
 }
 
 impl Standing {
-    /// It gave what was asked for.
-    pub(super) fn good(&mut self, name: &str) {
+    /// It gave a chunk of an image.
+    pub(super) fn good(&mut self, image: &Digest, name: &str) {
         self.clock += 1;
-        let known = self.known.entry(name.to_owned()).or_default();
-        *known = Known {
-            last_good: self.clock,
-            ..Known::default()
-        };
+        self.known.remove(name);
+        let given = self.given.entry(*image).or_default();
+        given.insert(name.to_owned(), self.clock);
+    }
+
+    /// An image is gone, or all here.
+    pub(super) fn forget(&mut self, image: &Digest) {
+        self.given.remove(image);
     }
 
     /// It did not answer, or said that it cannot. Whether that is news.
@@ -60,9 +66,10 @@ impl Standing {
         (*until > now).then_some(why)
     }
 
-    /// For sorting: who gave something last comes first, the others as they were.
-    pub(super) fn rank(&self, name: &str) -> std::cmp::Reverse<u64> {
-        std::cmp::Reverse(self.known.get(name).map_or(0, |known| known.last_good))
+    /// For sorting: who gave a chunk of the image last comes first, the others as they were.
+    pub(super) fn rank(&self, image: &Digest, name: &str) -> std::cmp::Reverse<u64> {
+        let given = self.given.get(image).and_then(|given| given.get(name));
+        std::cmp::Reverse(given.copied().unwrap_or(0))
     }
 }
 
@@ -71,6 +78,7 @@ mod tests {
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
+    const IMAGE: Digest = Digest([1; 32]);
 
     #[test]
     fn who_fails_is_left_alone_for_longer_each_time_until_it_gives_something() {
@@ -83,7 +91,7 @@ mod tests {
             now += Duration::from_millis(1);
             assert_eq!(standing.paused("b", now), None);
         }
-        standing.good("b");
+        standing.good(&IMAGE, "b");
         standing.failed("b", "gone".to_owned(), now);
         assert_eq!(standing.paused("b", now + SECOND), None);
     }
@@ -100,10 +108,17 @@ mod tests {
     #[test]
     fn who_gave_something_last_is_asked_first() {
         let mut standing = Standing::default();
-        standing.good("c");
-        standing.good("b");
+        standing.good(&IMAGE, "c");
+        standing.good(&IMAGE, "b");
         let mut names = ["a", "c", "b", "d"];
-        names.sort_by_key(|name| standing.rank(name));
+        names.sort_by_key(|name| standing.rank(&IMAGE, name));
         assert_eq!(names, ["b", "c", "a", "d"]);
+        // That says nothing of another image.
+        names.sort();
+        names.sort_by_key(|name| standing.rank(&Digest([2; 32]), name));
+        assert_eq!(names, ["a", "b", "c", "d"]);
+        standing.forget(&IMAGE);
+        names.sort_by_key(|name| standing.rank(&IMAGE, name));
+        assert_eq!(names, ["a", "b", "c", "d"]);
     }
 }

@@ -25,4 +25,5 @@ pub use build::build;
 pub use error::TemplateError;
 pub use key::{Key, MAC, shape};
 pub use later::make_later;
+pub(crate) use store::Opened;
 pub use store::{Template, TemplateFile, Templates};

@@ -25,6 +25,9 @@ const STATE: &str = "state";
 /// Folders of templates that are being made or removed; short, as there are sockets in them.
 const UNFINISHED: &str = ".";
 
+/// After so many starts in a row that took too long, a template is of no use.
+const LATE: u32 = 3;
+
 /// `template.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TemplateFile {
@@ -87,6 +90,8 @@ impl Opened {
 #[derive(Debug, Default)]
 struct Inner {
     starts: HashMap<Key, u64>,
+    /// Starts in a row that took too long.
+    late: HashMap<Key, u32>,
     /// Shapes that no template could be made of: not to be tried again by this service unasked.
     hopeless: Vec<Key>,
 }
@@ -194,12 +199,24 @@ impl Templates {
 
     /// Counts a pod that has started from it.
     pub(crate) fn used(&self, key: &Key) {
-        *self.lock().starts.entry(key.clone()).or_default() += 1;
+        {
+            let mut inner = self.lock();
+            *inner.starts.entry(key.clone()).or_default() += 1;
+            inner.late.remove(key);
+        }
         let touch =
             || File::open(self.dir.join(key.as_str()).join(FILE))?.set_modified(SystemTime::now());
         if let Err(error) = touch() {
             tracing::debug!(template = %key, %error, "its use is not noted");
         }
+    }
+
+    /// Counts a start from it that took too long. True if so many in a row did that it must be the template: the node may just be busy.
+    pub(crate) fn late(&self, key: &Key) -> bool {
+        let mut inner = self.lock();
+        let late = inner.late.entry(key.clone()).or_default();
+        *late += 1;
+        *late >= LATE
     }
 
     /// Removes a template. Pods that have started from it do not need it.
@@ -273,7 +290,11 @@ impl Templates {
         fs::rename(&dir, &place)
             .and_then(|()| File::open(&self.dir)?.sync_all())
             .map_err(failed("make", &place))?;
-        self.lock().hopeless.retain(|other| other != key);
+        {
+            let mut inner = self.lock();
+            inner.hopeless.retain(|other| other != key);
+            inner.late.remove(key);
+        }
         self.prune(key)?;
         self.look(key.clone())
             .ok_or_else(|| TemplateError::NotFound(key.to_string()))

@@ -130,3 +130,18 @@ fn a_shape_that_no_template_can_be_made_of_is_not_tried_again_unasked() {
     let manual = Templates::open(dir.path().join("templates"), TemplateMode::Manual, 1).unwrap();
     assert!(manual.is_on() && !manual.wants(&key('b')));
 }
+
+#[test]
+fn only_starts_in_a_row_that_take_too_long_condemn_a_template() {
+    let dir = tempfile::tempdir().unwrap();
+    let templates = open(dir.path(), 1 << 30);
+    install(&templates, &key('a'));
+    assert!(!templates.late(&key('a')) && !templates.late(&key('a')));
+    templates.used(&key('a'));
+    assert!(!templates.late(&key('a')) && !templates.late(&key('a')));
+    assert!(!templates.late(&key('b')));
+    // One that was made anew begins anew.
+    install(&templates, &key('a'));
+    assert!(!templates.late(&key('a')) && !templates.late(&key('a')));
+    assert!(templates.late(&key('a')));
+}

@@ -242,7 +242,7 @@ pub(crate) fn offer() -> Offer {
         }],
         routed: None,
         disks: Vec::new(),
-        images_later: None,
+        lists: None,
     }
 }
 
@@ -315,10 +315,13 @@ fn the_offer_has_these_bytes() {
     assert_eq!(parse::<Control>(&frame).unwrap(), offer.into());
     // What version 4 adds is behind a tag.
     let mut later = self::offer();
-    let order = vec![vec![2, 300], Vec::new()];
-    later.images_later = Some(ImagesLater { order });
+    let list = |chunks, order| ListLengths { chunks, order };
+    later.lists = Some(ImageLists {
+        later: true,
+        lengths: vec![list(300, 2), list(1, 0)],
+    });
     payload.truncate(short);
-    payload.extend([0, 0, 0, 1, 2, 2, 2, 0xac, 0x02, 0]);
+    payload.extend([0, 0, 0, 1, 1, 2, 0xac, 0x02, 2, 1, 0]);
     let frame = framed(&payload);
     assert_eq!(bytes(&Control::from(later.clone())), frame);
     assert_eq!(parse::<Control>(&frame).unwrap(), later.into());
@@ -328,7 +331,7 @@ fn the_offer_has_these_bytes() {
         assert!(parse::<Control>(&framed(&wrong)).is_err());
     }
     let mut twice = payload.clone();
-    twice.extend([1, 0]);
+    twice.extend([1, 1, 0]);
     assert!(parse::<Control>(&framed(&twice)).is_err());
     payload.truncate(short);
     payload.extend([0, 0, 0]);
@@ -371,6 +374,8 @@ fn data_and_urgent_messages_have_these_bytes() {
         before_resume: 2,
     };
     control(moved, "05000000 27 ac02 01 02");
+    let piece = ListPiece(Bytes::from_static(b"xyz"));
+    control(piece, "04000000 28 78797a");
     for (codec, byte) in [(Codec::Lz4, "01"), (Codec::Zstd, "02")] {
         let packed = Data::Packed {
             first,

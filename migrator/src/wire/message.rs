@@ -16,7 +16,7 @@ use vm_runtime::units::{self, Epoch, PageIndex};
 pub use control::Control;
 pub use disks::{DiskAck, DiskOffer, DisksDone};
 pub use flows::{Bound, BoundTaken, Flows, FlowsTaken};
-pub use images::{ChunksWanted, ImagesLater, ImagesMoved};
+pub use images::{ChunksWanted, ImageLists, ImagesMoved, ListLengths, ListPiece};
 pub use places::{EndWanted, Places, PlacesAck, PodPlace};
 pub use postcopy::{FaultFigures, MemoryComplete, PageBits, StaleAck, StaleEnd, Wanted};
 
@@ -74,9 +74,9 @@ pub struct Offer {
     /// Its writable disks. From version 3 on.
     #[serde(skip)]
     pub disks: Vec<DiskOffer>,
-    /// Its images may follow. From version 4 on; `None`: the destination has to have them before there is a grant.
+    /// The lists of its images follow. From version 4 on; `None`: they are in the images' records.
     #[serde(skip)]
-    pub images_later: Option<ImagesLater>,
+    pub lists: Option<ImageLists>,
 }
 
 /// What the destination must have in common with a source whose pods are routed.
@@ -98,7 +98,7 @@ pub struct OfferOptions {
 /// One image of the pod.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageOffer {
-    /// The image's record (digest, size, chunk digests), JSON. Opaque here.
+    /// The image's record (digest, size; the chunks' digests unless they follow), JSON. Opaque here.
     pub record: String,
 }
 

@@ -26,21 +26,21 @@
 //!
 //! | lane | types | payload |
 //! |---|---|---|
-//! | control | `0x01`-`0x1e`, `0x20`-`0x27`, `0x31`-`0x33` ([`message`]) | postcard; `StateChunk`, `PageHashes`, `PageBits`, `Flows` and `Bound` raw |
+//! | control | `0x01`-`0x1e`, `0x20`-`0x28`, `0x31`-`0x33` ([`message`]) | postcard; `StateChunk`, `PageHashes`, `PageBits`, `Flows`, `Bound` and `ListPiece` raw |
 //! | data | `0x41` Pages, `0x42` Zeros, `0x43` Barrier, `0x44` Chunk, `0x45` Packed, `0x46`-`0x49` Blocks, `0x4a` Absent ([`bulk`]) | fixed header, raw bytes |
 //! | urgent | `0x61` Packet, `0x62` PacketAck, `0x63` Flows, `0x64` Bound ([`bulk`]) | fixed header, raw bytes |
 //! | fault | `0x71` Request, `0x72` Pages ([`mod@fault`]) | fixed header, raw bytes |
 //!
 //! Version 2 adds `Flows` (both lanes) and `FlowsTaken`. Version 3 adds `Bound` (both lanes) and `BoundTaken`, [`Offer::disks`](message::Offer::disks),
 //! `Blocks`, `DiskAck` and `DisksDone`. Over a session of an earlier version they are not sent; a pod with writable disks does not move over one.
-//! Version 4 adds sessions of the shape *chunks* with `ChunksWanted` and `Absent`, [`Offer::images_later`](message::Offer::images_later), and
+//! Version 4 adds sessions of the shape *chunks* with `ChunksWanted` and `Absent`, [`Offer::lists`](message::Offer::lists), `ListPiece`, and
 //! `ImagesMoved`. It knows disks on shared storage ([`SharedDisk`](vm_runtime::spec::SharedDisk) in the offered VM), which need no message of their own.
 //!
 //! # A migration
 //!
 //! ```text
 //! source                                          destination
-//!   | Offer ---------------------------------------->|  checks; on failure Refuse, and nothing is kept
+//!   | Offer ListPiece* ----------------------------->|  checks; on failure Refuse, and nothing is kept
 //!   |<--------------------------------- Accept{wants}|
 //!   | Chunk* (data), ImageDone --------------------->|  only if something is wanted
 //!   |<--------------------------------------Prepared |  its memory is there; the VM is being started
@@ -115,7 +115,9 @@
 //!   |<------------------------------ Absent (data) --|  it is not there
 //! ```
 //!
-//! An offer with `images_later` says that the destination may run the guest before its images are complete: it then wants nothing up front, and says with `ImagesMoved`, behind
+//! Which chunks an image has, and in which order they were read, follows the offer in pieces of 512 KiB ([`lists`]). The offer says how long the lists are: at most 262,144 chunks
+//! of all images together, 64 GiB. Of an earlier version the digests are in the offer itself, which is one message: images of more than 3.3 GiB do not go over it.
+//! An offer whose lists say `later` lets the destination run the guest before its images are complete: it then wants nothing up front, and says with `ImagesMoved`, behind
 //! `Running`, what had come by then.
 //!
 //! # Places
@@ -162,6 +164,7 @@ pub mod frame;
 pub mod id;
 pub mod inflow;
 mod listener;
+pub mod lists;
 pub mod message;
 pub mod preamble;
 pub mod session;

@@ -311,6 +311,7 @@ pub(crate) fn pod(containers: Vec<Container>) -> Configuration {
         sysctls: vec![("net.ipv4.tcp_fin_timeout".into(), "31".into())],
         settings: PodSettings::default(),
         container_settings: Vec::new(),
+        output_offsets: Vec::new(),
     }
 }
 

@@ -21,8 +21,10 @@ pub(crate) const NEXT: u32 = -1i32 as u32;
 pub(crate) const DROP: u32 = 2;
 pub(crate) const REDIRECT: u32 = 7;
 
-/// linux/bpf.h `struct __sk_buff`: its size, and where it has `gso_segs` and `gso_size`.
+/// linux/bpf.h `struct __sk_buff`: its size, and where it has these.
 const SK_BUFF: usize = 192;
+const MARK: usize = 8;
+const PRIORITY: usize = 32;
 const GSO_SEGS: usize = 164;
 const GSO_SIZE: usize = 176;
 
@@ -46,6 +48,8 @@ pub(crate) struct Bench {
     steered: PerCpuArray<MapData, u64>,
     parked: Array<MapData, u64>,
     done: Array<MapData, u64>,
+    pub(crate) injected: Array<MapData, u64>,
+    pub(crate) injected_next: Array<MapData, u64>,
     counters: PerCpuArray<MapData, CounterRow>,
     _dir: BpfDir,
 }
@@ -79,6 +83,8 @@ impl Bench {
             logs: RingBuf::try_from(take("AYA_LOGS")?)?,
             parked: Array::try_from(take(names::PARKED)?)?,
             done: Array::try_from(take(names::DONE)?)?,
+            injected: Array::try_from(take(names::INJECTED)?)?,
+            injected_next: Array::try_from(take(names::INJECTED_NEXT)?)?,
             devices: HashMap::try_from(take(names::DEVICES)?)?,
             briefs: Array::try_from(take(names::BRIEFS)?)?,
             tunnels: Array::try_from(take(names::TUNNELS)?)?,
@@ -138,6 +144,29 @@ impl Bench {
             .test_run(options)
             .with_context(|| format!("{program} on {}", frame.name))?;
         Ok(result.return_value)
+    }
+
+    /// Runs the gate on a frame with these marks: its verdict, and the marks as it left them.
+    pub(crate) fn run_marked(
+        &self,
+        frame: &Frame,
+        (mark, priority): (u32, u32),
+    ) -> anyhow::Result<(u32, (u32, u32))> {
+        let mut context = [0; SK_BUFF];
+        context[MARK..MARK + 4].copy_from_slice(&mark.to_ne_bytes());
+        context[PRIORITY..PRIORITY + 4].copy_from_slice(&priority.to_ne_bytes());
+        let mut after = [0; SK_BUFF];
+        let loaded = self.programs.program(names::GATE).expect("in the object");
+        let loaded: &SchedClassifier = loaded.try_into()?;
+        let options = TestRunOptions {
+            data_in: Some(&frame.bytes),
+            ctx_in: Some(&context),
+            ctx_out: Some(&mut after),
+            ..TestRunOptions::default()
+        };
+        let verdict = loaded.test_run(options)?.return_value;
+        let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|byte| after[at + byte]));
+        Ok((verdict, (word(MARK), word(PRIORITY))))
     }
 
     /// Runs `steer`: its verdict, the frame as it left it, and the one counter that it raised.

@@ -1,7 +1,7 @@
 //! The whole matrix: each mode, kind of frame, state of its bucket, and right to send. What the programs should do is written down
 //! here once more, on its own.
 
-use migrator_ebpf::{Brief, Counter, Mode, names};
+use migrator_ebpf::{Brief, Counter, INJECTED_MARK, INJECTED_PRIORITY, Mode, names};
 
 use crate::bench::{Bench, Change, DROP, LOOPBACK, NEXT, REDIRECT, SLOT, bucket_of};
 use crate::frames::{Frame, echo, frames, is_group};
@@ -99,6 +99,37 @@ fn a_settled_gate_passes_by_its_word_alone_and_no_other_gate_settles() -> anyhow
                     let what = format!("{mode:?}, {word:x}, {}, {waiting} wait", frame.name);
                     assert_eq!(change, expected, "{what}");
                 }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_the_service_injects_passes_in_any_mode_and_is_noted() -> anyhow::Result<()> {
+    let mut bench = Bench::new()?;
+    let slot = u32::from(SLOT);
+    let marks = (INJECTED_MARK, INJECTED_PRIORITY);
+    for (epoch, mode) in (1..).zip(MODES) {
+        bench.set(mode, false, epoch)?;
+        for (is_echo, frame) in all() {
+            let what = format!("{mode:?}, {}", frame.name);
+            bench.let_wait(&frame, 5)?;
+            bench.injected.set(slot, 10, 0)?;
+            // Nothing to note, and a number.
+            for (next, noted) in [(0, 10), (12, 12)] {
+                bench.injected_next.set(slot, next, 0)?;
+                let result = bench.run_marked(&frame, marks)?;
+                assert_eq!(result, (NEXT, (0, 0)), "{what}");
+                assert_eq!(bench.injected.get(&slot, 0)?, noted, "{what}");
+            }
+            // One mark is not enough.
+            bench.injected_next.set(slot, 15, 0)?;
+            for marks in [(INJECTED_MARK, 0), (0, INJECTED_PRIORITY)] {
+                let (verdict, after) = bench.run_marked(&frame, marks)?;
+                let expected = expected(mode, is_echo, is_group(&frame), 5);
+                assert_eq!((verdict, after), (expected.0, marks), "{what}");
+                assert_eq!(bench.injected.get(&slot, 0)?, 12, "{what}");
             }
         }
     }

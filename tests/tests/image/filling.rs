@@ -22,13 +22,14 @@ use super::{Mount, umoci_image};
 struct Neighbour(ImageStore);
 
 impl ChunkSource for Neighbour {
-    fn name(&self) -> &str {
-        "neighbour"
+    fn address<'a>(&'a self, _wanted: &'a Wanted) -> futures::future::BoxFuture<'a, String> {
+        Box::pin(std::future::ready("neighbour".to_owned()))
     }
 
     fn fetch<'a>(
         &'a self,
         wanted: &'a Wanted,
+        _urgent: bool,
     ) -> futures::future::BoxFuture<'a, Result<Option<bytes::Bytes>, SourceError>> {
         Box::pin(async { Ok(self.0.chunks().read_known(&wanted.digest())) })
     }

@@ -86,7 +86,7 @@ fn place(test: &TestLab) -> Result<Node> {
 }
 
 /// One guest, served where it runs, which has missed nothing. Begins a new probe; the node that it runs on.
-fn settles(test: &mut TestLab) -> Result<Node> {
+pub(crate) fn settles(test: &mut TestLab) -> Result<Node> {
     let at = place(test)?;
     println!("    the pod is on {}", at.name());
     test.probe_is_perfect()?;

@@ -148,8 +148,7 @@ fn settles(test: &TestLab, floor: u64) -> Result<Node> {
     ensure!(gone, "the volume is on {} as well", at.other().name());
     if !runs {
         is_whole_after_a_cut(&volume(test, at), floor)?;
-        test.succeeds(at, &["stop", POD])?;
-        test.run(at, &yaml(), &[])?;
+        test.succeeds(at, &["start", POD])?;
     }
     test.said(at, floor)?;
     Ok(at)

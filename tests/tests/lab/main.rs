@@ -9,12 +9,16 @@ mod connection;
 mod conntrack;
 mod cut_disks;
 mod disks;
+mod exec;
 mod fast;
 mod images;
+mod injected;
+mod large_image;
 mod large_pages;
 mod limits;
 mod moving_disks;
 mod net;
+mod onward;
 mod policies;
 mod postcopy;
 mod registry;
@@ -22,6 +26,7 @@ mod restarts;
 mod routed;
 mod shared_disks;
 mod soak;
+mod start;
 mod templates;
 mod tunnel;
 mod upgrade;
@@ -86,8 +91,15 @@ fn a_killed_destination_service_leaves_the_source_running() -> Result<()> {
     let (reason, _) = test.fails(&id)?;
     ensure!(reason.contains("link to b"), "the reason is `{reason}`");
     test.answers_on()?;
+    let images = test.state(Node::B).join("images");
+    ensure!(
+        std::fs::read(images.join("names.json")).is_ok_and(|names| names != b"{}"),
+        "no image was on its way"
+    );
     test.lab().start_node(Node::B)?;
     stayed(&test)?;
+    let left = test.succeeds(Node::B, &["image", "ls"])?;
+    ensure!(left.lines().count() <= 1, "an image is left: {left}");
     test.moves(Node::A)?;
     test.log_goes_on(Node::B, 0)?;
     test.end()

@@ -22,6 +22,9 @@ const TWIN: &str = "twin";
 const TWIN_IPV4: &str = "10.77.0.11";
 const TWIN_IPV6: &str = "fd77::11";
 
+/// What a pod writes to its own disk: more than a template's disk has.
+const WRITTEN: u64 = 4 << 20;
+
 /// Tells who it is, its first random bytes before anything else.
 const WHO: &str = "echo random $(head -c 64 /dev/urandom | md5sum); \
     echo boot $(cat /proc/sys/kernel/random/boot_id); \
@@ -30,6 +33,9 @@ const WHO: &str = "echo random $(head -c 64 /dev/urandom | md5sum); \
     echo host $(hostname); \
     echo mac $(cat /sys/class/net/eth0/address); \
     echo tables $(ls /sys/firmware | wc -l); \
+    echo cpus $(nproc); \
+    dd if=/dev/zero of=/written bs=64k count=64 2>/dev/null && sync; \
+    echo written $(wc -c < /written); \
     echo done -; while :; do sleep 60; done";
 
 fn yaml(name: &str, ipv4: &str, ipv6: &str) -> String {
@@ -37,6 +43,10 @@ fn yaml(name: &str, ipv4: &str, ipv6: &str) -> String {
         "    - name: who
       image: {}
       command: [/bin/sh, -c, '{WHO}']
+      resources:
+        limits:
+          cpu: 2
+          ephemeral-storage: 32Mi
 ",
         demo_image::REFERENCE
     );
@@ -91,6 +101,9 @@ fn run(test: &TestLab, name: &str, ipv4: &str, ipv6: &str) -> Result<BTreeMap<St
     let record = VmRecord::load(&test.state(Node::A).join("pods").join(name))?;
     ensure!(facts["uuid"] == record.spec.uuid, "{facts:?}");
     ensure!(facts["mac"] == record.spec.mac.to_string(), "{facts:?}");
+    // Both virtual CPUs, and a disk that is as large as its own.
+    ensure!(facts["cpus"] == "2", "{facts:?}");
+    ensure!(facts["written"] == WRITTEN.to_string(), "{facts:?}");
     Ok(facts)
 }
 
@@ -99,7 +112,10 @@ fn pods_of_one_template_share_no_identity_and_move_like_any_other() -> Result<()
     let mut test = TestLab::up()?;
     test.import_demo(Node::A)?;
     let made = build(&test)?;
-    ensure!(made.disks == 1 && made.pages > 0, "{made:?}");
+    ensure!(
+        made.disks == 2 && made.vcpus == 2 && made.pages > 0,
+        "{made:?}"
+    );
     // A clock that went on from where it was saved is wrong by now.
     let aged = Duration::from_millis(made.made_unix_ms) + Duration::from_secs(3);
     ensure!(
@@ -140,6 +156,20 @@ fn pods_of_one_template_share_no_identity_and_move_like_any_other() -> Result<()
     )?;
     ensure!(uuid.trim() == pod["uuid"], "{uuid}");
     test.probe_is_perfect()?;
+    let written = test.succeeds(
+        Node::A,
+        &[
+            "exec",
+            "-c",
+            "who",
+            POD,
+            "--",
+            "/bin/sh",
+            "-c",
+            "wc -c < /written",
+        ],
+    )?;
+    ensure!(written.trim() == WRITTEN.to_string(), "{written}");
 
     // A template that is damaged harms nobody.
     let memory = test.state(Node::A).join("templates").join(&made.key);

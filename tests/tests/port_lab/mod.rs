@@ -92,7 +92,11 @@ impl Node {
     pub(crate) fn new(switch: &Netns, number: u32, setup: Setup) -> anyhow::Result<Self> {
         let netns = Netns::new()?;
         netns.ip("link add br0 type bridge forward_delay 0")?;
-        netns.ip(&format!("link add eth0 type veth peer name p{number}"))?;
+        // Lower than that of any TAP, as a NIC's is: the bridge takes the lowest for its own.
+        let mac = format!("02:00:00:00:01:{number:02x}");
+        netns.ip(&format!(
+            "link add eth0 address {mac} type veth peer name p{number}"
+        ))?;
         let to_switch = switch.path();
         netns.ip(&format!("link set p{number} netns {}", to_switch.display()))?;
         netns.ip("link set eth0 master br0 up")?;

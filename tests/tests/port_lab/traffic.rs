@@ -3,12 +3,15 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use migrator::network::{Port, VNET_HEADER};
 use migrator_tests::inbox::{MAGIC, Watched};
+use nix::sched::{CpuSet, sched_getcpu, sched_setaffinity};
+use nix::unistd::Pid;
 
 use super::{CLIENT_MAC, POD_MAC};
 
@@ -43,9 +46,20 @@ pub(crate) fn finish_ipv4(frame: &mut [u8]) {
     header[10..12].copy_from_slice(&(!(folded as u16)).to_be_bytes());
 }
 
+/// What a thread writes to a TAP waits in the queue of its CPU, as frames of one flow wait in one queue of a NIC. A thread that changes CPUs while
+/// the machine is busy overtakes itself, before anything of ours has seen the frames.
+fn stay_on_this_cpu() {
+    let mut one = CpuSet::new();
+    let stays = sched_getcpu()
+        .and_then(|cpu| one.set(cpu))
+        .and_then(|()| sched_setaffinity(Pid::from_raw(0), &one));
+    stays.expect("the kernel lets a thread choose its CPU");
+}
+
 /// Sends numbered frames at about 15,000 a second.
 pub(crate) struct Sender {
     sent: Arc<Watched<u64>>,
+    enough: Arc<AtomicBool>,
     thread: JoinHandle<BTreeMap<u8, u64>>,
 }
 
@@ -53,10 +67,13 @@ impl Sender {
     pub(crate) fn start(tap: OwnedFd, count: u64) -> Self {
         let sent = Arc::new(Watched::default());
         let progress = Arc::clone(&sent);
+        let enough = Arc::new(AtomicBool::new(false));
+        let ends = Arc::clone(&enough);
         let thread = std::thread::spawn(move || {
+            stay_on_this_cpu();
             let mut numbers = BTreeMap::new();
             let mut next = Instant::now();
-            for i in 0..count {
+            for i in (0..count).take_while(|_| !ends.load(Ordering::Relaxed)) {
                 let flow = if i % 40 == 39 {
                     GROUP_FLOW
                 } else {
@@ -72,16 +89,25 @@ impl Sender {
                     std::thread::sleep(next.saturating_duration_since(Instant::now()));
                 }
             }
-            progress.change(|sent| *sent = count);
+            progress.change(|sent| *sent = numbers.values().sum());
             numbers
         });
-        Self { sent, thread }
+        Self {
+            sent,
+            enough,
+            thread,
+        }
     }
 
     pub(crate) fn wait_for(&self, count: u64) -> anyhow::Result<()> {
         let sent = self.sent.wait_for(|sent| *sent >= count);
         ensure!(*sent >= count, "the sender stopped after {} frames", *sent);
         Ok(())
+    }
+
+    /// Sends no more than it has by now.
+    pub(crate) fn enough(&self) {
+        self.enough.store(true, Ordering::Relaxed);
     }
 
     pub(crate) fn finish(self) -> BTreeMap<u8, u64> {

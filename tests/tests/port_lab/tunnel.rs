@@ -71,6 +71,27 @@ fn tunnelled(node: &Node, port: &Port, least: u64) -> anyhow::Result<()> {
     wait_until(node, port, |reasons| reasons.forwarded_tunnel >= least)
 }
 
+/// Waits until every flow has changed over: hundreds of frames have gone through the tunnel, and none has been relayed meanwhile.
+fn relays_no_more(node: &Node, port: &Port) -> anyhow::Result<()> {
+    let until = Instant::now() + DEADLINE;
+    let books = || -> anyhow::Result<(u64, u64)> {
+        let ledger = node.ledger(port)?;
+        let tunnelled = ledger.reasons.forwarded_tunnel;
+        Ok((ledger.forwarded - tunnelled + ledger.held, tunnelled))
+    };
+    let (mut relayed, mut since) = books()?;
+    loop {
+        let (now, tunnelled) = books()?;
+        if now != relayed {
+            (relayed, since) = (now, tunnelled);
+        } else if tunnelled - since > 500 {
+            return Ok(());
+        }
+        ensure!(Instant::now() < until, "{now} are relayed, and more come");
+        std::thread::yield_now();
+    }
+}
+
 /// A pod that has moved from a to b, under a load of `count` frames that all go to a.
 pub(super) struct Departed {
     pub(super) lab: Lab,
@@ -332,7 +353,7 @@ fn a_node_whose_port_is_taken_says_so_and_relays() -> anyhow::Result<()> {
 
 #[test]
 fn frames_follow_a_pod_that_moves_on_through_both_nodes_that_it_has_left() -> anyhow::Result<()> {
-    let departed = departed(70_000)?;
+    let departed = departed(400_000)?;
     let Departed {
         lab,
         inbox,
@@ -346,8 +367,13 @@ fn frames_follow_a_pod_that_moves_on_through_both_nodes_that_it_has_left() -> an
     wait_for_port(&c.netns, "eth0")?;
     tunnel_to(&lab.a, &at_a, NODE_B[0])??;
     tunnelled(&lab.a, &at_a, 3_000)?;
+    relays_no_more(&lab.a, &at_a)?;
     let (at_c, guest) = migrate((&lab.b, &at_b, guest), (&c, 3), &inbox)?;
     tunnel_to(&lab.b, &at_b, "10.78.0.4")??;
+    // All have changed over. On CPUs that others want, the kernel's own queues between virtual devices keep no order for long.
+    tunnelled(&lab.b, &at_b, 3_000)?;
+    relays_no_more(&lab.b, &at_b)?;
+    sender.enough();
     let sent = sender.finish();
     inbox.check(&sent)?;
     let (by_a, by_b) = (lab.a.settled_ledger(&at_a)?, lab.b.settled_ledger(&at_b)?);
@@ -355,7 +381,6 @@ fn frames_follow_a_pod_that_moves_on_through_both_nodes_that_it_has_left() -> an
     for ledger in [&by_a, &by_b, &at_last] {
         check_ledger(ledger)?;
     }
-    ensure!(by_b.reasons.forwarded_tunnel > 10_000, "{by_b:?}");
     ensure!(
         at_last.reasons.landed == by_b.reasons.forwarded_tunnel,
         "{by_b:?} {at_last:?}"

@@ -24,7 +24,7 @@ fn first(scene: &Scene, chunks: &RemoteChunks) -> Result<Digest> {
 }
 
 fn read(chunks: &Arc<RemoteChunks>, digest: &Digest) -> Result<(), Arc<ChunkError>> {
-    let bytes = runtime().block_on(chunks.chunk(digest))?;
+    let bytes = runtime().block_on(chunks.chunk(digest, false))?;
     assert_eq!(Digest::of(&bytes), *digest, "never anything else");
     Ok(())
 }

@@ -94,7 +94,7 @@ impl Scene {
                 zeros += 1;
                 continue;
             }
-            let found = runtime().block_on(chunks.chunk(digest));
+            let found = runtime().block_on(chunks.chunk(digest, false));
             ensure!(
                 found.map_err(anyhow::Error::msg)? == expected,
                 "chunk {index} differs"
@@ -230,7 +230,7 @@ fn many_readers_share_requests() -> Result<()> {
             .filter(|digest| chunks.has(digest))
             .map(|digest| {
                 let (chunks, digest) = (Arc::clone(&chunks), *digest);
-                tokio::spawn(async move { (digest, chunks.chunk(&digest).await) })
+                tokio::spawn(async move { (digest, chunks.chunk(&digest, false).await) })
             })
             .collect();
         for read in reads {
@@ -238,7 +238,7 @@ fn many_readers_share_requests() -> Result<()> {
             let bytes = bytes.map_err(anyhow::Error::msg)?;
             ensure!(Digest::of(&bytes) == digest);
         }
-        let unknown = chunks.chunk(&Digest::of(b"another")).await;
+        let unknown = chunks.chunk(&Digest::of(b"another"), false).await;
         ensure!(
             matches!(
                 unknown.as_ref().map_err(Arc::as_ref),
@@ -279,7 +279,7 @@ fn a_token_that_ends_in_the_middle_is_fetched_anew() -> Result<()> {
     // Every read is answered, whatever became of the token.
     let mut failed = None;
     let renewed = xtask::process::poll_until(std::time::Duration::from_secs(60), || match runtime
-        .block_on(chunks.chunk(digest))
+        .block_on(chunks.chunk(digest, false))
     {
         Ok(_) => server.given() > before,
         Err(error) => {

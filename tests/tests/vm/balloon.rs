@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use migrator::memory::track::Tracking;
+use migrator::memory::track::{Holes, Tracking};
 use vm_runtime::memory::GuestMemory;
 use vm_runtime::units::{Bytes, PAGE_SIZE};
 use vm_runtime::vm::Vm;
@@ -53,7 +53,7 @@ async fn memory_that_the_guest_gives_back_is_a_hole_soon_and_is_not_sent() -> Re
 
     // A first pass now sends little.
     vm.stop().await?;
-    let tracking = Tracking::new(memory.pages());
+    let tracking = Tracking::new(memory.pages(), Holes::Walked);
     tracking.start(&vm)?;
     let mut link = Link::new(&memory, GuestMemory::create("destination", memory.len())?)?;
     let sent = link.round(&tracking).await?;
@@ -78,7 +78,7 @@ async fn what_was_sent_and_then_given_back_is_zero_at_the_destination() -> Resul
     let vm = Vm::boot(&lab.spec(), lab.resources("vm", &lab.qemu)?).await?;
     let memory = vm.memory();
     counts_past(vm.dir(), 0).await?;
-    let tracking = Tracking::new(memory.pages());
+    let tracking = Tracking::new(memory.pages(), Holes::Walked);
     tracking.start(&vm)?;
     let mut link = Link::new(&memory, GuestMemory::create("destination", memory.len())?)?;
     // Everything crosses while the guest has it, and the guest gives it back.

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use migrator::memory::track::Tracking;
+use migrator::memory::track::{Holes, Tracking};
 use migrator_tests::large_pages::{Setting, largest_kib};
 use nix::unistd::pipe;
 use vm_runtime::memory::{GuestMemory, HUGE_PAGE, PageReader, huge_pages_available, is_zero};
@@ -22,7 +22,7 @@ const SMALL: u64 = HUGE_PAGE / PAGE_SIZE as u64;
 /// Copies a running guest's memory with the engine, stops the guest, and compares.
 async fn crosses(vm: &Vm, destination: GuestMemory) -> Result<()> {
     let memory = vm.memory();
-    let tracking = Tracking::new(memory.pages());
+    let tracking = Tracking::new(memory.pages(), Holes::Counted);
     tracking.start(vm)?;
     let mut link = Link::new(&memory, destination)?;
     link.round(&tracking).await?;

@@ -42,27 +42,16 @@ const SYSCTLS: &[(&str, &str)] = &[
     ("kernel.panic", "-1"),
 ];
 
-/// Drivers that wait for Configure. A guest that is saved as a template has not looked at its disks by then: what it is given later
-/// are other ones.
-const LATE: &[&str] = &["virtio_blk"];
+/// Drivers that are given no device when they are loaded: Configure does that. A guest that is saved as a template has not looked at
+/// its disks by then, and what it is given later are other ones.
+const WAITING: &[&str] = &["virtio_blk"];
 
-/// Modules that are not loaded yet.
-#[derive(Debug, Default)]
-pub(crate) struct LateModules(Vec<(PathBuf, File)>);
-
-impl LateModules {
-    /// Loads them; the second time there are none.
-    pub(crate) fn load(&mut self) -> Result<()> {
-        for (path, file) in self.0.drain(..) {
-            load_module(&path, &file)?;
-        }
-        Ok(())
-    }
-}
+/// Whether a device on the virtio bus gets a driver by itself.
+const AUTOPROBE: &str = "/sys/bus/virtio/drivers_autoprobe";
 
 /// Loads the modules, builds the root in a tmpfs and moves into it. Ends with every mount in place.
-pub(crate) fn prepare() -> Result<LateModules> {
-    let late = load_modules(Path::new("/modules"))?;
+pub(crate) fn prepare() -> Result<()> {
+    let waiting = load_modules(Path::new("/modules"))?;
     fs::create_dir_all(NEW_ROOT).context("making the new root's folder")?;
     // A container cannot pivot_root out of the kernel's own rootfs; a tmpfs moved over it can be left.
     mount_at(
@@ -100,6 +89,11 @@ pub(crate) fn prepare() -> Result<LateModules> {
         .context("moving the new root over the old one")?;
     chroot(".").context("changing into the new root")?;
     chdir("/").context("changing into the new root")?;
+    fs::write(AUTOPROBE, "0").context("keeping drivers from devices")?;
+    for (path, file) in waiting {
+        load_module(&path, &file)?;
+    }
+    fs::write(AUTOPROBE, "1").context("letting drivers have devices")?;
     mount_at("cgroup2", CGROUPS, "cgroup2", quiet | MsFlags::MS_NODEV, "")?;
     fs::write(
         format!("{CGROUPS}/cgroup.subtree_control"),
@@ -114,7 +108,7 @@ pub(crate) fn prepare() -> Result<LateModules> {
         .context("exempting the agent from the OOM killer")?;
     setrlimit(Resource::RLIMIT_NOFILE, 65_536, 1_048_576)
         .context("raising the limit of open files")?;
-    Ok(late)
+    Ok(())
 }
 
 /// Sets `net.core.rmem_max` and the like by its file in /proc/sys.
@@ -151,29 +145,29 @@ pub(crate) fn mount_at(
 }
 
 /// Loads `NN-name.ko` in the order of their names, which is the order of their dependencies; gives back those that wait.
-fn load_modules(dir: &Path) -> Result<LateModules> {
+fn load_modules(dir: &Path) -> Result<Vec<(PathBuf, File)>> {
     let mut files: Vec<_> = fs::read_dir(dir)
         .context("listing the initramfs's /modules")?
         .collect::<Result<_, _>>()
         .context("listing the initramfs's /modules")?;
     files.sort_by_key(fs::DirEntry::file_name);
-    let mut late = LateModules::default();
+    let mut waiting = Vec::new();
     for entry in files {
         let path = entry.path();
         let file = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
-        if is_late(&path) {
-            late.0.push((path, file));
+        if waits(&path) {
+            waiting.push((path, file));
         } else {
             load_module(&path, &file)?;
         }
     }
-    Ok(late)
+    Ok(waiting)
 }
 
-fn is_late(path: &Path) -> bool {
+fn waits(path: &Path) -> bool {
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();
     let name = stem.split_once('-').map_or(&*stem, |(_, name)| name);
-    LATE.contains(&name)
+    WAITING.contains(&name)
 }
 
 fn load_module(path: &Path, file: &File) -> Result<()> {
@@ -187,8 +181,8 @@ mod tests {
 
     #[test]
     fn the_driver_of_disks_waits_and_no_other() {
-        let late = |path: &str| is_late(Path::new(path));
-        assert!(late("/modules/06-virtio_blk.ko"));
-        assert!(!late("/modules/10-virtio-rng.ko") && !late("/modules/09-virtio_net.ko"));
+        let waits = |path: &str| waits(Path::new(path));
+        assert!(waits("/modules/06-virtio_blk.ko"));
+        assert!(!waits("/modules/10-virtio-rng.ko") && !waits("/modules/09-virtio_net.ko"));
     }
 }

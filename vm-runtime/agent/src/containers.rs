@@ -124,7 +124,12 @@ pub(crate) fn failed(error: impl Into<anyhow::Error>) -> Failure {
 }
 
 impl Container {
-    pub(crate) fn new(spec: Spec, settings: ContainerSettings, pod: &Configuration) -> Self {
+    pub(crate) fn new(
+        spec: Spec,
+        settings: ContainerSettings,
+        (out, err): (u64, u64),
+        pod: &Configuration,
+    ) -> Self {
         Self {
             rights: Rights::new(&pod.settings, &settings),
             spec,
@@ -132,7 +137,7 @@ impl Container {
             running: None,
             exit: None,
             reported: false,
-            outputs: [Output::none(), Output::none()],
+            outputs: [Output::after(out), Output::after(err)],
             life: Life::default(),
             health: None,
             kill_at: None,

@@ -1,10 +1,11 @@
 //! Disks, found by their virtio-blk serial: images, each container's writable root over one, and volumes.
 
-use std::ffi::CString;
+use std::ffi::{CString, OsString};
 use std::fs;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -45,6 +46,46 @@ const MEMORY: &str = "/memory";
 
 /// `discard`: what is freed is given back to the node at once. `noinit_itable`: the rest of the disk is zeros already.
 const EXT4_OPTIONS: &str = "discard,noinit_itable";
+
+/// Virtio devices, as sysfs shows them.
+const BUS: &str = "/sys/bus/virtio";
+
+/// The disks without a driver that a template has found, for guests that start from it. `None`: nobody has looked.
+static DISKS_FOUND: Mutex<Option<Vec<OsString>>> = Mutex::new(None);
+
+/// Looks the disks up, for guests that start from this one: for them sysfs is in no cache, and slow to read.
+pub(crate) fn prepare() -> Result<()> {
+    *DISKS_FOUND.lock().unwrap_or_else(PoisonError::into_inner) = Some(without_driver()?);
+    Ok(())
+}
+
+/// Gives each disk of the VM its driver, which reads its size and everything else about it now; again is no error.
+pub(crate) fn attach() -> Result<()> {
+    let found = DISKS_FOUND
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .take();
+    let found = found.map_or_else(without_driver, Ok)?;
+    for name in found {
+        let bind = Path::new(BUS).join("drivers/virtio_blk/bind");
+        fs::write(bind, name.as_encoded_bytes())
+            .with_context(|| format!("attaching the disk {}", name.display()))?;
+    }
+    Ok(())
+}
+
+fn without_driver() -> Result<Vec<OsString>> {
+    /// `VIRTIO_ID_BLOCK`, as sysfs shows it (linux/virtio_ids.h).
+    const BLOCK: &str = "0x0002";
+    let devices = fs::read_dir(Path::new(BUS).join("devices"));
+    let devices = devices.context("listing the VM's devices")?.flatten();
+    let waits = |path: PathBuf| {
+        let kind = fs::read_to_string(path.join("device")).unwrap_or_default();
+        kind.trim_end() == BLOCK && !path.join("driver").exists()
+    };
+    let waiting = devices.filter(|device| waits(device.path()));
+    Ok(waiting.map(|device| device.file_name()).collect())
+}
 
 /// Mounts the image and the overlay over it; what is written goes to the disk `layer`, or to guest memory.
 pub(crate) fn prepare_root(container: &str, disk: &str, layer: Option<&str>) -> Result<Root> {

@@ -13,7 +13,7 @@ use guest_agent::protocol::message::Identity;
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
 
-use crate::{network, sys};
+use crate::{disks, network, stats, sys};
 
 /// What containers find as [`PRODUCT_UUID`], if it is there.
 pub(crate) const OWN_UUID: &str = "/run/product_uuid";
@@ -42,8 +42,11 @@ pub(crate) fn take(identity: &Identity) -> Result<()> {
         .with_context(|| format!("closing {OWN_UUID}"))
 }
 
-/// Gives memory back that is not needed.
+/// Gives memory back that is not needed. What was in free pages before is gone: the host keeps no page of zeros.
 pub(crate) fn settle() -> Result<()> {
+    // Before caches are dropped: what these look up, guests that start from this one need not.
+    network::prepare()?;
+    disks::prepare()?;
     nix::unistd::sync();
     for (path, value) in [
         ("/proc/sys/vm/drop_caches", "3"),
@@ -54,7 +57,15 @@ pub(crate) fn settle() -> Result<()> {
             fs::write(path, value).with_context(|| format!("writing to {path}"))?;
         }
     }
-    Ok(())
+    let meminfo = fs::read_to_string("/proc/meminfo").context("reading /proc/meminfo")?;
+    let total = stats::memory(&meminfo, "MemTotal:");
+    let free = stats::memory(&meminfo, "MemFree:");
+    // The kernel begins to look for more below one and a half times this (Documentation/admin-guide/sysctl/vm.rst); and page tables
+    // take one page of each 512.
+    let least = fs::read_to_string("/proc/sys/vm/min_free_kbytes").unwrap_or_default();
+    let least = least.trim_end().parse::<u64>().unwrap_or(free >> 10) << 10;
+    let zeros = free.saturating_sub(2 * least + total / 128);
+    sys::zero_free_memory(zeros).context("filling free memory with zeros")
 }
 
 /// Sets CLOCK_REALTIME.

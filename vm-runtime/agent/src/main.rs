@@ -45,6 +45,6 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
-    let late = boot::prepare()?;
-    server::Agent::new(port::Port::open()?, late)?.run()
+    boot::prepare()?;
+    server::Agent::new(port::Port::open()?)?.run()
 }

@@ -6,6 +6,7 @@ use std::fs;
 use std::io::IoSliceMut;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use guest_agent::protocol::message::Interface;
@@ -15,17 +16,19 @@ use nix::sys::socket::{
 
 use crate::boot::set_sysctl;
 
+/// The loopback interface's index in every network namespace: it is the first that is made (linux/net/core/dev.c).
+const LOOPBACK: u32 = 1;
+
 /// Brings the loopback interface up.
 pub(crate) fn loopback() -> Result<()> {
-    let index = interface_index("lo")?;
     Netlink::open()?
-        .call(link_up(index))
+        .call(link_up(LOOPBACK))
         .context("bringing lo up")
 }
 
 /// Gives one interface its addresses and routes, ready for use at once.
 pub(crate) fn configure(interface: &Interface) -> Result<()> {
-    let name = find(interface.mac)?;
+    let Link { name, index, .. } = find(interface.mac)?;
     for (key, value) in [
         ("accept_dad", "0"),
         ("dad_transmits", "0"),
@@ -33,7 +36,6 @@ pub(crate) fn configure(interface: &Interface) -> Result<()> {
     ] {
         set_sysctl(&format!("net.ipv6.conf.{name}.{key}"), value)?;
     }
-    let index = interface_index(&name)?;
     let mut netlink = Netlink::open()?;
     if let Some(mtu) = interface.mtu {
         netlink
@@ -61,24 +63,64 @@ pub(crate) fn configure(interface: &Interface) -> Result<()> {
     Ok(())
 }
 
-/// Gives the device with the address `old` the address `new`; it is down.
-pub(crate) fn readdress(old: [u8; 6], new: [u8; 6]) -> Result<()> {
-    let name = find(old)?;
-    Netlink::open()?
-        .call(link_address(interface_index(&name)?, new))
-        .with_context(|| format!("setting the MAC address of {name}"))
+/// A network interface, as sysfs shows it.
+#[derive(Clone, Debug)]
+struct Link {
+    name: String,
+    index: u32,
+    mac: String,
 }
 
-fn find(mac: [u8; 6]) -> Result<String> {
-    let wanted = mac.map(|b| format!("{b:02x}")).join(":");
+/// What a template has looked up for the guests that start from it: for them these files are in no cache, and slow to read.
+static LINKS: Mutex<Vec<Link>> = Mutex::new(Vec::new());
+
+/// Looks the guest's interfaces up, and brings the loopback interface up, for guests that start from this one.
+pub(crate) fn prepare() -> Result<()> {
+    loopback()?;
+    *LINKS.lock().unwrap_or_else(PoisonError::into_inner) = links()?;
+    Ok(())
+}
+
+/// Gives the device with the address `old` the address `new`; it is down.
+pub(crate) fn readdress(old: [u8; 6], new: [u8; 6]) -> Result<()> {
+    let link = find(old)?;
+    Netlink::open()?
+        .call(link_address(link.index, new))
+        .with_context(|| format!("setting the MAC address of {}", link.name))?;
+    let mut known = LINKS.lock().unwrap_or_else(PoisonError::into_inner);
+    for known in known.iter_mut().filter(|known| known.index == link.index) {
+        known.mac = text(new);
+    }
+    Ok(())
+}
+
+fn text(mac: [u8; 6]) -> String {
+    mac.map(|b| format!("{b:02x}")).join(":")
+}
+
+fn find(mac: [u8; 6]) -> Result<Link> {
+    let wanted = text(mac);
+    let known = LINKS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(link) = known.iter().find(|link| link.mac == wanted) {
+        return Ok(link.clone());
+    }
+    let link = links()?.into_iter().find(|link| link.mac == wanted);
+    link.with_context(|| format!("the VM has no network interface with the MAC {wanted}"))
+}
+
+fn links() -> Result<Vec<Link>> {
+    let mut links = Vec::new();
     for entry in fs::read_dir("/sys/class/net").context("listing the network interfaces")? {
         let entry = entry.context("listing the network interfaces")?;
+        let name = entry.file_name().to_string_lossy().into_owned();
         let address = fs::read_to_string(entry.path().join("address")).unwrap_or_default();
-        if address.trim_end() == wanted {
-            return Ok(entry.file_name().to_string_lossy().into_owned());
-        }
+        links.push(Link {
+            index: interface_index(&name)?,
+            mac: address.trim_end().to_owned(),
+            name,
+        });
     }
-    bail!("the VM has no network interface with the MAC {wanted}")
+    Ok(links)
 }
 
 fn interface_index(name: &str) -> Result<u32> {

@@ -8,7 +8,7 @@ use guest_agent::protocol::message::{
 use guest_agent::protocol::settings::Condition;
 use nix::unistd::Pid;
 
-use crate::boot::{LateModules, set_sysctl};
+use crate::boot::set_sysctl;
 use crate::containers::{Container, failed};
 use crate::disks;
 use crate::identity;
@@ -22,8 +22,8 @@ pub(crate) struct Pod {
     started: bool,
     /// StopPod requests that wait for the end.
     stopping: Vec<RequestId>,
-    /// Drivers of its disks.
-    late: LateModules,
+    /// It was to get an identity of its own, and has not.
+    nameless: bool,
 }
 
 /// A [`Failure`] of class State.
@@ -41,13 +41,6 @@ fn is_label(name: &str) -> bool {
 }
 
 impl Pod {
-    pub(crate) fn new(late: LateModules) -> Self {
-        Self {
-            late,
-            ..Self::default()
-        }
-    }
-
     /// Becomes another guest than the one that was saved.
     pub(crate) fn identify(&mut self, identity: &Identity) -> Result<(), Failure> {
         if self.configuration.is_some() {
@@ -55,7 +48,11 @@ impl Pod {
                 "the guest is configured already: identify it before",
             ));
         }
-        identity::take(identity).map_err(failed)
+        // What the host has sent behind this must not find half an identity.
+        self.nameless = true;
+        identity::take(identity).map_err(failed)?;
+        self.nameless = false;
+        Ok(())
     }
 
     pub(crate) fn configure(&mut self, wanted: Configuration) -> Result<(), Failure> {
@@ -67,6 +64,11 @@ impl Pod {
                 )),
             };
         }
+        if self.nameless {
+            return Err(wrong_time(
+                "the guest has got no identity of its own: start a new VM",
+            ));
+        }
         for container in &wanted.containers {
             for name in [&container.name, &container.disk] {
                 if !is_label(name) {
@@ -77,7 +79,7 @@ impl Pod {
                 }
             }
         }
-        self.late.load().map_err(failed)?;
+        disks::attach().map_err(failed)?;
         nix::unistd::sethostname(&wanted.hostname).map_err(failed)?;
         network::loopback().map_err(failed)?;
         for interface in &wanted.interfaces {
@@ -99,8 +101,11 @@ impl Pod {
         }
         let settings = wanted.container_settings.iter().cloned();
         let settings = settings.chain(std::iter::repeat_with(Default::default));
+        let before = wanted.output_offsets.iter().copied();
+        let before = before.chain(std::iter::repeat((0, 0)));
         self.containers = std::iter::zip(wanted.containers.iter().cloned(), settings)
-            .map(|(spec, settings)| Container::new(spec, settings, &wanted))
+            .zip(before)
+            .map(|((spec, settings), before)| Container::new(spec, settings, before, &wanted))
             .collect();
         self.configuration = Some(wanted);
         Ok(())

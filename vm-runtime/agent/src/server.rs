@@ -14,7 +14,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-use crate::boot::{LateModules, uptime_ms};
+use crate::boot::uptime_ms;
 use crate::execs::Exec;
 use crate::outbox::Outbox;
 use crate::pod::Pod;
@@ -46,7 +46,7 @@ enum Source {
 
 impl Agent {
     /// Takes the port and the signals.
-    pub(crate) fn new(port: Port, late: LateModules) -> Result<Self> {
+    pub(crate) fn new(port: Port) -> Result<Self> {
         let mut set = SigSet::empty();
         set.add(Signal::SIGCHLD);
         set.thread_block().context("blocking SIGCHLD")?;
@@ -63,7 +63,7 @@ impl Agent {
             port,
             signals,
             outbox,
-            pod: Pod::new(late),
+            pod: Pod::default(),
             execs: BTreeMap::new(),
             answers: Answers::default(),
         })
@@ -169,7 +169,11 @@ impl Agent {
 
     fn obey(&mut self, message: HostMessage) {
         match message {
-            HostMessage::Request { id, request } => self.request(id, request),
+            HostMessage::Request { id, request } => {
+                self.request(id, request);
+                // The next one may be here already, and take long.
+                self.port.write(&mut self.outbox.link);
+            }
             HostMessage::Stdin { exec, data, eof } => {
                 if let Some(exec) = self.execs.get_mut(&exec) {
                     exec.stdin(&data.0, eof, &mut self.outbox);

@@ -26,7 +26,7 @@ pub(crate) fn collect(containers: Vec<ContainerStats>) -> Stats {
 }
 
 /// A line of /proc/meminfo, in bytes.
-fn memory(meminfo: &str, key: &str) -> u64 {
+pub(crate) fn memory(meminfo: &str, key: &str) -> u64 {
     meminfo
         .lines()
         .find_map(|l| l.strip_prefix(key))

@@ -42,9 +42,14 @@ impl Output {
 
     /// An output that has ended before it began.
     pub(crate) fn none() -> Self {
+        Self::after(0)
+    }
+
+    /// One of which so many bytes came from an earlier guest, and no more so far.
+    pub(crate) fn after(offset: u64) -> Self {
         Self {
             file: None,
-            offset: 0,
+            offset,
             under_way: VecDeque::new(),
             outstanding: 0,
         }

@@ -45,6 +45,23 @@ pub(crate) fn reseed(entropy: &[u8]) -> io::Result<()> {
     check(unsafe { libc::ioctl(device.as_raw_fd(), RESEED) }.into()).map(drop)
 }
 
+/// Has the kernel clear so many bytes of free memory, and gives them back.
+pub(crate) fn zero_free_memory(bytes: u64) -> io::Result<()> {
+    let length = usize::try_from(bytes).map_err(io::Error::other)?;
+    if length == 0 {
+        return Ok(());
+    }
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE;
+    // SAFETY: a new mapping at an address that the kernel chooses takes no memory away from anybody.
+    let at = unsafe { libc::mmap(std::ptr::null_mut(), length, protection, flags, -1, 0) };
+    if at == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: exactly the mapping that was just made, to which there is no reference.
+    check(unsafe { libc::munmap(at, length) }.into()).map(drop)
+}
+
 /// `CLONE_INTO_CGROUP` (linux/sched.h): libc's constant overflows its type.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 

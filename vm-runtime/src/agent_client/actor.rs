@@ -15,9 +15,10 @@ use guest_agent::protocol::message::{
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::{broadcast, mpsc, oneshot};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::exec::Ends;
+use super::unread::unread;
 use super::{AgentError, AgentState, ConnectError, OutputSink};
 
 /// How often an Attach is repeated until the guest answers: it may not have opened its port yet.
@@ -28,6 +29,10 @@ const CONNECT_EVERY: Duration = Duration::from_millis(20);
 
 /// A lost connection that cannot be made again for so long means that the VM is gone.
 const GIVE_UP: Duration = Duration::from_secs(5);
+
+/// How long the VMM gets to read what was written before a freeze, and how often it is looked whether it has.
+const TAKEN_WITHIN: Duration = Duration::from_millis(50);
+const LOOK_AGAIN: Duration = Duration::from_micros(500);
 
 /// Frames are taken from the link only while fewer bytes than this wait for the socket.
 const LOW_WATER: usize = 64 << 10;
@@ -173,7 +178,7 @@ impl Actor {
             let impatient = open && !self.link.attached();
             tokio::select! {
                 command = self.inbox.recv() => match command {
-                    Some(command) => self.obey(command),
+                    Some(command) => self.obey(command).await,
                     None => return,
                 },
                 result = ready => {
@@ -274,7 +279,7 @@ impl Actor {
         self.retry = Instant::now();
     }
 
-    fn obey(&mut self, command: Command) {
+    async fn obey(&mut self, command: Command) {
         match command {
             Command::Request { request, reply } => {
                 self.request(request, reply);
@@ -302,6 +307,7 @@ impl Actor {
             }
             Command::State { reply } => {
                 self.mode = Mode::Frozen;
+                self.taken().await;
                 let offsets = self.offsets.iter();
                 let state = AgentState {
                     link: self.link.state(),
@@ -321,6 +327,21 @@ impl Actor {
                 }
                 self.begin();
                 self.retry = Instant::now();
+            }
+        }
+    }
+
+    /// Waits until the VMM has read what was written. It takes what the guest has room for, in a moment; what the guest has no room for
+    /// before it stops, it will not take after that either.
+    async fn taken(&self) {
+        let until = Instant::now() + TAKEN_WITHIN;
+        while let Some(stream) = &self.stream
+            && Instant::now() < until
+        {
+            match unread(stream) {
+                Ok(0) => return,
+                Ok(_) => sleep(LOOK_AGAIN).await,
+                Err(error) => return tracing::debug!(%error, "what the VMM has read is not known"),
             }
         }
     }

@@ -7,8 +7,8 @@
 //!
 //! ```text
 //!   source       detach(limit)     refuse new requests, wait until the guest has acknowledged the old
+//!                state()           what moves with the pod; nothing is read or written any more
 //!                (VM stops)
-//!                state()           what moves with the pod; nothing is read any more
 //!   rollback     reattach()        as if nothing had happened
 //!   other VMM    reattach_at()     the same on the node itself, where another VMM has taken the guest over
 //!   destination  resume(state)     may be called before the VM runs: the answer comes when it does
@@ -17,15 +17,18 @@
 //! What is absent: any policy. Logs are an [`OutputSink`]'s business, restarts the pod's.
 
 mod actor;
+mod begin;
 mod error;
 mod exec;
 mod inbound;
 mod pod;
+mod unread;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+pub use begin::Beginning;
 pub use error::{AgentError, ConnectError};
 pub use exec::{Exec, ExecControl, ExecInput, ExecOutput};
 use guest_agent::protocol::link::HostLinkState;
@@ -149,14 +152,6 @@ impl AgentClient {
     /// [`AgentError`]; `NoAnswer` from an agent that is too old for it.
     pub async fn settle(&self) -> Result<(), AgentError> {
         self.done(Request::Settle, ANSWER_LIMIT).await
-    }
-
-    /// Makes a guest that was started from a template one of its own. Before [`Self::configure`].
-    ///
-    /// # Errors
-    /// [`AgentError`]; `Refused` when it is configured already, or its kernel refuses something.
-    pub async fn identify(&self, identity: Identity) -> Result<(), AgentError> {
-        self.done(Request::Identify(identity), ANSWER_LIMIT).await
     }
 
     /// Sets up network, mounts and limits. Once per guest; the same again is no error.
@@ -289,8 +284,9 @@ impl AgentClient {
             .is_ok_and(|r| r.is_ok())
     }
 
-    /// When the VM stands still: what has to move with it. From here nothing is read and the sink is not
-    /// called, until [`Self::reattach`].
+    /// Before the VM stops: what has to move with it. From here nothing is read or written and the sink is not called, until
+    /// [`Self::reattach`]. Returns when the VMM has taken what was written before, which it would else put into the memory of a guest that
+    /// stands still.
     ///
     /// # Errors
     /// [`AgentError::Gone`].

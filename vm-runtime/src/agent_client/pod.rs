@@ -51,6 +51,7 @@ pub fn configuration(
         storage: Vec::new(),
         settings: pod.settings.clone(),
         container_settings: pod.containers.iter().map(|c| c.settings.clone()).collect(),
+        output_offsets: Vec::new(),
     }
 }
 

@@ -230,7 +230,12 @@ impl GuestMemory {
                 Err(errno) => return Err(errno.into()),
             };
             let end = lseek(&self.file, to_offset(start)?, Whence::SeekHole)? as u64;
-            let end = end.clamp(start + 1, self.len);
+            if end <= start {
+                // Punched between the two calls.
+                at = start + page;
+                continue;
+            }
+            let end = end.min(self.len);
             ranges.push(PageRange::new(start / page, end.div_ceil(page)));
             at = end;
         }

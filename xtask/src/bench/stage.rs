@@ -91,6 +91,8 @@ impl Which {
 /// A lab that is up, with what a peer needs beside it.
 pub(super) struct Stage {
     which: Which,
+    /// Of the guests' writable disks; 0 without one.
+    disk_mib: u32,
     // In this order they are dropped: first the guests, then the lab.
     pair: Option<Pair>,
     lab: LabGuard,
@@ -123,6 +125,14 @@ impl Stage {
     /// # Errors
     /// A lab of the user's is up, or this one does not come up.
     pub(super) fn up(project: &Project, which: Which) -> Result<Stage> {
+        Self::up_with_disks(project, which, 0)
+    }
+
+    /// The same; guests have a writable disk of so many MiB.
+    ///
+    /// # Errors
+    /// As for [`Stage::up`].
+    pub(super) fn up_with_disks(project: &Project, which: Which, disk_mib: u32) -> Result<Stage> {
         let lab = Lab::new(project)?;
         let mine = lab.state()?.owner != Some(Owner::User);
         if !mine && Node::ALL.iter().any(|node| lab.is_running(*node)) {
@@ -178,6 +188,7 @@ impl Stage {
         peers_network(&ground)?;
         Ok(Stage {
             which,
+            disk_mib,
             pair: None,
             lab,
             ground,
@@ -217,14 +228,14 @@ impl Stage {
             Some(ours) => ours,
             None => {
                 println!("bench: booting a guest of {mib} MiB under migrator");
-                Ours::start(&self.lab.0, Guest::ours(mib))?
+                Ours::start(&self.lab.0, Guest::ours(mib, self.disk_mib))?
             }
         };
         let peer = match peer.and_then(Peer::well) {
             Some(peer) => peer,
             None => {
                 println!("bench: booting a guest of {mib} MiB under QEMU alone");
-                Peer::start(&self.ground, Guest::peer(mib), memory)?
+                Peer::start(&self.ground, Guest::peer(mib, self.disk_mib), memory)?
             }
         };
         ours.load.set(Work::Idle)?;

@@ -261,3 +261,37 @@ fn a_closed_disk_answers_nothing_more() {
     send(&mut stream, READ, 1, 0, 1, b"");
     is_cut(&mut stream);
 }
+
+#[test]
+fn a_read_of_any_place_and_length_gives_what_was_written() {
+    let lab = lab();
+    let content: Vec<u8> = (0..SIZE).map(|at| (at % 251) as u8).collect();
+    lab.disk.write_at(&content, 0).unwrap();
+    let mut stream = lab.client();
+    let reads = [
+        (0, SIZE),
+        (1, SIZE - 1),
+        (4095, 1 << 20),
+        (77, 33_000),
+        (SIZE - 200_001, 200_001),
+    ];
+    for (cookie, (offset, len)) in (1..).zip(reads) {
+        send(&mut stream, READ, cookie, offset, len as u32, b"");
+    }
+    let mut open: Vec<u64> = (1..=reads.len() as u64).collect();
+    while !open.is_empty() {
+        let (cookie, error) = reply(&mut stream);
+        assert_eq!(error, 0);
+        open.retain(|one| *one != cookie);
+        let (offset, len) = reads[cookie as usize - 1];
+        let mut data = vec![0; len as usize];
+        stream.read_exact(&mut data).unwrap();
+        assert!(
+            data == content[offset as usize..][..len as usize],
+            "{offset} {len}"
+        );
+    }
+    // The disk ends there.
+    send(&mut stream, READ, 9, SIZE - 4096, 1 << 20, b"");
+    assert_eq!(reply(&mut stream), (9, 22));
+}

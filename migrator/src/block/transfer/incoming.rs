@@ -1,7 +1,7 @@
 //! The disks of a pod that comes, at the destination.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::block::{Disk, DiskError};
 use crate::wire::bulk::{Blocks, Place};
@@ -29,10 +29,15 @@ pub enum IncomingError {
     NotContent,
 }
 
+/// So many bytes are placed before the device begins to write them: the sync of a round waits for the rest only, and a device is kept busy by less.
+const EAGER: u64 = 8 << 20;
+
 /// The disks, whose files are being filled. No guest runs yet. Its calls block.
 #[derive(Debug)]
 pub struct Incoming {
     disks: Vec<Arc<Disk>>,
+    /// Bytes placed since the devices began to write.
+    placed: AtomicU64,
     /// All has come: from here on the disks are the guest's.
     sealed: AtomicBool,
 }
@@ -40,8 +45,11 @@ pub struct Incoming {
 impl Incoming {
     /// Empty disks, in the order of the offer.
     pub fn new(disks: Vec<Arc<Disk>>) -> Self {
-        let sealed = AtomicBool::new(false);
-        Self { disks, sealed }
+        Self {
+            disks,
+            placed: AtomicU64::new(0),
+            sealed: AtomicBool::new(false),
+        }
     }
 
     /// Nothing more is placed: the guest is about to run.
@@ -58,9 +66,20 @@ impl Incoming {
             return Err(IncomingError::NotContent);
         }
         match blocks {
-            Blocks::Raw { at, raw } => Ok(self.disk(*at)?.write_at(raw, at.offset)?),
+            Blocks::Raw { at, raw } => {
+                self.disk(*at)?.write_at(raw, at.offset)?;
+                self.write_eagerly(raw.len() as u64);
+                Ok(())
+            }
             Blocks::Hole { at, len } => Ok(self.disk(*at)?.zero(at.offset, *len, false)?),
             Blocks::Packed { .. } | Blocks::Barrier { .. } => Err(IncomingError::NotContent),
+        }
+    }
+
+    fn write_eagerly(&self, bytes: u64) {
+        let before = self.placed.fetch_add(bytes, Ordering::Relaxed);
+        if before / EAGER != (before + bytes) / EAGER {
+            self.disks.iter().for_each(|disk| disk.begin_writeback());
         }
     }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
-use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::cache::Cache;
 use super::files::{Chunk, ChunkError, ChunkFiles, Pin};
@@ -56,6 +56,9 @@ pub struct Chunks {
     files: Arc<ChunkFiles>,
     cache: Mutex<Cache>,
     wants: Wants,
+    lost: UnboundedSender<Digest>,
+    /// Until somebody takes it.
+    losing: Mutex<Option<UnboundedReceiver<Digest>>>,
 }
 
 impl Chunks {
@@ -64,10 +67,13 @@ impl Chunks {
     /// # Errors
     /// It cannot be made or read.
     pub(crate) fn open(root: PathBuf) -> Result<Self, ChunkError> {
+        let (lost, losing) = unbounded_channel();
         Ok(Self {
             files: Arc::new(ChunkFiles::open(root)?),
             cache: Mutex::new(Cache::new(CACHE)),
             wants: Wants::new(),
+            lost,
+            losing: Mutex::new(Some(losing)),
         })
     }
 
@@ -88,7 +94,7 @@ impl Chunks {
                 false => Chunk::Misfit,
             };
         }
-        let chunk = self.files.read(digest, len);
+        let chunk = self.read_from_disk(digest, len);
         if let Chunk::Here(bytes) = &chunk {
             self.cache().put(*digest, bytes.clone());
         }
@@ -101,7 +107,7 @@ impl Chunks {
             return Some(bytes);
         }
         let len = usize::try_from(self.files.len_of(digest)?).ok()?;
-        match self.files.read(digest, len) {
+        match self.read_from_disk(digest, len) {
             Chunk::Here(bytes) => Some(bytes),
             Chunk::Missing | Chunk::Damaged | Chunk::Misfit => None,
         }
@@ -109,7 +115,12 @@ impl Chunks {
 
     /// Reads a chunk from the disk, verified, and leaves the memory alone.
     pub fn read_from_disk(&self, digest: &Digest, len: usize) -> Chunk {
-        self.files.read(digest, len)
+        let chunk = self.files.read(digest, len);
+        if matches!(chunk, Chunk::Damaged) {
+            // Nobody fetches where there is no service.
+            let _ = self.lost.send(*digest);
+        }
+        chunk
     }
 
     /// Reads a chunk; one that is not here is asked for and waited for, until `over` says that nobody wants it any more.
@@ -199,6 +210,16 @@ impl Chunks {
         record.erofs_size - lacking.sum::<u64>()
     }
 
+    /// Bytes of chunks that are not here; of chunks with equal bytes only the first counts.
+    pub fn bytes_to_come(&self, record: &ImageRecord) -> u64 {
+        let mut seen = HashSet::new();
+        let missing = self.missing(record).into_iter();
+        missing
+            .filter(|index| seen.insert(record.chunks[*index as usize]))
+            .map(|index| record.chunk_len(index) as u64)
+            .sum()
+    }
+
     pub(in crate::image) fn remove(&self, digests: impl IntoIterator<Item = Digest>) -> usize {
         self.files.remove(digests)
     }
@@ -224,6 +245,12 @@ impl Chunks {
     /// What is asked for, in order, for whoever fetches; once.
     pub(crate) fn asking(&self) -> Option<UnboundedReceiver<Asked>> {
         self.wants.asking()
+    }
+
+    /// Chunks that were here and are not any more, because they were damaged, for whoever fills images; once.
+    pub(crate) fn losing(&self) -> Option<UnboundedReceiver<Digest>> {
+        let mut losing = self.losing.lock().unwrap_or_else(PoisonError::into_inner);
+        losing.take()
     }
 
     pub(crate) fn is_wanted(&self, digest: &Digest) -> bool {

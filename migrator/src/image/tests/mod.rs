@@ -1,5 +1,6 @@
 //! Tests of the parts together. None needs root or mkfs.erofs: those are in the `tests` crate.
 
+mod arriving;
 mod chunks;
 mod handover;
 mod layers;

@@ -24,18 +24,30 @@ use crate::wire::bulk::{Data, Urgent};
 use crate::wire::conn::Connection;
 use crate::wire::fault::Fault;
 use crate::wire::id::MigrationId;
-use crate::wire::message::{Bye, Control, Ledger, QueryReply};
+use crate::wire::lists::{Gathered, ImageList};
+use crate::wire::message::{Bye, Control, Ledger, Offer, QueryReply, Refuse, RefuseCode};
 use crate::wire::session::Session;
 
 /// For the first message of a session.
 const FIRST_MESSAGE: Duration = Duration::from_secs(10);
 
+/// For each piece of the images' lists.
+const NEXT_PIECE: Duration = Duration::from_secs(10);
+
 /// The machines of this node that await a source which lost its link, by migration.
 #[derive(Clone, Debug, Default)]
 pub struct Arrivals {
-    running: Arc<Mutex<HashMap<MigrationId, UnboundedSender<Relinked>>>>,
+    running: Arc<Mutex<HashMap<MigrationId, Machine>>>,
     /// Guests that lack pages, until their machines are there.
     paged: Arc<Mutex<HashMap<MigrationId, Paged>>>,
+}
+
+/// A machine that runs.
+#[derive(Debug)]
+struct Machine {
+    pod: String,
+    /// Closed when the machine is done.
+    relink: UnboundedSender<Relinked>,
 }
 
 /// A guest that is being paged, and the end of who does it.
@@ -58,11 +70,38 @@ pub(super) struct Relinked {
 }
 
 impl Arrivals {
-    pub(super) fn lock(
-        &self,
-    ) -> std::sync::MutexGuard<'_, HashMap<MigrationId, UnboundedSender<Relinked>>> {
+    fn running(&self) -> std::sync::MutexGuard<'_, HashMap<MigrationId, Machine>> {
         // Every change is one call on the map.
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The pod's machine takes sources that come back from here on.
+    pub(super) fn enter(
+        &self,
+        migration: MigrationId,
+        pod: &str,
+        relink: UnboundedSender<Relinked>,
+    ) {
+        let pod = pod.to_owned();
+        let machine = Machine { pod, relink };
+        self.running().insert(migration, machine);
+    }
+
+    /// No longer.
+    pub(super) fn leave(&self, migration: MigrationId) {
+        self.running().remove(&migration);
+    }
+
+    /// Until no machine of this pod runs any more: its old node has let go of it, or nobody knows whether it has.
+    pub(super) async fn over(&self, pod: &str) {
+        let of = |machine: &&Machine| machine.pod == pod;
+        loop {
+            let machine = self.running().values().find(of).map(|m| m.relink.clone());
+            match machine {
+                Some(machine) => machine.closed().await,
+                None => return,
+            }
+        }
     }
 
     /// A guest lacks pages, and its machine is not there yet: what its source says comes out of the channel, until the token is
@@ -70,10 +109,11 @@ impl Arrivals {
     pub(super) fn page(
         &self,
         migration: MigrationId,
+        pod: &str,
         target: &Arc<OnceLock<Target>>,
     ) -> (UnboundedReceiver<Relinked>, CancellationToken) {
         let (relink, asked) = unbounded_channel();
-        self.lock().insert(migration, relink);
+        self.enter(migration, pod, relink);
         let end = CancellationToken::new();
         let paged = Paged {
             target: Arc::clone(target),
@@ -119,8 +159,6 @@ pub(super) async fn incoming(node: Arc<Node>, session: Session) {
     };
     match first {
         Control::Offer(offer) => {
-            // Before that nobody knows which names and addresses are taken.
-            node.found.cancelled().await;
             if offer.source != peer || urgent.is_none() || data.is_empty() {
                 tracing::warn!(
                     peer,
@@ -129,8 +167,23 @@ pub(super) async fn incoming(node: Arc<Node>, session: Session) {
                 );
                 return;
             }
+            let lists = match lists_of(&offer, &mut events).await {
+                Ok(lists) => lists,
+                Err(reason) => {
+                    tracing::warn!(peer, pod = offer.pod.name, reason, "refused a pod");
+                    let reason = format!("{}: {reason}", node.name());
+                    let code = RefuseCode::Image;
+                    // It may be gone.
+                    let _ = link.control.send(Refuse { code, reason }).await;
+                    let _ = link.control.flush().await;
+                    return;
+                }
+            };
+            // Before that nobody knows which names and addresses are taken.
+            node.found.cancelled().await;
             let mut run = Run::new(node, Destination::new(offer.clone(), peer));
             run.offer = Some(offer);
+            run.lists = lists;
             run.take_link(link, events);
             run.urgent = urgent;
             run.faults = faults;
@@ -160,6 +213,35 @@ pub(super) async fn incoming(node: Arc<Node>, session: Session) {
     }
 }
 
+/// The lists of the offer's images, where they follow it.
+async fn lists_of(
+    offer: &Offer,
+    events: &mut UnboundedReceiver<LinkEvent>,
+) -> Result<Vec<ImageList>, String> {
+    let Some(lists) = &offer.lists else {
+        return Ok(Vec::new());
+    };
+    let mut gathered = Gathered::new(lists.lengths.clone()).map_err(|error| chain(&error))?;
+    while !gathered.is_complete() {
+        match timeout(NEXT_PIECE, events.recv()).await {
+            Ok(Some(LinkEvent::Message(Control::ListPiece(piece)))) => {
+                gathered.take(&piece).map_err(|error| chain(&error))?;
+            }
+            Ok(Some(LinkEvent::Message(other))) => {
+                return Err(format!(
+                    "the lists of the images are not complete, and {} came: the peer is broken or of another version",
+                    other.name()
+                ));
+            }
+            Ok(Some(LinkEvent::Lost(reason))) => return Err(reason),
+            Ok(None) | Err(_) => {
+                return Err("the lists of the images do not come to their end".to_owned());
+            }
+        }
+    }
+    Ok(gathered.finish())
+}
+
 fn subject(message: &Control) -> Option<MigrationId> {
     match message {
         Control::Query(query) => Some(query.migration),
@@ -173,11 +255,11 @@ pub(super) async fn question(node: &Arc<Node>, peer: String, asked: Relinked) {
     let Some(id) = subject(&asked.first) else {
         return;
     };
-    let known = node.arrivals.lock().contains_key(&id);
+    let known = node.arrivals.running().contains_key(&id);
     if !known {
         node.found.cancelled().await;
     }
-    let machine = node.arrivals.lock().get(&id).cloned();
+    let machine = node.arrivals.running().get(&id).map(|m| m.relink.clone());
     let mut asked = match machine {
         Some(machine) => match machine.send(asked) {
             Ok(()) => return,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
 
-use super::offer::{images_later, offer};
+use super::offer::{offer, with_lists};
 use super::report::Figures;
 use super::runner::Side;
 use super::source::Run;
@@ -24,13 +24,15 @@ use crate::migration::status;
 use crate::network::{Port, Stage};
 use crate::pods::{MigrationEnd, PodHandle, PodResources};
 use crate::wire::message::{Ledger, Offer};
-use crate::wire::preamble::{VERSION_CHUNKS, VERSION_DISKS, VERSION_FLOWS, VERSION_SHARED};
+use crate::wire::preamble::{VERSION_DISKS, VERSION_FLOWS, VERSION_SHARED};
 use crate::wire::session;
 
 /// For TCP, TLS and the preambles of all connections.
 pub(super) const DIAL_DEADLINE: Duration = Duration::from_secs(10);
 /// The longest wait for the old way's packets (`SOURCE_LIMIT` in the dataplane), and some more.
 const SETTLES_WITHIN: Duration = Duration::from_secs(5);
+/// The longest that the old node forwards (`FORWARD_MOST` in its steps), and some more.
+const RELEASED_WITHIN: Duration = Duration::from_secs(12);
 /// What the rest of the downtime (stop, device state, grant, resume) is expected to take; measured, see
 /// `phases` in the report.
 const FIXED_US: u64 = 15_000;
@@ -49,25 +51,24 @@ pub(super) async fn outgoing(node: Arc<Node>, job: Outgoing) {
     } = job;
     let figures = figures(&node, &ticket, &pod, to.as_str());
     let begun = async {
-        let mut offer = offer(&node, &pod, &resources, ticket.id, options).await?;
-        settled(&resources.port).await;
+        let (mut offer, lists) = offer(&node, &pod, &resources, ticket.id, options).await?;
+        settled(&node, pod.name(), &resources.port).await;
         let count = usize::from(options.connections);
         let session = session::dial(addr, &node.tls, to.as_str(), count, DIAL_DEADLINE)
             .await
             .map_err(|error| chain(&error))?;
         speaks_disks(&offer, session.version, to.as_str())?;
-        if options.images == ImagesMode::Demand && session.version >= VERSION_CHUNKS {
-            offer.images_later = Some(images_later(&node, &resources).await?);
-        }
         speaks_shared(&offer, session.version, to.as_str())?;
-        Ok::<_, String>((offer, session))
+        let later = options.images == ImagesMode::Demand;
+        let lists = with_lists(&mut offer, lists, later, session.version, to.as_str())?;
+        Ok::<_, String>((offer, lists, session))
     };
     let begun = tokio::select! {
         begun = begun => begun,
         () = ticket.cancel.cancelled() => Err("cancelled before it began".to_owned()),
         () = node.shutdown.cancelled() => Err("the service is ending".to_owned()),
     };
-    let (offer, session) = match begun {
+    let (offer, lists, session) = match begun {
         Ok(begun) => begun,
         Err(reason) => {
             let epoch = pod.view().epoch;
@@ -100,6 +101,7 @@ pub(super) async fn outgoing(node: Arc<Node>, job: Outgoing) {
         Source::new(plan),
         addr,
     );
+    run.lists = lists;
     run.connections = options.connections;
     run.compress = options.compress;
     run.on_overflow = options.on_overflow;
@@ -135,11 +137,20 @@ fn speaks_shared(offer: &Offer, version: u16, to: &str) -> Result<(), String> {
 }
 
 /// Waits for a pod that has just come here until its packets have, too: those of its old way are awaited for some seconds if
-/// its source is lost.
-async fn settled(port: &Port) {
+/// its source is lost. What the old node still relays after that would find a guest that is gone: so it must have let go of the pod.
+async fn settled(node: &Node, pod: &str, port: &Port) {
     if matches!(port.stage(), Stage::Opened | Stage::Settling) {
         // If it is not, the hold says so.
         let _ = timeout(SETTLES_WITHIN, port.reached(Stage::Local)).await;
+    }
+    if timeout(RELEASED_WITHIN, node.arrivals.over(pod))
+        .await
+        .is_err()
+    {
+        tracing::warn!(
+            pod,
+            "its old node has not let go of it: packets that it still relays may be lost"
+        );
     }
 }
 

@@ -34,19 +34,23 @@ use crate::wire::bulk::Urgent;
 use crate::wire::conn::Connection;
 use crate::wire::fault::Fault;
 use crate::wire::id::MigrationId;
+use crate::wire::lists::ImageList;
 use crate::wire::message::{Bye, Control, Ledger, Offer};
 use crate::wire::preamble::VERSION_CHUNKS;
 
 /// Chunks and barriers that wait for the conductor.
 const ARRIVALS: usize = 64;
-/// How long the freeze waits for the pod's output to be in its folder, which takes a millisecond.
-const KEEPS_WITHIN: Duration = Duration::from_millis(5);
+/// How long the freeze waits for the pod's output to be in its folder, which takes a millisecond. What is not there when
+/// a service is killed after the grant is lost.
+const KEEPS_WITHIN: Duration = Duration::from_millis(20);
 
 /// One machine and what it works with.
 pub(super) struct Run {
     pub(super) runner: Runner<Input>,
     pub(super) machine: Destination,
     pub(super) offer: Option<Box<Offer>>,
+    /// The lists of its images, if they followed it, until they are looked at.
+    pub(super) lists: Vec<ImageList>,
     /// What comes over the link, so that device state and hashes need not pass the machine.
     pub(super) link_events: UnboundedReceiver<LinkEvent>,
     pub(super) relinked: UnboundedReceiver<Relinked>,
@@ -97,13 +101,14 @@ impl Run {
         let (relink, relinked) = unbounded_channel();
         let (state, waiting_state) = unbounded_channel();
         let id = machine.migration();
-        node.arrivals.lock().insert(id, relink);
+        node.arrivals.enter(id, machine.pod(), relink);
         // Only the source's user can wish to cancel.
         let user = CancellationToken::new();
         Self {
             runner: Runner::new(node, machine.pod().to_owned(), user),
             machine,
             offer: None,
+            lists: Vec::new(),
             link_events,
             relinked,
             registered: Some(id),
@@ -207,7 +212,7 @@ impl Run {
             self.input(input).await;
         }
         if let Some(id) = self.registered.take() {
-            self.runner.node.arrivals.lock().remove(&id);
+            self.runner.node.arrivals.leave(id);
         }
         // Who asked in the last moment is answered by the journal.
         self.relinked.close();
@@ -355,6 +360,7 @@ impl Side for Run {
             Output::Send(message) => {
                 if matches!(message, Control::Ready(_)) {
                     self.seal_disks();
+                    self.images.arrived(&self.runner.node);
                 }
                 // From the grant on, a service that is killed must find them again. A disk that is busy goes on beside the freeze.
                 if let (Control::Ready(_), Some(keeping)) = (&message, self.keeping.take()) {

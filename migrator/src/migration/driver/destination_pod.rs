@@ -39,7 +39,8 @@ impl Run {
     }
 
     pub(super) async fn check(&mut self, offer: Offer) {
-        let checked = prepare::check(&self.runner.node, &offer).await;
+        let lists = std::mem::take(&mut self.lists);
+        let checked = prepare::check(&self.runner.node, &offer, lists).await;
         let checked = match checked {
             Ok((pod, images, wants)) => {
                 self.shared_disks = pod.shared_disks();
@@ -220,6 +221,10 @@ impl Run {
                     "cannot end the migration"
                 );
             }
+            return;
+        }
+        // A restarted service that found no VMM shows the pod as failed. It stays this node's, which may start it again.
+        if self.runner.node.pods.get(self.machine.pod()).is_ok() {
             return;
         }
         // Before its adoption nobody else knows the pod; afterwards its own task sees the end of its VM.

@@ -41,7 +41,7 @@ pub(super) async fn page_early(node: &Arc<Node>, journal: &Recovery) {
         match pager(&node.pods_dir().join(&record.pod), &file) {
             Ok(Some(target)) => {
                 let target = Arc::new(OnceLock::from(target));
-                let (asked, end) = node.arrivals.page(record.migration, &target);
+                let (asked, end) = node.arrivals.page(record.migration, &record.pod, &target);
                 tracing::info!(
                     pod = record.pod,
                     from = record.from,

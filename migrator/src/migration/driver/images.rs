@@ -1,8 +1,10 @@
 //! A pod's images at the destination: here already, handed over before the grant, or to follow.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use tokio::sync::mpsc;
+use vm_runtime::spec::DiskSpec;
 
 use super::prepare::Chunk;
 use super::steps::blocking;
@@ -11,7 +13,8 @@ use crate::api::images::in_use;
 use crate::daemon::node::Node;
 use crate::image::{Digest, ImageHold, ImageRecord, ImageStore, Incoming, check_room};
 use crate::supply::{Counted, ROOM_LEFT};
-use crate::wire::message::{ImageWant, ImagesMoved, Offer};
+use crate::wire::lists::ImageList;
+use crate::wire::message::{ImageOffer, ImageWant, ImagesMoved, Offer};
 
 /// The part of an image that is fetched before its guest resumes: the beginning of the order of use. Less than a twentieth, so that with the chunk that
 /// a VMM reads by itself it stays below that.
@@ -40,24 +43,31 @@ struct Offered {
     order: Option<Vec<u32>>,
 }
 
-/// Reads the offer's images.
-fn offered(offer: &Offer) -> Result<Vec<Offered>, String> {
+/// Reads the offer's images. Their lists are with it, or in their records.
+fn offered(offer: &Offer, lists: Vec<ImageList>) -> Result<Vec<Offered>, String> {
     let disks = &offer.vm.disks;
     if offer.images.len() != disks.len() {
         return Err("the offer has not one image a disk".to_owned());
     }
-    let one = |(index, (image, disk)): (usize, (&crate::wire::message::ImageOffer, _))| {
-        let disk: &vm_runtime::spec::DiskSpec = disk;
-        let record: ImageRecord = serde_json::from_str(&image.record)
+    let follow = offer.lists.as_ref();
+    if follow.is_some() && lists.len() != disks.len() {
+        return Err("the offer has not one list an image".to_owned());
+    }
+    let mut lists = lists.into_iter();
+    let one = |(index, (image, disk)): (usize, (&ImageOffer, &DiskSpec))| {
+        let mut record: ImageRecord = serde_json::from_str(&image.record)
             .map_err(|error| format!("the record of image {index} cannot be read: {error}"))?;
+        let ImageList { chunks, order } = lists.next().unwrap_or_default();
+        if follow.is_some() {
+            record.chunks = chunks.into_iter().map(Digest).collect();
+        }
         if record.erofs_digest.to_string() != disk.image_digest {
             return Err(format!("image {index} is not the one that its disk names"));
         }
-        let later = offer.images_later.as_ref();
         Ok(Offered {
             digest: record.erofs_digest,
             record,
-            order: later.map(|later| later.order.get(index).cloned().unwrap_or_default()),
+            order: follow.is_some_and(|lists| lists.later).then_some(order),
         })
     };
     offer
@@ -73,8 +83,9 @@ fn offered(offer: &Offer) -> Result<Vec<Offered>, String> {
 pub(super) async fn take_in(
     node: &Arc<Node>,
     offer: &Offer,
+    lists: Vec<ImageList>,
 ) -> Result<(Images, Vec<ImageWant>), String> {
-    let offered = offered(offer)?;
+    let offered = offered(offer, lists)?;
     let store = Arc::clone(&node.images);
     let (mut images, wants) = blocking(move || sort(&store, offered)).await?;
     let fetched = images.later.iter();
@@ -129,14 +140,16 @@ fn sort(
         match (known, order) {
             (Some(known), _) if complete(&known) => {}
             (known, Some(order)) => {
-                to_come += size.saturating_sub(store.chunks().bytes_here(&record));
+                to_come += store.chunks().bytes_to_come(&record);
                 check_room(store, to_come, ROOM_LEFT).map_err(|error| chain(&error))?;
                 let record = match known {
                     Some(known) => known,
                     None => {
-                        images
-                            .adopted
-                            .push(store.adopt(record).map_err(|error| chain(&error))?);
+                        images.adopted.push(
+                            store
+                                .adopt_arriving(record)
+                                .map_err(|error| chain(&error))?,
+                        );
                         store.record(&digest).map_err(|error| chain(&error))?
                     }
                 };
@@ -173,17 +186,22 @@ impl Images {
         mut chunks: mpsc::Receiver<Chunk>,
     ) -> Result<(), String> {
         let mut images = incoming;
-        while images.iter().any(|image| !image.missing().is_empty()) {
+        let mut missing: HashSet<Digest> = HashSet::new();
+        loop {
+            if missing.is_empty() {
+                // Looked at anew: one that was there may have been found damaged.
+                missing.extend(images.iter().flat_map(Incoming::missing_digests));
+            }
+            if missing.is_empty() {
+                break;
+            }
             let Some(Chunk { digest, raw }) = chunks.recv().await else {
                 return Err("the data connections ended before the images were complete".to_owned());
             };
+            let digest = Digest(digest);
             images = blocking(move || {
-                let digest = Digest(digest);
-                let wanted = images
-                    .iter()
-                    .filter(|image| image.record().chunks.contains(&digest));
                 let mut placed = false;
-                for image in wanted {
+                for image in images.iter().filter(|image| image.has(&digest)) {
                     image
                         .place_digest(&digest, &raw)
                         .map_err(|error| chain(&error))?;
@@ -197,6 +215,7 @@ impl Images {
                 }
             })
             .await?;
+            missing.remove(&digest);
         }
         blocking(move || {
             for image in images {
@@ -215,6 +234,14 @@ impl Images {
     /// What keeps filling back while the pod arrives.
     pub(super) fn take_arriving(&mut self) -> Option<Counted> {
         self.arriving.take()
+    }
+
+    /// The pod is about to be granted: its images stay, also if the service dies. Nobody waits for that.
+    pub(super) fn arrived(&self, node: &Node) {
+        for (record, _) in &self.adopted {
+            let (store, record) = (Arc::clone(&node.images), record.clone());
+            node.tasks.spawn_blocking(move || store.arrived(&record));
+        }
     }
 
     /// The guest resumes now: what has come so far.
@@ -240,6 +267,7 @@ impl Images {
                 let used: Vec<Digest> = in_use(&node).into_iter().map(|(image, _)| image).collect();
                 // Somebody else may use it by now.
                 if let Err(error) = node.images.remove(&record.id().to_string(), &used) {
+                    node.images.arrived(&record);
                     tracing::info!(
                         image = record.name,
                         error = chain(&error),

@@ -24,12 +24,13 @@ use crate::daemon::node::Node;
 use crate::image::Incoming;
 use crate::memory::postcopy::Pager;
 use crate::memory::receive::Target;
-use crate::memory::verify::PageHashes;
+use crate::memory::verify::{PageHashes, ZERO_HASH};
 use crate::migration::destination::Input;
 use crate::network::Port;
 use crate::pods::incoming::IncomingPod;
 use crate::pods::plan::VMM_OVERHEAD;
 use crate::pods::{MigrationEnd, PodError, PodHandle, PodRecord};
+use crate::wire::lists::ImageList;
 use crate::wire::message::{Handover, ImageWant, Offer, Refuse, RefuseCode};
 
 /// How long the end of a VMM may take to show, after its monitor has gone silent.
@@ -57,6 +58,7 @@ fn refuse(code: RefuseCode, reason: String) -> Refuse {
 pub(super) async fn check(
     node: &Arc<Node>,
     offer: &Offer,
+    lists: Vec<ImageList>,
 ) -> Result<(Prepared, Images, Vec<ImageWant>), Refuse> {
     let internal = |reason| refuse(RefuseCode::Internal, reason);
     checks::check(
@@ -90,7 +92,7 @@ pub(super) async fn check(
         })?;
     let mut pod = pod;
     let checked = match pod.make_disks().await {
-        Ok(()) => images::take_in(node, offer)
+        Ok(()) => images::take_in(node, offer, lists)
             .await
             .map_err(|reason| (RefuseCode::Image, reason)),
         Err(error) => Err((RefuseCode::Disk, chain(&error))),
@@ -211,7 +213,17 @@ pub(super) async fn verify(
             .filter(|page| !is_missing(page))
             .collect();
         if let Some(page) = differ.first() {
-            tracing::error!(page = page.0, count = differ.len(), "pages differ");
+            let theirs = theirs.iter().find_map(|(first, piece)| {
+                let at = page.0.checked_sub(first.0)?;
+                piece.get(usize::try_from(at).ok()?)
+            });
+            tracing::error!(
+                page = page.0,
+                count = differ.len(),
+                zero_there = theirs == Some(&ZERO_HASH),
+                zero_here = hashes.is_zero(*page),
+                "pages differ"
+            );
         }
         Ok(Input::Verified {
             pages,

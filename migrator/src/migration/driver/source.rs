@@ -25,7 +25,7 @@ use crate::daemon::node::Node;
 use crate::memory::compress::Compress;
 use crate::memory::postcopy::{PageServer, PushQueue};
 use crate::memory::send::PageSender;
-use crate::memory::track::Tracking;
+use crate::memory::track::{Holes, Tracking};
 use crate::migration::source::{Input, Outcome, Output, Rollback, Source};
 use crate::migration::status;
 use crate::network::OnOverflow;
@@ -34,7 +34,7 @@ use crate::wire::bulk::Urgent;
 use crate::wire::conn::Connection;
 use crate::wire::control::ControlSender;
 use crate::wire::fault::Fault;
-use crate::wire::message::{Control, Ledger};
+use crate::wire::message::{Control, Ledger, ListPiece};
 use crate::wire::session::Session;
 
 /// One machine and what it works with.
@@ -77,6 +77,8 @@ pub(super) struct Run {
     pub(super) news: NewFlows,
     /// What the other end of the link speaks.
     pub(super) version: u16,
+    /// The lists of its images, until they have been sent.
+    pub(super) lists: Vec<ListPiece>,
 }
 
 impl Run {
@@ -91,6 +93,10 @@ impl Run {
     ) -> Self {
         let (dialed, sessions) = unbounded_channel();
         let pages = pod.spec().memory.pages();
+        let holes = match machine.verifies() {
+            true => Holes::Walked,
+            false => Holes::Counted,
+        };
         let defaults = &node.config.migration;
         let (connections, compress) = (defaults.connections, defaults.compress);
         let disks = resources.as_ref().map(|resources| {
@@ -124,7 +130,7 @@ impl Run {
             faults: Vec::new(),
             server: None,
             wanted: Vec::new(),
-            tracking: Tracking::new(pages),
+            tracking: Tracking::new(pages, holes),
             disks: Disks::new(Outgoing::new(disks.unwrap_or_default()))
                 .with_shared(shared.unwrap_or_default()),
             content_limit_us: 0,
@@ -137,6 +143,7 @@ impl Run {
             held_at_unix_us: 0,
             news: NewFlows::default(),
             version: 0,
+            lists: Vec::new(),
         }
     }
 
@@ -331,7 +338,13 @@ impl Side for Run {
                     // The guest stands still and has flushed; before the destination can hear of it.
                     parts.disks.iter().for_each(|disk| disk.let_go());
                 }
+                let offers = matches!(message, Control::Offer(_));
                 self.runner.send(message).await;
+                if offers {
+                    for piece in std::mem::take(&mut self.lists) {
+                        self.runner.send(piece).await;
+                    }
+                }
             }
             Output::Journal(entry) => self.runner.journal(entry).await?,
             Output::Note(entry) => self.runner.note(entry).await,

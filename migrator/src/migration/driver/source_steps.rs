@@ -25,7 +25,7 @@ use crate::memory::send::PageSender;
 use crate::memory::track::{TrackError, Tracking};
 use crate::memory::verify::hash_all;
 use crate::migration::source::{Input, Rollback};
-use crate::network::Stage;
+use crate::network::{Port, PortError, Stage};
 use crate::pods::{MigrationEnd, PodHandle, PodResources};
 use crate::volumes::remove_moved;
 use crate::wire::bulk::Data;
@@ -281,8 +281,7 @@ pub(super) async fn roll_back(
         problems.extend(stopped.await.err());
     }
     if what.release_hold
-        && parts.port.stage() == Stage::Holding
-        && let Err(error) = parts.port.rollback().await
+        && let Err(error) = end_hold(&parts.port).await
     {
         problems.push(chain(&error));
     }
@@ -317,6 +316,14 @@ async fn take_back(parts: &PodResources) -> Result<(), String> {
             "its guest stands still: its shared disks are not to be had back"
         );
     })
+}
+
+/// The step that began the hold is cancelled, and may have been so before the port came to it.
+async fn end_hold(port: &Port) -> Result<(), PortError> {
+    match port.stage_by_now().await? {
+        Stage::Holding => port.rollback().await,
+        _ => Ok(()),
+    }
 }
 
 async fn resume(parts: &PodResources) -> Result<(), String> {
@@ -364,6 +371,10 @@ pub(super) async fn release(
 ) -> Step {
     let mut ledger = Ledger::default();
     if let Some(parts) = parts {
+        if let Some(agent) = parts.agent.get() {
+            // Whoever waits for a command in the guest is told that it is gone from here.
+            agent.close();
+        }
         match parts.disks.iter().all(|disk| disk.served().is_some()) {
             true => parts.vm.kill().await,
             // It has images of Ceph open: one that is killed keeps their locks for half a minute.

@@ -181,7 +181,7 @@ fn offer(verify: bool) -> Offer {
         images: Vec::new(),
         routed: None,
         disks: Vec::new(),
-        images_later: None,
+        lists: None,
     }
 }
 

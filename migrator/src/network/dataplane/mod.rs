@@ -251,6 +251,7 @@ impl Dataplane {
             Command::OnOverflow(rule) => self.on_overflow = rule,
             Command::DrainTap(until, reply) => {
                 // A queue that is too full for the marker is not empty either.
+                self.setup.gate.set_injected_next(None);
                 self.setup.injector.send(&marker(self.setup.mac));
                 self.drain_tap = Some((until, reply));
             }

@@ -84,6 +84,10 @@ impl Dataplane {
                     if let Some(frame) = normalise(&self.buffer[..read], VNET_HEADER) {
                         self.parked(frame, now);
                     }
+                    // One after the other: what is still in the park outlives this service.
+                    if matches!(self.stage, Stage::Local | Stage::Settling) && !self.full {
+                        self.inject();
+                    }
                 }
                 Err(Errno::EINTR) => {}
                 Err(errno) => {
@@ -158,7 +162,26 @@ impl Dataplane {
         }
     }
 
-    /// Fills the TAP's queue.
+    /// Whether the TAP takes a frame whole: the kernel would else cut a segment before the VMM has loaded the guest that takes it.
+    fn takes(&self, frame: &[u8]) -> bool {
+        // What cannot be asked is sent.
+        !sys::is_segment(frame) || sys::takes_tcp_segments(&self.setup.tap_name).unwrap_or(true)
+    }
+
+    /// What is to be noted when a frame is in the TAP, where `noted` is what is so far.
+    fn note(&self, origin: Origin, noted: u64) -> Option<u64> {
+        match origin {
+            Origin::Log { mark, .. } => Some(mark),
+            // Later, the word may be another hold's.
+            Origin::Own { number, .. } if self.stage == Stage::RollingBack => {
+                number.filter(|number| *number > noted)
+            }
+            Origin::Own { .. } => None,
+        }
+    }
+
+    /// Fills the TAP's queue. The gate's program notes each frame: whoever is woken by it may take this thread's turn, and a service that is killed
+    /// meanwhile has noted it all the same.
     pub(super) fn inject(&mut self) {
         self.full = false;
         if self.stage == Stage::Incoming {
@@ -166,14 +189,22 @@ impl Dataplane {
             return;
         }
         while let Some(next) = self.pending.front() {
+            let noted = self.setup.gate.injected();
             let sent = if next.frame.is_empty() {
                 Sent::Queued
+            } else if !self.takes(&next.frame) {
+                Sent::Full
             } else {
+                self.setup
+                    .gate
+                    .set_injected_next(self.note(next.origin, noted));
                 self.setup.injector.send(&next.frame)
             };
             match sent {
                 Sent::Queued => {}
                 Sent::Full => {
+                    // The gate had passed it; the TAP's queue came after.
+                    self.setup.gate.set_injected(noted);
                     self.tally.full += 1;
                     self.full = true;
                     break;
@@ -187,18 +218,16 @@ impl Dataplane {
             let origin = next.origin;
             self.pending.pop_front();
             self.injected += 1;
+            if let Some(mark) = self.note(origin, noted) {
+                self.setup.gate.set_injected(mark);
+            }
             match origin {
-                Origin::Log { seq, mark } => {
+                Origin::Log { seq, .. } => {
                     self.tally.log_injected += u64::from(taken);
                     self.injected_seq = seq;
-                    self.setup.gate.set_injected(mark);
                 }
-                Origin::Own { bucket, number } => {
+                Origin::Own { bucket, .. } => {
                     self.tally.own_injected += u64::from(taken);
-                    // Later, the word may be another hold's.
-                    if let (Some(number), Stage::RollingBack) = (number, self.stage) {
-                        self.setup.gate.raise_injected(number);
-                    }
                     if let Some(bucket) = bucket {
                         self.setup.gate.add_done(bucket);
                     }

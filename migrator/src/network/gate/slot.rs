@@ -103,6 +103,14 @@ impl SlotGate {
         }
     }
 
+    /// What [`injected`](Self::injected) becomes with the next frame that is injected; `None`: it stays. The gate's program does that in the same call
+    /// that puts the frame into the TAP.
+    pub(crate) fn set_injected_next(&self, seq: Option<u64>) {
+        if let Some(next) = self.gates.injected_next.get(u32::from(self.slot)) {
+            next.store(seq.unwrap_or(0), Ordering::Release);
+        }
+    }
+
     /// As [`set_injected`](Self::set_injected), but never backwards.
     pub(crate) fn raise_injected(&self, seq: u64) {
         if seq > self.injected() {

@@ -8,7 +8,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::{Notify, watch};
 use tokio::time::{Duration, Instant};
 
-use super::{ExistingDevices, NodeNetwork, PodNetId, Role, park_name, tap_name};
+use super::{ExistingDevices, NewDevices, NodeNetwork, PodNetId, Role, park_name, tap_name};
 use crate::network::dataplane::{self, Setup, Stage};
 use crate::network::error::AttachError;
 use crate::network::gate::SlotGate;
@@ -30,12 +30,40 @@ impl NodeNetwork {
         role: Role,
         existing: Option<ExistingDevices>,
     ) -> Result<Port, AttachError> {
-        if u32::from(slot) >= MAX_SLOTS {
-            return Err(AttachError::BadSlot { slot });
+        check(slot)?;
+        match existing {
+            Some(devices) => self.try_attach(pod, slot, role, devices, true).await,
+            None => {
+                let devices = self.make_devices(slot)?;
+                self.attach_new(pod, role, devices).await
+            }
         }
-        let is_new = existing.is_none();
-        let result = self.try_attach(pod, slot, role, existing).await;
-        if result.is_err() && is_new {
+    }
+
+    /// Makes the devices of a pod that is to be attached in this slot, so that its VMM can be started meanwhile: nothing reaches them,
+    /// and nothing may come from them, before [`attach_new`](Self::attach_new) is done.
+    ///
+    /// # Errors
+    /// See [`AttachError`].
+    pub fn make_devices(&self, slot: u16) -> Result<NewDevices, AttachError> {
+        check(slot)?;
+        let devices = self.create(slot, &self.inner.gates.slot(slot))?;
+        Ok(NewDevices { slot, devices })
+    }
+
+    /// As [`attach`](Self::attach), with devices that were made ahead.
+    ///
+    /// # Errors
+    /// See [`AttachError`].
+    pub async fn attach_new(
+        &self,
+        pod: &PodNetId,
+        role: Role,
+        devices: NewDevices,
+    ) -> Result<Port, AttachError> {
+        let NewDevices { slot, devices } = devices;
+        let result = self.try_attach(pod, slot, role, devices, false).await;
+        if result.is_err() {
             // The error is what the caller needs to see; a leftover is cleared by the next attempt.
             let _ = self.inner.gates.detach(slot, None);
         }
@@ -47,14 +75,10 @@ impl NodeNetwork {
         pod: &PodNetId,
         slot: u16,
         role: Role,
-        existing: Option<ExistingDevices>,
+        devices: ExistingDevices,
+        adopted: bool,
     ) -> Result<Port, AttachError> {
         let gate = self.inner.gates.slot(slot);
-        let adopted = existing.is_some();
-        let devices = match existing {
-            Some(devices) => devices,
-            None => self.create(slot, &gate)?,
-        };
         let name_of = |fd: &OwnedFd| {
             sys::tap_name(fd.as_fd()).map_err(|source| AttachError::Device {
                 action: "ask the name of the device of",
@@ -232,6 +256,13 @@ impl NodeNetwork {
             echoed,
             full: full_watch,
         }))
+    }
+}
+
+fn check(slot: u16) -> Result<(), AttachError> {
+    match u32::from(slot) < MAX_SLOTS {
+        true => Ok(()),
+        false => Err(AttachError::BadSlot { slot }),
     }
 }
 

@@ -22,6 +22,8 @@ impl Port {
     ///
     /// On a port that a former service left holding: attaches the sink, and sends it what is kept.
     ///
+    /// Dropped before it returns, it holds all the same, now or soon: see [`stage_by_now`](Self::stage_by_now).
+    ///
     /// # Errors
     /// The pod does not live here, or the kernel has no grace period: then the gate holds all the
     /// same, and [`rollback`](Self::rollback) opens it.

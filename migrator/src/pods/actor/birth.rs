@@ -12,12 +12,23 @@ use crate::pods::error::PodError;
 use crate::pods::handle::{Command, Facts, PodResources};
 use crate::pods::state::{self, PodFile, PodRecord};
 
+/// Which time a pod is started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Time {
+    /// The first.
+    First,
+    /// A later one, with what it had.
+    Again,
+}
+
 impl Actor {
-    /// Boots; until then only `stop` is possible, which takes everything down again.
+    /// Boots; until then only `stop` is possible, which takes everything down again. A pod that is started for the first time is removed if it does
+    /// not start, one that is started again stays as it was.
     pub(super) async fn boot(
         &mut self,
         order: BootOrder,
         started: Option<oneshot::Sender<Result<(), PodError>>>,
+        time: Time,
     ) -> Result<Arc<PodResources>, End> {
         let mut parts = Parts::default();
         let facts = Arc::clone(&self.facts);
@@ -40,6 +51,9 @@ impl Actor {
                                 state: PodState::Stopping,
                                 verb: "go on starting",
                             });
+                        }
+                        Command::Start { reply, .. } => {
+                            let _ = reply.send(Err(busy(&facts, "start")));
                         }
                         Command::Upgrade { reply, .. } => {
                             let _ = reply.send(Err(busy(&facts, "upgrade")));
@@ -81,6 +95,12 @@ impl Actor {
                 order.disks.iter().for_each(|disk| disk.close());
                 let reason = chain(&error);
                 let waited = started.is_some();
+                if time == Time::Again && stopper.is_none() {
+                    if let Some(started) = started {
+                        let _ = started.send(Err(error));
+                    }
+                    return Err(End::Dead(reason));
+                }
                 self.disown().await;
                 let removed = self.remove_files().await;
                 if let Some(started) = started {
@@ -110,6 +130,7 @@ impl Actor {
             vm: self.facts.vm_spec.clone(),
             slot: self.facts.slot,
             booting: false,
+            starting_again: false,
             record: PodRecord {
                 created_unix_ms: self.facts.created_unix_ms,
                 containers: self.view.borrow().containers.clone(),

@@ -128,6 +128,10 @@ impl Actor {
                 let _ = reply.send(result);
                 Some(Turn::End(End::Removed))
             }
+            Command::Start { reply, .. } => {
+                let _ = reply.send(Err(self.busy("start")));
+                None
+            }
             Command::Upgrade { order, reply } => {
                 let replaced = self.upgrade(order, resources, reply).await;
                 replaced.map(Turn::Replaced)

@@ -7,10 +7,12 @@ mod life;
 mod upgrade;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use vm_runtime::units::Epoch;
 
+use super::again;
 use super::boot::BootOrder;
 use super::console;
 use super::error::PodError;
@@ -19,6 +21,7 @@ use super::{PodRegistry, Reservation};
 use crate::api::error::chain;
 use crate::api::types::{ContainerState, ContainerStatus, PodState};
 use crate::daemon::node::Node;
+use birth::Time;
 
 /// The exit code of a container whose VM ended under it: as by SIGKILL.
 const KILLED: i32 = 128 + 9;
@@ -120,8 +123,8 @@ enum End {
 
 impl Actor {
     async fn run(mut self, birth: Birth) {
-        let end = match birth {
-            Birth::Boot { order, started } => match self.boot(order, started).await {
+        let mut end = match birth {
+            Birth::Boot { order, started } => match self.boot(order, started, Time::First).await {
                 Ok(resources) => self.live(resources).await,
                 Err(end) => end,
             },
@@ -130,13 +133,15 @@ impl Actor {
             }
             Birth::Dead(reason) => End::Dead(reason),
         };
-        let end = match end {
-            End::Dead(reason) => self.dead(reason).await,
-            End::Removed | End::Left => end,
-        };
-        match end {
-            End::Removed => self.registry.remove(self.name()),
-            End::Left | End::Dead(_) => {}
+        loop {
+            end = match end {
+                End::Dead(reason) => match self.dead(reason).await {
+                    Ok(resources) => self.live(resources).await,
+                    Err(end) => end,
+                },
+                End::Removed => return self.registry.remove(self.name()),
+                End::Left => return,
+            }
         }
     }
 
@@ -161,8 +166,8 @@ impl Actor {
         }
     }
 
-    /// Shows a pod without VM until it is removed.
-    async fn dead(&mut self, reason: String) -> End {
+    /// Shows a pod without VM until it is removed, or started again.
+    async fn dead(&mut self, reason: String) -> Result<Arc<PodResources>, End> {
         // What it printed last, or while no service ran.
         self.bound_console().await;
         self.view.send_modify(|view| {
@@ -179,16 +184,18 @@ impl Actor {
         loop {
             let command = tokio::select! {
                 command = self.commands.recv() => command,
-                () = self.node.shutdown.cancelled() => return End::Left,
+                () = self.node.shutdown.cancelled() => return Err(End::Left),
             };
             match command {
-                None => return End::Left,
+                None => return Err(End::Left),
                 Some(Command::Stop { reply, .. }) => {
-                    self.disown().await;
-                    let result = self.remove_files().await;
+                    let result = self.bury().await;
                     self.registry.remove(self.name());
                     let _ = reply.send(result);
-                    return End::Removed;
+                    return Err(End::Removed);
+                }
+                Some(Command::Start { deadline, reply }) => {
+                    return self.start_again(deadline, reply).await;
                 }
                 Some(Command::Upgrade { reply, .. }) => {
                     let _ = reply.send(Err(self.busy("upgrade")));
@@ -205,7 +212,7 @@ impl Actor {
                     let result = self.remove_files().await;
                     self.registry.remove(self.name());
                     let _ = reply.send(result);
-                    return End::Removed;
+                    return Err(End::Removed);
                 }
                 Some(Command::EndMigration {
                     end: MigrationEnd::Died { reason },
@@ -223,6 +230,40 @@ impl Actor {
                 Some(Command::MarkInDoubt) => {}
             }
         }
+    }
+
+    /// Boots a pod without VM again. It stays without one if that fails.
+    async fn start_again(
+        &mut self,
+        deadline: Duration,
+        reply: oneshot::Sender<Result<(), PodError>>,
+    ) -> Result<Arc<PodResources>, End> {
+        let (epoch, reason) = {
+            let view = self.view.borrow();
+            (view.epoch, view.reason.clone().unwrap_or_default())
+        };
+        let order = match again::prepare(&self.node, &self.facts, epoch, deadline).await {
+            Ok(order) => order,
+            Err(error) => {
+                let _ = reply.send(Err(error));
+                return Err(End::Dead(reason));
+            }
+        };
+        tracing::info!(pod = self.name(), "it is started again");
+        self.view.send_modify(|view| {
+            view.state = PodState::Starting;
+            view.reason = None;
+            view.containers = waiting(&self.facts.spec);
+        });
+        self.boot(order, Some(reply), Time::Again).await
+    }
+
+    /// Removes a pod that is shown as failed. Its VM is gone, or does not answer: none may stay without its files.
+    async fn bury(&mut self) -> Result<(), PodError> {
+        let ended = again::end_vm(&self.facts.dir).await;
+        ended.map_err(|e| PodError::step(self.name(), "end its VM", e))?;
+        self.disown().await;
+        self.remove_files().await
     }
 
     /// Gives the right to run up, once no VM is left.

@@ -83,6 +83,9 @@ impl Actor {
             Command::EndMigration { reply, .. } => {
                 let _ = reply.send(Err(self.busy("end a migration of")));
             }
+            Command::Start { reply, .. } => {
+                let _ = reply.send(Err(self.busy("start")));
+            }
             Command::MarkInDoubt => {}
         }
     }

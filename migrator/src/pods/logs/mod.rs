@@ -217,27 +217,23 @@ impl LogStore {
             return Err(InstallError::Malformed("it does not start with offsets"));
         };
         let mut inner = self.lock();
+        let mut after = inner.offsets.clone();
+        let mut fresh = Vec::new();
         for record in records {
             let Record::Entry(entry) = &record else {
                 return Err(InstallError::Malformed("it has offsets in the middle"));
             };
-            let known = inner.offsets.get(&entry.key).copied().unwrap_or(0);
+            let known = after.get(&entry.key).copied().unwrap_or(0);
             if entry.offset < known {
                 continue;
             }
-            let Inner { segments, offsets } = &mut *inner;
-            segments.append(&record, offsets)?;
-            note(&mut inner.offsets, &record);
+            note(&mut after, &record);
+            fresh.push(record);
         }
-        for (key, offset) in listed {
-            let known = inner.offsets.entry(key).or_insert(0);
-            *known = (*known).max(offset);
-        }
+        note(&mut after, &Record::Offsets(listed));
+        fresh.push(Record::Offsets(after.into_iter().collect()));
         let Inner { segments, offsets } = &mut *inner;
-        segments.append(
-            &Record::Offsets(offsets.clone().into_iter().collect()),
-            offsets,
-        )?;
+        segments.append_all(&fresh, offsets)?;
         let position = inner.segments.end();
         drop(inner);
         self.end.send_replace(position);

@@ -109,28 +109,63 @@ impl Segments {
         self.list.last().map_or(0, |s| s.start + s.len)
     }
 
-    /// Adds a record; opens a new segment first if the newest is full.
+    /// Adds a record; opens a new segment first if the newest is full. `offsets`: those before it.
     pub(super) fn append(&mut self, record: &Record, offsets: &Offsets) -> io::Result<()> {
-        let full = self.list.last().is_none_or(|s| s.len >= self.segment_limit);
-        if full {
-            self.add(self.end())?;
-            while self.list.len() > 2 {
-                let old = self.list.remove(0);
-                fs::remove_file(&old.path)?;
-            }
-            let snapshot = Record::Offsets(offsets.clone().into_iter().collect());
-            self.write(&snapshot)?;
+        if self.is_full(0) {
+            self.rotate(offsets)?;
         }
-        self.write(record)
-    }
-
-    fn write(&mut self, record: &Record) -> io::Result<()> {
         let mut bytes = Vec::new();
         record::encode(record, &mut bytes);
+        self.write(&bytes)
+    }
+
+    /// Adds records as [`append`](Self::append) would, in one write for each segment: a pod that comes waits for its log. `offsets` become those
+    /// after what was written.
+    pub(super) fn append_all(
+        &mut self,
+        records: &[Record],
+        offsets: &mut Offsets,
+    ) -> io::Result<()> {
+        let mut bytes = Vec::new();
+        let mut after = offsets.clone();
+        for record in records {
+            if self.is_full(bytes.len()) {
+                self.write(&std::mem::take(&mut bytes))?;
+                offsets.clone_from(&after);
+                self.rotate(offsets)?;
+            }
+            record::encode(record, &mut bytes);
+            super::note(&mut after, record);
+        }
+        self.write(&bytes)?;
+        *offsets = after;
+        Ok(())
+    }
+
+    /// Whether the newest segment is, once it has so many bytes more.
+    fn is_full(&self, more: usize) -> bool {
+        let newest = self.list.last();
+        newest.is_none_or(|segment| segment.len + more as u64 >= self.segment_limit)
+    }
+
+    /// Opens a new segment, and removes the oldest.
+    fn rotate(&mut self, offsets: &Offsets) -> io::Result<()> {
+        self.add(self.end())?;
+        while self.list.len() > 2 {
+            let old = self.list.remove(0);
+            fs::remove_file(&old.path)?;
+        }
+        let snapshot = Record::Offsets(offsets.clone().into_iter().collect());
+        let mut bytes = Vec::new();
+        record::encode(&snapshot, &mut bytes);
+        self.write(&bytes)
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         let Some(newest) = self.list.last_mut() else {
             return Err(io::Error::other("the log has no segment"));
         };
-        if let Err(error) = (&*newest.file).write_all(&bytes) {
+        if let Err(error) = (&*newest.file).write_all(bytes) {
             // A full disk may have taken a part: what follows must not hide behind it.
             newest.file.set_len(newest.len)?;
             return Err(error);

@@ -134,6 +134,34 @@ fn the_tail_moves_to_another_node_with_exact_offsets() {
 }
 
 #[test]
+fn a_tail_that_is_longer_than_the_bound_leaves_its_end() {
+    let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let out = key("a", LogStream::Stdout);
+    let source = LogStore::open(one.path(), 1 << 20).unwrap();
+    let mut at = 0;
+    for number in 0..400 {
+        let line = format!("{number:0999}\n");
+        at = source.append(&out, at, line.as_bytes(), 0).unwrap();
+    }
+    let there = LogStore::open(two.path(), 64 << 10).unwrap();
+    there.install(&source.tail(1 << 20).unwrap()).unwrap();
+    let files = std::fs::read_dir(two.path()).unwrap();
+    let size: u64 = files
+        .map(|file| file.unwrap().metadata().unwrap().len())
+        .sum();
+    assert!(size <= (64 << 10) + 4096, "{size}");
+    let kept = text(&there, &out);
+    let numbers: Vec<u32> = kept.lines().map(|line| line.parse().unwrap()).collect();
+    assert!(numbers.len() > 30, "{numbers:?}");
+    assert_eq!(numbers.last(), Some(&399));
+    assert!(numbers.is_sorted_by(|a, b| a + 1 == *b), "{numbers:?}");
+    drop(there);
+    let there = LogStore::open(two.path(), 64 << 10).unwrap();
+    assert_eq!(there.offsets(), source.offsets());
+    assert_eq!(text(&there, &out), kept);
+}
+
+#[test]
 fn junk_from_a_peer_is_refused_and_stores_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let log = LogStore::open(dir.path(), 1 << 20).unwrap();

@@ -20,6 +20,7 @@ pub(super) mod find;
 mod index;
 mod pack;
 mod publish;
+mod queue;
 mod ranges;
 mod remote;
 

@@ -1,6 +1,7 @@
 //! Which chunks are asked for in one request. Pure.
 
 use super::index::Place;
+use crate::image::Digest;
 
 /// Bytes nobody wants that are fetched rather than asked around: about what crosses in the time of a request.
 const GAP: u64 = 64 << 10;
@@ -32,6 +33,12 @@ impl Range {
     /// As a request's header has it.
     pub(super) fn header(&self) -> String {
         format!("bytes={}-{}", self.start, self.end - 1)
+    }
+
+    /// Whether a chunk is among them.
+    pub(super) fn has(&self, digest: &Digest) -> bool {
+        let mut chunks = self.chunks.iter();
+        chunks.any(|chunk| chunk.place.digest == *digest)
     }
 
     /// Of several chunks, in requests: those that begin first are the first's.
@@ -74,7 +81,6 @@ impl Range {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::Digest;
 
     fn wanted(index: u32, pack: u32, offset: u64, length: u32) -> Wanted {
         let place = Place {

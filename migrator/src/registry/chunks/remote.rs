@@ -7,9 +7,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bytes::{Bytes, BytesMut};
 use reqwest::header::{CONTENT_RANGE, RANGE};
 use reqwest::{Method, Response, StatusCode};
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::Semaphore;
 
 use super::index::ChunkIndex;
+use super::queue::{Answer, Queue};
 use super::ranges::{Range, Wanted};
 use crate::api::error::chain;
 use crate::image::manifest::Blob;
@@ -21,6 +22,8 @@ use crate::registry::session::Session;
 
 /// Requests at a time for one image.
 const REQUESTS: usize = 6;
+/// How many of them may be for what nobody waits for: one that somebody waits for finds a place at once.
+const BACKGROUND: usize = 4;
 
 /// Times that one host may give wrong bytes for the same range: once may be the way, twice is the host.
 const LIES: u32 = 2;
@@ -65,14 +68,25 @@ pub struct RemoteChunks {
     /// Asked in this order.
     sessions: Vec<Arc<Session>>,
     requests: Semaphore,
-    queue: Mutex<Vec<Pending>>,
+    background: Semaphore,
+    queue: Mutex<Queue>,
     transferred: AtomicU64,
 }
 
-#[derive(Debug)]
-struct Pending {
-    wanted: Wanted,
-    answer: oneshot::Sender<Result<Bytes, Arc<ChunkError>>>,
+/// A request that is under way: who still waits for something of it when it is dropped waits in vain.
+struct Asking<'a> {
+    chunks: &'a RemoteChunks,
+    range: Range,
+}
+
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        for chunk in &self.range.chunks {
+            let digest = chunk.place.digest;
+            self.chunks
+                .answer(&digest, &Err(Arc::new(ChunkError::Ended(digest))));
+        }
+    }
 }
 
 impl RemoteChunks {
@@ -94,6 +108,7 @@ impl RemoteChunks {
             packs,
             sessions,
             requests: Semaphore::new(REQUESTS),
+            background: Semaphore::new(BACKGROUND),
             queue: Mutex::default(),
             transferred: AtomicU64::new(0),
         }
@@ -140,108 +155,79 @@ impl RemoteChunks {
     }
 
     /// The bytes of a stored chunk, verified. Chunks that are asked for while all requests are under way, and that are neighbours, share
-    /// the next one.
+    /// the next one. An urgent one goes before those that are not.
     ///
     /// # Errors
     /// No host gives it, after several tries each.
-    pub async fn chunk(self: &Arc<Self>, digest: &Digest) -> Result<Bytes, Arc<ChunkError>> {
+    pub async fn chunk(self: &Arc<Self>, digest: &Digest, urgent: bool) -> Answer {
         let index = self.by_digest.get(digest).copied();
         let place = index.and_then(|index| self.index.place(index));
         let (Some(index), Some(place)) = (index, place) else {
             return Err(Arc::new(ChunkError::Unknown(*digest)));
         };
-        let (answer, answered) = oneshot::channel();
-        self.queue().push(Pending {
-            wanted: Wanted {
-                index,
-                place: *place,
-            },
-            answer,
-        });
-        // A task of its own: others may wait for what it asks for.
-        drop(tokio::spawn(Arc::clone(self).serve()));
+        let wanted = Wanted {
+            index,
+            place: *place,
+        };
+        let (answered, new) = self.queue().add(wanted, urgent);
+        if new {
+            // A task of its own: others may wait for what it asks for.
+            drop(tokio::spawn(Arc::clone(self).serve(urgent)));
+        }
         answered
             .await
             .unwrap_or_else(|_| Err(Arc::new(ChunkError::Ended(*digest))))
     }
 
-    /// Makes one request for what waits longest, with its neighbours. There is a call for everything that waits.
-    async fn serve(self: Arc<Self>) {
-        // It is never closed.
+    /// Somebody waits now for a chunk that was asked for.
+    pub fn hurry(self: &Arc<Self>, digest: &Digest) {
+        if self.queue().hurry(digest) {
+            drop(tokio::spawn(Arc::clone(self).serve(true)));
+        }
+    }
+
+    /// Makes one request. There is a call for everything that waits.
+    async fn serve(self: Arc<Self>, urgent: bool) {
+        // They are never closed.
+        let _background = match urgent {
+            true => None,
+            false => self.background.acquire().await.ok(),
+        };
         let Ok(_permit) = self.requests.acquire().await else {
             return;
         };
-        let Some((range, mut waiting)) = self.next() else {
+        // What is asked for in the same breath is in the queue then.
+        tokio::task::yield_now().await;
+        let Some(range) = self.queue().next() else {
             // Another call took it along.
             return;
         };
-        let first = range.chunks.first().map(|chunk| chunk.place.digest);
-        let mut deliver = |wanted: &Wanted, bytes: Bytes| {
-            waiting.retain_mut(|pending| {
-                if pending.wanted.place.digest != wanted.place.digest {
-                    return true;
-                }
-                if let Some(answer) = pending.take() {
-                    // Whoever asked may have gone.
-                    let _ = answer.send(Ok(bytes.clone()));
-                }
-                false
-            });
+        let mut asking = Asking {
+            chunks: &self,
+            range,
         };
-        let result = self.range(range, &mut deliver).await;
-        let error = match (result, first) {
-            (Err(error), _) => Arc::new(error),
-            (Ok(()), Some(digest)) => Arc::new(ChunkError::Ended(digest)),
-            (Ok(()), None) => return,
-        };
-        for mut pending in waiting {
-            if let Some(answer) = pending.take() {
-                // As above.
-                let _ = answer.send(Err(Arc::clone(&error)));
+        if let Err(error) = self.range(&mut asking.range).await {
+            let answer = Err(Arc::new(error));
+            for chunk in std::mem::take(&mut asking.range.chunks) {
+                self.answer(&chunk.place.digest, &answer);
             }
         }
     }
 
-    fn next(&self) -> Option<(Range, Vec<Waiting>)> {
-        let mut queue = self.queue();
-        let first = queue.first()?.wanted;
-        let ranges = Range::of(queue.iter().map(|pending| pending.wanted).collect());
-        let range = ranges.into_iter().find(|range| {
-            range
-                .chunks
-                .iter()
-                .any(|chunk| chunk.place.digest == first.place.digest)
-        })?;
-        let of_range = |pending: &mut Pending| {
-            range
-                .chunks
-                .iter()
-                .any(|chunk| chunk.place.digest == pending.wanted.place.digest)
-        };
-        let taken = queue
-            .extract_if(.., of_range)
-            .map(|pending| Waiting {
-                wanted: pending.wanted,
-                answer: Some(pending.answer),
-            })
-            .collect();
-        Some((range, taken))
-    }
-
-    fn queue(&self) -> MutexGuard<'_, Vec<Pending>> {
+    fn queue(&self) -> MutexGuard<'_, Queue> {
         // Each change is one call: a panic leaves it whole.
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn answer(&self, digest: &Digest, answer: &Answer) {
+        self.queue().answer(digest, answer);
+    }
+
     /// Fetches all chunks of a range, from one host after the other. Those that came are delivered, also if others do not come.
-    async fn range(
-        &self,
-        mut range: Range,
-        deliver: &mut (dyn FnMut(&Wanted, Bytes) + Send),
-    ) -> Result<(), ChunkError> {
+    async fn range(&self, range: &mut Range) -> Result<(), ChunkError> {
         let mut last = None;
         for session in &self.sessions {
-            let error = match self.ask(session, &mut range, deliver).await {
+            let error = match self.ask(session, range).await {
                 Ok(()) => return Ok(()),
                 Err(error) => error,
             };
@@ -260,16 +246,11 @@ impl RemoteChunks {
         Err(last.unwrap_or(ChunkError::Unknown(digest)))
     }
 
-    async fn ask(
-        &self,
-        session: &Session,
-        range: &mut Range,
-        deliver: &mut (dyn FnMut(&Wanted, Bytes) + Send),
-    ) -> Result<(), ChunkError> {
+    async fn ask(&self, session: &Session, range: &mut Range) -> Result<(), ChunkError> {
         let (mut retries, mut lies) = (Retries::default(), 0);
         while let Some(first) = range.chunks.first().copied() {
             let before = range.chunks.len();
-            let Err(error) = self.attempt(session, range, deliver).await else {
+            let Err(error) = self.attempt(session, range).await else {
                 continue;
             };
             let source = match error {
@@ -303,12 +284,7 @@ impl RemoteChunks {
     }
 
     /// One request. What came in full is delivered and no longer in `range`.
-    async fn attempt(
-        &self,
-        session: &Session,
-        range: &mut Range,
-        deliver: &mut (dyn FnMut(&Wanted, Bytes) + Send),
-    ) -> Result<(), Attempt> {
+    async fn attempt(&self, session: &Session, range: &mut Range) -> Result<(), Attempt> {
         let pack = self.packs.get(range.pack as usize).copied();
         // An index that was read names packs that are there.
         let pack = pack.ok_or_else(|| session.nonsense(format!("a pack {}", range.pack)))?;
@@ -341,7 +317,7 @@ impl RemoteChunks {
                 ))
                 .into());
         }
-        self.receive(session, response, range, deliver).await
+        self.receive(session, response, range).await
     }
 
     async fn receive(
@@ -349,7 +325,6 @@ impl RemoteChunks {
         session: &Session,
         mut response: Response,
         range: &mut Range,
-        deliver: &mut (dyn FnMut(&Wanted, Bytes) + Send),
     ) -> Result<(), Attempt> {
         let (mut at, end) = (range.start, range.end);
         let mut held = BytesMut::new();
@@ -391,7 +366,7 @@ impl RemoteChunks {
                     digest: chunk.place.digest,
                     what,
                 })?;
-                deliver(&chunk, bytes);
+                self.answer(&chunk.place.digest, &Ok(bytes));
                 // The next try begins behind it.
                 range.chunks.remove(0);
                 range.start = at;
@@ -401,18 +376,6 @@ impl RemoteChunks {
             }
         }
         Ok(())
-    }
-}
-
-/// One that waits, until it is answered.
-struct Waiting {
-    wanted: Wanted,
-    answer: Option<oneshot::Sender<Result<Bytes, Arc<ChunkError>>>>,
-}
-
-impl Waiting {
-    fn take(&mut self) -> Option<oneshot::Sender<Result<Bytes, Arc<ChunkError>>>> {
-        self.answer.take()
     }
 }
 

@@ -91,6 +91,17 @@ fn any_control() -> impl Strategy<Value = Control> {
             .prop_map(|(migration, ledger)| Released { migration, ledger }.into()),
         (id(), ledger).prop_map(|(migration, ledger)| Bye { migration, ledger }.into()),
         id().prop_map(|migration| Query { migration }.into()),
+        (
+            any::<bool>(),
+            proptest::collection::vec((any::<u32>(), any::<u32>()), 0..4)
+        )
+            .prop_map(|(later, lengths)| {
+                let list = |(chunks, order)| ListLengths { chunks, order };
+                let lengths = lengths.into_iter().map(list).collect();
+                let lists = Some(ImageLists { later, lengths });
+                Offer { lists, ..offer() }.into()
+            }),
+        proptest::collection::vec(any::<u8>(), 0..99).prop_map(|raw| ListPiece(raw.into()).into()),
     ]
 }
 

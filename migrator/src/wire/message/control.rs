@@ -137,6 +137,7 @@ control! {
         0x19 => PageBits,
         0x20 => Flows,
         0x24 => Bound,
+        0x28 => ListPiece,
     }
 }
 
@@ -144,15 +145,15 @@ control! {
 /// Where there are writable disks (version 3), a zero follows instead, which no networks begin with, and then both. What version 4 adds follows
 /// these, each behind its tag, in the order of the tags; what says nothing is left out.
 impl Offer {
-    /// [`Offer::images_later`].
-    const IMAGES_LATER: u8 = 1;
+    /// [`Offer::lists`].
+    const LISTS: u8 = 1;
 
     fn head(&self, out: &mut Vec<u8>) {
         put_postcard(self, out);
         let mut more = Vec::new();
-        if let Some(images) = &self.images_later {
-            more.push(Self::IMAGES_LATER);
-            put_postcard(images, &mut more);
+        if let Some(lists) = &self.lists {
+            more.push(Self::LISTS);
+            put_postcard(lists, &mut more);
         }
         if !self.disks.is_empty() || !more.is_empty() {
             out.push(0);
@@ -193,9 +194,9 @@ impl Offer {
             }
             before = *tag;
             more = match *tag {
-                Self::IMAGES_LATER => {
-                    let (images, rest) = split_postcard(name, rest)?;
-                    self.images_later = Some(images);
+                Self::LISTS => {
+                    let (lists, rest) = split_postcard(name, rest)?;
+                    self.lists = Some(lists);
                     rest
                 }
                 _ => return Err(DecodeError::Malformed(name)),
@@ -206,6 +207,18 @@ impl Offer {
 }
 
 impl StateChunk {
+    fn head(&self, _out: &mut Vec<u8>) {}
+
+    fn tail(&self) -> &[u8] {
+        &self.0
+    }
+
+    fn parse(payload: Bytes) -> Result<Self, DecodeError> {
+        Ok(Self(payload))
+    }
+}
+
+impl ListPiece {
     fn head(&self, _out: &mut Vec<u8>) {}
 
     fn tail(&self) -> &[u8] {

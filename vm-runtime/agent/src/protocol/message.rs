@@ -143,6 +143,9 @@ pub struct Configuration {
     pub settings: PodSettings,
     /// Of each container, in the order of `containers`. Since version 3.
     pub container_settings: Vec<ContainerSettings>,
+    /// How many bytes of stdout and of stderr of each container came before, from an earlier guest; in the order of `containers`, zero where it
+    /// ends early. Since version 3.
+    pub output_offsets: Vec<(u64, u64)>,
 }
 
 /// The disks that a container writes to.

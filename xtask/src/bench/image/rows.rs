@@ -1,5 +1,6 @@
 //! The rows of the table: which cases each has, and what runs them.
 
+mod guests;
 mod handover;
 mod reads;
 mod start;
@@ -19,6 +20,7 @@ pub(super) fn all(plan: &Plan) -> Vec<Row> {
             template::run,
         ),
         row("disks", reads::cases(plan.quick), reads::run),
+        row("guests with disks", guests::cases(plan.quick), guests::run),
     ];
     wanted(rows, plan)
 }

@@ -19,7 +19,9 @@ fn stamp() -> String {
             include_str!("../../demo_image.rs"),
             include_str!("../../oci.rs"),
             include_str!("../../bin/udp-echo.rs"),
-            include_str!("../../bin/memory-load.rs"),
+            include_str!("../../bin/memory-load/main.rs"),
+            include_str!("../../bin/memory-load/disk.rs"),
+            include_str!("../../bin/memory-load/histogram.rs"),
         ]
         .concat()
         .as_bytes(),

@@ -21,6 +21,12 @@ pub(in crate::bench) enum Work {
     Idle,
     /// Dirties so many bytes a second.
     Dirty(u64),
+    /// Writes so many bytes a second to its file, at random places.
+    Disk(u64),
+    /// Reads its file from end to end, so many bytes at a time.
+    Scan(u64),
+    /// Reads its file at random places, so many bytes at a time.
+    Pick(u64),
     /// Sums up and writes random pages as fast as it goes.
     Spin,
     /// Reads random pages, each one timed.
@@ -34,6 +40,8 @@ pub(in crate::bench) struct Report {
     pub(in crate::bench) pages: u64,
     /// Loops of `spin` so far.
     pub(in crate::bench) loops: u64,
+    /// Bytes of the file written and read so far.
+    pub(in crate::bench) disk_bytes: u64,
     /// Times of `touch` since it was begun: upper bound in nanoseconds, count.
     pub(in crate::bench) touches_ns: Vec<(u64, u64)>,
 }
@@ -75,6 +83,9 @@ impl Load {
     pub(in crate::bench) fn set(&self, work: Work) -> Result<Report> {
         let verb = match work {
             Work::Idle | Work::Dirty(0) => "idle".to_owned(),
+            Work::Scan(bytes) => format!("scan {bytes}"),
+            Work::Pick(bytes) => format!("pick {bytes}"),
+            Work::Disk(bytes_per_s) => format!("disk {bytes_per_s}"),
             Work::Dirty(bytes_per_s) => format!("dirty {bytes_per_s}"),
             Work::Spin => "spin".to_owned(),
             Work::Touch => "touch".to_owned(),
@@ -137,8 +148,7 @@ mod tests {
 
     #[test]
     fn only_the_answer_to_the_request_counts() {
-        let text =
-            r#"7 {"mode":"touch","uptime_us":9,"pages":1,"loops":2,"touches_ns":[[1023,4]]}"#;
+        let text = r#"7 {"mode":"touch","uptime_us":9,"pages":1,"loops":2,"disk_bytes":3,"touches_ns":[[1023,4]]}"#;
         let report: Report = serde_json::from_str(answer_to(text, 7).unwrap()).unwrap();
         assert_eq!((report.pages, report.loops), (1, 2));
         assert_eq!(report.touches_ns, [(1023, 4)]);

@@ -3,6 +3,7 @@
 
 mod args;
 mod course;
+mod mirror;
 mod qemu;
 mod replace;
 
@@ -79,6 +80,7 @@ impl Peer {
             running: None,
             load: Load::new(&ground.lab.client(), guest.load())?,
         };
+        peer.make_disk()?;
         let mut qemu = peer.spawn(Node::A, 0, Incoming::Boot)?;
         qemu.connect()?;
         let containers = async {
@@ -108,11 +110,23 @@ impl Peer {
     }
 
     fn spawn(&self, node: Node, tap: usize, incoming: Incoming<'_>) -> Result<Qemu> {
-        Qemu::spawn(&self.ground, &self.spec, node, tap, self.memory, incoming)
+        let disk_mib = self.guest.disk_mib;
+        let (ground, spec) = (&self.ground, &self.spec);
+        Qemu::spawn(ground, spec, node, tap, self.memory, incoming, disk_mib)
     }
 
     fn take(&mut self) -> Result<Qemu> {
         self.running.take().context("the peer's guest has died")
+    }
+
+    /// The guest runs there, and answers. QEMU 7.2's guests sometimes panic after a move: the process ends, or nobody answers.
+    fn arrived(&mut self, mut destination: Qemu) -> Result<()> {
+        self.load
+            .report()
+            .with_context(|| destination.last_words())?;
+        ensure!(destination.is_alive(), "{}", destination.last_words());
+        self.running = Some(destination);
+        Ok(())
     }
 
     /// Moves the guest to the other node.
@@ -122,7 +136,7 @@ impl Peer {
     pub(in crate::bench) fn migrate(&mut self, how: How) -> Result<Moved> {
         let source = self.take()?;
         let requested_at = now_us();
-        let mut destination = self.destination(&source, how)?;
+        let destination = self.destination(&source, how)?;
         let mut watch = Watch::new(&source, &destination)?;
         let begun_at = self.begin(&source, how, UNLIMITED)?;
         let deadline = Instant::now() + MOVES_WITHIN;
@@ -132,12 +146,7 @@ impl Peer {
         let moved = moved
             .with_context(|| format!("{}; {}", source.last_words(), destination.last_words()))?;
         drop(source);
-        // QEMU 7.2's guests sometimes panic after a move: the process ends, or nobody answers.
-        self.load
-            .report()
-            .with_context(|| destination.last_words())?;
-        ensure!(destination.is_alive(), "{}", destination.last_words());
-        self.running = Some(destination);
+        self.arrived(destination)?;
         Ok(moved)
     }
 

@@ -13,6 +13,7 @@ use super::Bench;
 use crate::bench::figures::{Aim, Metric, Run, Samples, records};
 use crate::bench::plan::told;
 use crate::cmd;
+use crate::process::poll_until;
 use crate::project::Project;
 
 /// The disk: larger than the processor's caches, and small enough to stay in the page cache.
@@ -97,20 +98,25 @@ pub(super) fn cases(quick: bool) -> Vec<String> {
 
 pub(super) fn run(bench: &mut Bench<'_>, wanted: &[String]) -> Result<()> {
     let served = Served::start(bench.project)?;
-    let against = "QEMU's raw file driver";
+    let (raw, nbd) = ("QEMU's raw file driver", "qemu-nbd");
     for kind in KINDS.iter().filter(|kind| wanted.contains(&kind.case())) {
         let (mut ours, mut peer) = (Samples::default(), Samples::default());
+        let mut other = Samples::default();
         for _ in 0..bench.plan.runs {
-            ours.add(told("ours", measure(kind, &served.over_nbd())));
-            peer.add(told(against, measure(kind, &served.raw())));
+            ours.add(told("ours", measure(kind, &served.over_nbd(OURS))));
+            peer.add(told(raw, measure(kind, &served.raw())));
+            other.add(told(nbd, measure(kind, &served.over_nbd(THEIRS))));
         }
-        let rate = Metric {
-            name: "rate",
-            unit: "MB/s",
-            aims: kind.aims(),
-        };
-        let records = records(&kind.case(), against, &[rate], &ours, &peer);
-        bench.records.extend(records);
+        // What the protocol costs is in both; what our server costs is not in the second.
+        for (against, aims, peer) in [(raw, kind.aims(), &peer), (nbd, &[], &other)] {
+            let rate = Metric {
+                name: "rate",
+                unit: "MB/s",
+                aims,
+            };
+            let records = records(&kind.case(), against, &[rate], &ours, peer);
+            bench.records.extend(records);
+        }
     }
     Ok(())
 }
@@ -147,11 +153,17 @@ fn seconds(said: &str) -> Option<f64> {
     seconds.parse().ok().filter(|seconds| *seconds > 0.0)
 }
 
-/// The disk, and our server of it: a process of its own, as the service is.
+/// The disk, our server of it, a process of its own, as the service is, and QEMU's.
 struct Served {
-    server: Child,
+    servers: Vec<Child>,
     dir: PathBuf,
 }
+
+/// Sockets.
+const OURS: &str = "socket";
+const THEIRS: &str = "qemu-nbd";
+/// A server of QEMU's listens within this.
+const LISTENS_WITHIN: Duration = Duration::from_secs(10);
 
 const PROGRAM: &str = "disk-serve";
 
@@ -168,16 +180,43 @@ impl Served {
         let server = command
             .spawn()
             .with_context(|| format!("cannot start `{}`", cmd::show(&command)))?;
-        let mut served = Self { server, dir };
-        let said = served.server.stdout.take().context("it says nothing")?;
+        let mut served = Self {
+            servers: vec![server],
+            dir,
+        };
+        let said = served.servers[0].stdout.take();
         let mut line = String::new();
-        BufReader::new(said).read_line(&mut line)?;
+        BufReader::new(said.context("it says nothing")?).read_line(&mut line)?;
         ensure!(line == "serving\n", "{PROGRAM} does not serve: {line}");
+        served.start_qemus()?;
         Ok(served)
     }
 
-    fn over_nbd(&self) -> String {
-        let socket = self.dir.join("socket");
+    fn start_qemus(&mut self) -> Result<()> {
+        let socket = self.dir.join(THEIRS);
+        // Of a benchmark that was killed.
+        let _ = std::fs::remove_file(&socket);
+        let mut command = Command::new("qemu-nbd");
+        command.args(["--persistent", "--shared=8", "--format=raw"]);
+        command.args(["--aio=threads", "--cache=writeback", "--discard=unmap"]);
+        command
+            .arg("--socket")
+            .arg(&socket)
+            .arg(self.dir.join("disk"));
+        let server = command
+            .spawn()
+            .context("cannot start qemu-nbd: `cargo xtask setup` installs qemu-utils")?;
+        self.servers.push(server);
+        ensure!(
+            poll_until(LISTENS_WITHIN, || socket.exists()),
+            "qemu-nbd does not listen at {}",
+            socket.display()
+        );
+        Ok(())
+    }
+
+    fn over_nbd(&self, socket: &str) -> String {
+        let socket = self.dir.join(socket);
         let socket = socket.display();
         format!("driver=nbd,server.type=unix,server.path={socket}")
     }
@@ -192,8 +231,10 @@ impl Served {
 impl Drop for Served {
     fn drop(&mut self) {
         // Neither can fail for a child that nobody else waits for; a folder that stays is in the build's.
-        let _ = self.server.kill();
-        let _ = self.server.wait();
+        for server in &mut self.servers {
+            let _ = server.kill();
+            let _ = server.wait();
+        }
         let _ = std::fs::remove_dir_all(&self.dir);
     }
 }

@@ -1,16 +1,19 @@
 //! From the request to a container's first line of output, on a node that does not have the image: a lazy pull and `migrator run`, against
 //! podman, which pulls all of it first. Both from the same registry, over the same link.
+//!
+//! Our node has a template of the pod's shape, as a node has that ran such a pod before. A start without it is measured, too.
 
 mod ground;
 mod layout;
 mod podman;
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 
 use self::ground::{Ground, NODE};
 use super::Bench;
+use super::template::{first_output, unix_ms, uses};
 use crate::bench::figures::{Aim, Metric, Run, Samples, records};
 use crate::bench::plan::{Plan, told};
 use crate::cmd;
@@ -23,6 +26,12 @@ const TIME: Metric = Metric {
     name: "first output",
     unit: "s",
     aims: &[Aim::RatioAtMost(0.2)],
+};
+/// Against the same starts of the peer.
+const BOOTED: Metric = Metric {
+    name: "first output, booted",
+    unit: "s",
+    aims: &[],
 };
 const FETCHED: Metric = Metric {
     name: "fetched until then",
@@ -68,12 +77,20 @@ pub(super) fn run(bench: &mut Bench<'_>, wanted: &[String]) -> Result<()> {
         for _ in 0..bench.plan.runs {
             ours.add(told("ours", measure(&ground, ours_once)));
             ground.forget()?;
-            peer.add(told("podman", measure(&ground, podman::once)));
+            ours.add(told("ours, booted", booted(&ground)));
+            ground.forget()?;
+            let run = told("podman", measure(&ground, podman::once));
             podman::forget(&ground)?;
+            peer.add(run.map(|mut run| {
+                run.push((BOOTED.name, run[0].1));
+                run
+            }));
         }
         let against = podman::version()?;
-        let records = records(&case, &against, &[TIME, FETCHED], &ours, &peer);
-        bench.records.extend(records);
+        let metrics = [TIME, FETCHED, BOOTED];
+        bench
+            .records
+            .extend(records(&case, &against, &metrics, &ours, &peer));
     }
     Ok(())
 }
@@ -90,27 +107,41 @@ fn measure(ground: &Ground, start: fn(&Ground) -> Result<Duration>) -> Result<Ru
 }
 
 fn ours_once(ground: &Ground) -> Result<Duration> {
-    let begun = Instant::now();
-    let pull = ["image", "pull", "--lazy", "--plain-http", "--lease", "0"];
-    cmd::output(ground.lab().on(NODE).args(pull).arg(ground.image()))?;
+    pull_and_run(ground, true)
+}
+
+fn booted(ground: &Ground) -> Result<Run> {
+    Ok(vec![(
+        BOOTED.name,
+        pull_and_run(ground, false)?.as_secs_f64(),
+    )])
+}
+
+/// Until the node has the container's line.
+fn pull_and_run(ground: &Ground, template: bool) -> Result<Duration> {
+    let lab = ground.lab();
+    let before = uses(lab)?;
+    let pod = ground.write_pod(template)?;
+    let begun = unix_ms(SystemTime::now())?;
+    ground.pull()?;
     let run = ["run", "--timeout", "300"];
-    cmd::output(ground.lab().on(NODE).args(run).arg(ground.pod_file()))?;
+    cmd::output(lab.on(NODE).args(run).arg(pod))?;
+    let mut came = None;
     let mut failed = None;
-    let came = poll_until(STARTS_WITHIN, || {
-        match cmd::output(ground.lab().on(NODE).args(["logs", layout::POD])) {
-            Ok(lines) => lines.contains(layout::LINE),
-            Err(error) => {
-                failed = Some(error);
-                true
-            }
+    poll_until(STARTS_WITHIN, || {
+        match first_output(lab, layout::POD) {
+            Ok(line) => came = line,
+            Err(error) => failed = Some(error),
         }
+        came.is_some() || failed.is_some()
     });
-    let took = begun.elapsed();
-    match failed {
-        Some(error) => Err(error).context("the pod has no output"),
-        None => {
-            ensure!(came, "the container has printed nothing");
-            Ok(took)
-        }
+    if let Some(error) = failed {
+        return Err(error).context("the pod has no output");
     }
+    let came = came.context("the container has printed nothing")?;
+    ensure!(
+        uses(lab)? - before == u64::from(template),
+        "the pod did not start as it was meant to"
+    );
+    Ok(Duration::from_secs_f64((came - begun) / 1e3))
 }

@@ -109,7 +109,7 @@ fn start(lab: &Lab, mib: u32, template: bool) -> Result<Run> {
 fn figures(lab: &Lab, began: f64) -> Result<Run> {
     let mut first = None;
     poll_until(STARTS_WITHIN, || {
-        first = first_output(lab).ok().flatten();
+        first = first_output(lab, POD).ok().flatten();
         first.is_some()
     });
     let first = first.context("the pod prints nothing")?;
@@ -119,13 +119,13 @@ fn figures(lab: &Lab, began: f64) -> Result<Run> {
     Ok(vec![(START, first - began), (RESIDENT, resident)])
 }
 
-/// When the node stored the first thing that the pod printed, in milliseconds of Unix time.
-fn first_output(lab: &Lab) -> Result<Option<f64>> {
+/// When node a stored the first thing that the pod printed, in milliseconds of Unix time.
+pub(super) fn first_output(lab: &Lab, pod: &str) -> Result<Option<f64>> {
     #[derive(Deserialize)]
     struct Line {
         unix_ms: u64,
     }
-    let text = cmd::output(lab.on(Node::A).args(["--output", "json", "logs", POD]))?;
+    let text = cmd::output(lab.on(Node::A).args(["--output", "json", "logs", pod]))?;
     let line = text.lines().next().map(serde_json::from_str::<Line>);
     Ok(line.transpose()?.map(|line| line.unix_ms as f64))
 }
@@ -139,8 +139,8 @@ fn resident_mib(pid: i32) -> Result<f64> {
     Ok(kib / 1024.0)
 }
 
-/// Pods that were started from templates.
-fn uses(lab: &Lab) -> Result<u64> {
+/// Pods of node a that were started from templates.
+pub(super) fn uses(lab: &Lab) -> Result<u64> {
     #[derive(Deserialize)]
     struct List {
         templates: Vec<Template>,
@@ -181,7 +181,8 @@ spec:
     )
 }
 
-fn unix_ms(time: SystemTime) -> Result<f64> {
+/// Milliseconds of Unix time.
+pub(super) fn unix_ms(time: SystemTime) -> Result<f64> {
     Ok(time.duration_since(UNIX_EPOCH)?.as_secs_f64() * 1e3)
 }
 

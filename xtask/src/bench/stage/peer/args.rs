@@ -11,6 +11,9 @@ use vm_runtime::spec::VmSpec;
 pub(super) const TLS_SERVER: &str = "tls-server";
 pub(super) const TLS_CLIENT: &str = "tls-client";
 
+/// The node of the writable disk, as our command line names it.
+pub(super) const WRITABLE_NODE: &str = "writable0";
+
 /// What guest RAM is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::bench) enum Memory {
@@ -40,6 +43,8 @@ pub(super) struct Shape<'a> {
     pub(super) tap: &'a str,
     /// A folder with certificates, in QEMU's naming.
     pub(super) tls: &'a Path,
+    /// The file of the writable disk, where the guest has one.
+    pub(super) writable: Option<&'a Path>,
 }
 
 /// QEMU's arguments.
@@ -67,6 +72,18 @@ pub(super) fn build(spec: &VmSpec, local: &Local<'_>, shape: Shape<'_>) -> Resul
             shape.tap
         )
     })?;
+    if let Some(file) = shape.writable {
+        // Ours is served by the service.
+        replace(&mut args, r#"{"discard":"unmap","driver":"nbd","#, |_| {
+            serde_json::json!({
+                "driver": "raw",
+                "discard": "unmap",
+                "node-name": WRITABLE_NODE,
+                "file": { "driver": "file", "discard": "unmap", "filename": file.to_string_lossy() },
+            })
+            .to_string()
+        })?;
+    }
     replace(&mut args, &spec.machine, |ours| format!("{ours}{machine}"))?;
     for (id, endpoint) in [(TLS_SERVER, "server"), (TLS_CLIENT, "client")] {
         // Its own check of certificates wants more key usages than TLS 1.3 does, and the lab's have only those.
@@ -162,6 +179,7 @@ mod tests {
             incoming,
             tap: "t0",
             tls: Path::new("/tls"),
+            writable: None,
         };
         let args = build(&spec, &local, shape).unwrap();
         args.into_iter()

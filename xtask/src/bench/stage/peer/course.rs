@@ -18,6 +18,12 @@ pub(super) struct Course {
     pub(super) resumed_at: Option<u64>,
     /// The source has told that pages are being sent.
     pub(super) is_active: bool,
+    /// The mirror of its disk has everything, but for what is being written.
+    pub(super) mirrors: bool,
+    /// The mirror has ended, with everything.
+    pub(super) mirrored: bool,
+    /// The source has stopped, and waits for its disk.
+    pub(super) is_held: bool,
     source_done_at: Option<u64>,
     destination_done_at: Option<u64>,
     failure: Option<String>,
@@ -34,6 +40,7 @@ impl Course {
                 let status = event.data["status"].as_str().unwrap_or_default();
                 match (side, status) {
                     (Side::Source, "active") => self.is_active = true,
+                    (Side::Source, "pre-switchover") => self.is_held = true,
                     (Side::Source, "completed") => self.source_done_at = at,
                     (Side::Destination, "completed") => self.destination_done_at = at,
                     (_, "failed" | "cancelled" | "postcopy-paused") => {
@@ -42,6 +49,11 @@ impl Course {
                     _ => {}
                 }
             }
+            (Side::Source, "BLOCK_JOB_READY") => self.mirrors = true,
+            (Side::Source, "BLOCK_JOB_COMPLETED") => match event.data["error"].as_str() {
+                None => self.mirrored = true,
+                Some(error) => self.fail(format!("the mirror failed: {error}")),
+            },
             (_, "SHUTDOWN" | "GUEST_PANICKED") => {
                 let reason = event.data["reason"].as_str().unwrap_or("no reason given");
                 self.fail(format!(

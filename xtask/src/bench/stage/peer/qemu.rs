@@ -15,7 +15,7 @@ use vm_runtime::command_line::{BootMode, FdNumbers, Local};
 use vm_runtime::pod::PodSpec;
 use vm_runtime::qemu::QemuBinary;
 use vm_runtime::qmp::Qmp;
-use vm_runtime::spec::{Accel, CPU, DiskSpec, KERNEL_CMDLINE, MACHINE, VmSpec};
+use vm_runtime::spec::{Accel, CPU, DiskSpec, KERNEL_CMDLINE, MACHINE, VmSpec, WritableDisk};
 use vm_runtime::units::Bytes;
 
 use super::args::{self, Memory, Shape};
@@ -47,13 +47,18 @@ impl Ground {
         self.lab.dir().join("peer")
     }
 
+    /// The file of the guest's writable disk on a node.
+    pub(super) fn writable(&self, node: Node) -> PathBuf {
+        self.dir().join(format!("disk-{}.img", node.name()))
+    }
+
     /// A node's certificates under the names that QEMU wants.
     pub(in crate::bench) fn tls_dir(&self, node: Node) -> PathBuf {
         self.dir().join(format!("tls-{}", node.name()))
     }
 
     /// The VM of a pod, as migrator would make it.
-    fn spec(&self, pod: &PodSpec) -> Result<VmSpec> {
+    fn spec(&self, pod: &PodSpec, disk_mib: u32) -> Result<VmSpec> {
         let size = std::fs::metadata(&self.disk)
             .with_context(|| format!("cannot read {}", self.disk.display()))?
             .len();
@@ -71,7 +76,15 @@ impl Ground {
                 image_digest: String::new(),
                 size: Bytes(size),
             }],
-            writable: Vec::new(),
+            writable: match disk_mib {
+                0 => Vec::new(),
+                mib => vec![WritableDisk {
+                    serial: pod::WRITABLE.to_owned(),
+                    name: "data".to_owned(),
+                    size: Bytes::mib(mib.into()),
+                    shared: None,
+                }],
+            },
             free_page_reporting: true,
             hugepages: false,
             cmdline: KERNEL_CMDLINE.to_owned(),
@@ -111,14 +124,18 @@ impl Qemu {
         tap: usize,
         memory: Memory,
         incoming: args::Incoming<'_>,
+        disk_mib: u32,
     ) -> Result<Qemu> {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let dir = ground.dir().join(number.to_string());
         std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
         let (qmp, agent) = (listener(&dir, QMP)?, listener(&dir, AGENT)?);
-        let disks = [ground.disk.clone()];
+        let writable = (disk_mib > 0).then(|| ground.writable(node));
+        let disks: Vec<PathBuf> = std::iter::once(ground.disk.clone())
+            .chain(writable.clone())
+            .collect();
         let args = args::build(
-            &ground.spec(pod)?,
+            &ground.spec(pod, disk_mib)?,
             &Local {
                 mode: BootMode::Boot,
                 fds: FdNumbers {
@@ -139,6 +156,7 @@ impl Qemu {
                 incoming,
                 tap: TAPS[tap],
                 tls: &ground.tls_dir(node),
+                writable: writable.as_deref(),
             },
         )?;
         let log = File::create(dir.join(LOG)).context("cannot make QEMU's log")?;

@@ -78,8 +78,7 @@ impl Ground {
             &image,
         ]))?;
         ground.clear(MAKER)?;
-        std::fs::write(ground.pod_file(), layout::pod(&image))
-            .context("cannot write the pod's file")?;
+        ground.make_template()?;
         Ok(ground)
     }
 
@@ -92,8 +91,32 @@ impl Ground {
         format!("{ADDRESS}:{PORT}/bench/start:1")
     }
 
-    pub(super) fn pod_file(&self) -> PathBuf {
-        self.lab.dir().join("start-pod.yaml")
+    /// Writes the pod's file; see [`layout::pod`].
+    ///
+    /// # Errors
+    /// The disk is full.
+    pub(super) fn write_pod(&self, template: bool) -> Result<PathBuf> {
+        let file = self.lab.dir().join("start-pod.yaml");
+        std::fs::write(&file, layout::pod(&self.image(), template))
+            .context("cannot write the pod's file")?;
+        Ok(file)
+    }
+
+    /// Has the node use the image before it is there.
+    ///
+    /// # Errors
+    /// The registry does not give it.
+    pub(super) fn pull(&self) -> Result<()> {
+        let pull = ["image", "pull", "--lazy", "--plain-http", "--lease", "0"];
+        cmd::output(self.lab.on(NODE).args(pull).arg(self.image())).map(drop)
+    }
+
+    /// The shape is known of a pod whose image is there: it is forgotten again.
+    fn make_template(&self) -> Result<()> {
+        self.pull()?;
+        let pod = self.write_pod(true)?;
+        cmd::output(self.lab.on(NODE).args(["template", "build"]).arg(pod))?;
+        self.forget()
     }
 
     /// Limits what the registry sends.

@@ -93,8 +93,8 @@ fn filled(folder: &str, mib: u32, noise: &mut Noise) -> Result<oci::Layer> {
     Ok(layer)
 }
 
-/// The pod's file.
-pub(super) fn pod(image: &str) -> String {
+/// The pod's file; it may start from the template of its shape, or must not.
+pub(super) fn pod(image: &str, template: bool) -> String {
     format!(
         "apiVersion: v1
 kind: Pod
@@ -102,6 +102,7 @@ metadata:
   name: {POD}
   annotations:
     migrator/ipv4: 10.77.0.42/24
+    migrator/template: \"{template}\"
 spec:
   restartPolicy: Never
   containers:
@@ -135,8 +136,10 @@ mod tests {
 
     #[test]
     fn the_pod_is_one_and_noise_is_the_same_each_time() {
-        let spec = vm_runtime::pod::PodSpec::from_yaml(&pod("10.0.0.1:5000/start:1")).unwrap();
+        let spec =
+            vm_runtime::pod::PodSpec::from_yaml(&pod("10.0.0.1:5000/start:1", false)).unwrap();
         assert_eq!(spec.containers.len(), 1);
+        assert!(spec.cold_start);
         let (mut one, mut other) = (Noise(1), Noise(1));
         assert_eq!(one.bytes(100), other.bytes(100));
         assert_ne!(one.bytes(8), other.bytes(16)[8..]);

@@ -1,7 +1,7 @@
 //! The benchmarks' load inside a guest: writes memory at a steady rate, computes, or times touches of random pages; told what
 //! to do, and asked how far it is, over UDP.
 //!
-//! Built by `rustc` alone (std, static), as the demo's echo is. `memory-load PORT MIB` fills a working set of MIB mebibytes
+//! Built by `rustc` alone (std, static), as the demo's echo is. `memory-load PORT MIB [FILE MIB]` fills a working set of MIB mebibytes
 //! with noise (nothing that compresses or is zero), and then answers. A request is `NUMBER VERB [ARGUMENT]`, its answer
 //! `NUMBER JSON`, the counters as they are then:
 //!
@@ -10,14 +10,23 @@
 //! | `idle` | nothing |
 //! | `dirty BYTES` | so many bytes a second of the set are dirtied, page after page: one word of each, which dirties it as a whole |
 //! | `spin` | loops as fast as they go; one sums up a random page of the set and writes one word of it |
+//! | `disk BYTES` | so many bytes a second of the file are written, 16 KiB at a random place each, past the guest's page cache |
+//! | `scan BYTES` | reads the file from its beginning to its end and again, so many bytes at a time, as fast as it goes |
+//! | `pick BYTES` | the same, each time at a random place |
 //! | `touch` | reads one word of a random page every 50 us, and times that read; the histogram begins anew |
 //! | `report` | as before |
+
+mod disk;
+mod histogram;
 
 use std::net::UdpSocket;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use disk::Disk;
+use histogram::Histogram;
 
 /// Words of a page of 4 KiB.
 const WORDS: usize = 512;
@@ -34,6 +43,8 @@ const BETWEEN: Duration = Duration::from_micros(50);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
     Idle,
+    Disk { bytes_per_s: u64 },
+    Read { bytes: usize, jumps: bool },
     Dirty { bytes_per_s: u64 },
     Spin,
     Touch,
@@ -43,6 +54,9 @@ impl Mode {
     fn name(self) -> &'static str {
         match self {
             Mode::Idle => "idle",
+            Mode::Disk { .. } => "disk",
+            Mode::Read { jumps: false, .. } => "scan",
+            Mode::Read { jumps: true, .. } => "pick",
             Mode::Dirty { .. } => "dirty",
             Mode::Spin => "spin",
             Mode::Touch => "touch",
@@ -59,6 +73,13 @@ fn parse(request: &str) -> Option<(u64, Option<Mode>)> {
         "dirty" => Some(Mode::Dirty {
             bytes_per_s: words.next()?.parse().ok()?,
         }),
+        "disk" => Some(Mode::Disk {
+            bytes_per_s: words.next()?.parse().ok()?,
+        }),
+        verb @ ("scan" | "pick") => Some(Mode::Read {
+            bytes: words.next()?.parse().ok().filter(of_a_read)?,
+            jumps: verb == "pick",
+        }),
         "spin" => Some(Mode::Spin),
         "touch" => Some(Mode::Touch),
         "report" => None,
@@ -67,49 +88,9 @@ fn parse(request: &str) -> Option<(u64, Option<Mode>)> {
     words.next().is_none().then_some((number, mode))
 }
 
-/// Times in buckets, 16 to each power of two: within 7 percent of the truth.
-#[derive(Clone, Debug)]
-struct Histogram(Vec<u64>);
-
-const SUB_BITS: u32 = 4;
-
-impl Histogram {
-    fn new() -> Histogram {
-        Histogram(vec![0; bucket(u64::MAX) + 1])
-    }
-
-    fn add(&mut self, ns: u64) {
-        self.0[bucket(ns)] += 1;
-    }
-
-    /// `[[upper bound in ns, count], ...]` of the buckets that hold something.
-    fn json(&self) -> String {
-        let filled = self.0.iter().enumerate().filter(|(_, count)| **count > 0);
-        let pairs: Vec<String> = filled
-            .map(|(at, count)| format!("[{},{count}]", upper(at)))
-            .collect();
-        format!("[{}]", pairs.join(","))
-    }
-}
-
-fn bucket(ns: u64) -> usize {
-    let sub = 1u64 << SUB_BITS;
-    if ns < sub {
-        return ns as usize;
-    }
-    let shift = ns.ilog2() - SUB_BITS;
-    ((u64::from(shift) + 1) * sub + (ns >> shift) - sub) as usize
-}
-
-/// The greatest number of a bucket.
-fn upper(bucket: usize) -> u64 {
-    let (bucket, sub) = (bucket as u64, 1u64 << SUB_BITS);
-    if bucket < sub {
-        return bucket;
-    }
-    let shift = bucket / sub - 1;
-    let end = u128::from(sub + bucket % sub + 1) << shift;
-    u64::try_from(end - 1).unwrap_or(u64::MAX)
+/// What O_DIRECT takes, and there is memory for.
+fn of_a_read(bytes: &usize) -> bool {
+    (1..=disk::LARGEST).contains(bytes) && bytes.is_power_of_two() && bytes.is_multiple_of(4096)
 }
 
 struct Shared {
@@ -118,6 +99,7 @@ struct Shared {
     changes: AtomicU64,
     pages: AtomicU64,
     loops: AtomicU64,
+    disk_bytes: AtomicU64,
     touches: Mutex<Histogram>,
 }
 
@@ -135,14 +117,20 @@ impl Shared {
         self.changes.fetch_add(1, Relaxed);
     }
 
+    /// So many more bytes were written to the file, or read from it.
+    fn count(&self, bytes: u64) {
+        self.disk_bytes.fetch_add(bytes, Relaxed);
+    }
+
     fn report(&self, began: Instant) -> String {
         let touches = self.touches.lock().unwrap_or_else(PoisonError::into_inner);
         format!(
-            r#"{{"mode":"{}","uptime_us":{},"pages":{},"loops":{},"touches_ns":{}}}"#,
+            r#"{{"mode":"{}","uptime_us":{},"pages":{},"loops":{},"disk_bytes":{},"touches_ns":{}}}"#,
             self.mode().name(),
             began.elapsed().as_micros(),
             self.pages.load(Relaxed),
             self.loops.load(Relaxed),
+            self.disk_bytes.load(Relaxed),
             touches.json(),
         )
     }
@@ -171,7 +159,8 @@ fn next(state: &mut u64) -> u64 {
     *state
 }
 
-fn work(set: &Set, shared: &Shared) {
+fn work(set: &Set, disk: Option<Disk>, shared: &Shared) {
+    let mut disk = disk;
     let mut random = 88_172_645_463_325_252;
     let mut at = 0;
     loop {
@@ -179,6 +168,12 @@ fn work(set: &Set, shared: &Shared) {
         let same = || shared.changes.load(Relaxed) == change;
         match shared.mode() {
             Mode::Idle => std::thread::sleep(10 * TICK),
+            Mode::Disk { bytes_per_s } => use_disk(&mut disk, shared, |disk| {
+                disk.write(bytes_per_s, same, |bytes| shared.count(bytes))
+            }),
+            Mode::Read { bytes, jumps } => use_disk(&mut disk, shared, |disk| {
+                disk.read(bytes, jumps, same, |bytes| shared.count(bytes))
+            }),
             Mode::Dirty { bytes_per_s } => dirty(set, shared, bytes_per_s, &mut at, same),
             Mode::Spin => {
                 while same() {
@@ -194,6 +189,22 @@ fn work(set: &Set, shared: &Shared) {
                 }
             }
         }
+    }
+}
+
+/// What fails ends the work: its counter stands still then.
+fn use_disk(
+    disk: &mut Option<Disk>,
+    shared: &Shared,
+    work: impl FnOnce(&mut Disk) -> std::io::Result<()>,
+) {
+    let done = match disk {
+        Some(disk) => work(disk),
+        None => Err(std::io::Error::other("there is no file")),
+    };
+    if let Err(error) = done {
+        eprintln!("memory-load: the file: {error}");
+        shared.set(Mode::Idle);
     }
 }
 
@@ -250,8 +261,18 @@ fn main() -> ExitCode {
     let port: Option<u16> = args.next().and_then(|text| text.parse().ok());
     let mib: Option<usize> = args.next().and_then(|text| text.parse().ok());
     let (Some(port), Some(mib @ 1..)) = (port, mib) else {
-        eprintln!("usage: memory-load PORT MIB");
+        eprintln!("usage: memory-load PORT MIB [FILE MIB]");
         return ExitCode::from(2);
+    };
+    let disk = match (args.next(), args.next().and_then(|text| text.parse().ok())) {
+        (Some(path), Some(mib @ 1..)) => match Disk::filled(&path, mib) {
+            Ok(disk) => Some(disk),
+            Err(error) => {
+                eprintln!("memory-load: cannot fill {path}: {error}");
+                return ExitCode::FAILURE;
+            }
+        },
+        _ => None,
     };
     let began = Instant::now();
     let set = Set::filled(mib);
@@ -267,10 +288,11 @@ fn main() -> ExitCode {
         changes: AtomicU64::new(0),
         pages: AtomicU64::new(0),
         loops: AtomicU64::new(0),
+        disk_bytes: AtomicU64::new(0),
         touches: Mutex::new(Histogram::new()),
     });
     let worker = Arc::clone(&shared);
-    std::thread::spawn(move || work(&set, &worker));
+    std::thread::spawn(move || work(&set, disk, &worker));
     println!("memory-load: port {port}, {mib} MiB");
     let mut request = [0; 128];
     let mut last = None;
@@ -306,6 +328,13 @@ mod tests {
             bytes_per_s: 20_000_000,
         };
         assert_eq!(parse("8 dirty 20000000\n"), Some((8, Some(dirty))));
+        let disk = Mode::Disk { bytes_per_s: 5 };
+        assert_eq!(parse("8 disk 5"), Some((8, Some(disk))));
+        let pick = Mode::Read {
+            bytes: 4096,
+            jumps: true,
+        };
+        assert_eq!(parse("8 pick 4096"), Some((8, Some(pick))));
         assert_eq!(parse("9 report"), Some((9, None)));
         for junk in [
             "",
@@ -313,36 +342,14 @@ mod tests {
             "idle",
             "7 dirty",
             "7 dirty x",
+            "7 scan 0",
+            "7 scan 2097152",
+            "7 pick 1000",
             "7 idle now",
             "x idle",
             "7 jump",
         ] {
             assert_eq!(parse(junk), None, "{junk}");
         }
-    }
-
-    #[test]
-    fn every_time_is_in_a_bucket_whose_bounds_hold_it_closely() {
-        let mut last = 0;
-        for ns in
-            (0..4096).chain((12..64).flat_map(|bit| [(1 << bit) - 1, 1 << bit, 5 << (bit - 2)]))
-        {
-            let at = bucket(ns);
-            assert!(upper(at) >= ns, "{ns}");
-            assert!(at == 0 || upper(at - 1) < ns, "{ns}");
-            assert!(upper(at) as f64 <= ns as f64 * 1.07, "{ns}");
-            last = last.max(at);
-        }
-        assert_eq!(last, bucket(1 << 63) + 4);
-        assert_eq!(upper(bucket(u64::MAX)), u64::MAX);
-    }
-
-    #[test]
-    fn a_histogram_names_what_it_holds() {
-        let mut histogram = Histogram::new();
-        for ns in [3, 3, 1000] {
-            histogram.add(ns);
-        }
-        assert_eq!(histogram.json(), "[[3,2],[1023,1]]");
     }
 }
