@@ -5,6 +5,7 @@ pub mod inbox;
 pub mod jobs;
 pub mod lab;
 pub mod large_pages;
+pub mod moments;
 pub mod netns;
 pub mod packet;
 pub mod programs;

@@ -110,12 +110,12 @@ impl Netlink {
     ) -> Result<(), NetlinkError> {
         let link = self.require(name).await?;
         self.make_silent(name, link.index).await?;
-        // 0xfe and 0xfa: locally administered, unicast; not the guest's own in any case.
-        let [first, rest @ ..] = mac;
-        let high = if first == 0xfe { 0xfa } else { 0xfe };
-        let [b, c, d, e, f] = rest;
+        // Locally administered, unicast, not the guest's own in any case, and about as high as can be: a bridge that nobody has given an
+        // address takes the lowest of its ports, and must not take this one.
+        let [a, b, c, d, e, f] = mac;
+        let second = if (a, b) == (0xfe, 0xff) { 0xfe } else { 0xff };
         let message = quiet(link.index, bridge.mtu)
-            .address(vec![high, b, c, d, e, f])
+            .address(vec![0xfe, second, c, d, e, f])
             .controller(bridge.index)
             .build();
         self.set(name, message).await?;

@@ -179,6 +179,9 @@ pub(crate) fn image(dir: &Path) {
         "root:x:0:\nweb:x:102:\nextra:x:7:web\n",
     )
     .expect("written");
+    // As /var/run is in many images.
+    fs::create_dir(tree.join("behind")).expect("made");
+    symlink("behind", tree.join("link")).expect("linked");
     let out = dir.join("img0.erofs");
     let made = Command::new("mkfs.erofs")
         .arg(&out)

@@ -33,11 +33,13 @@ fn strict() -> ContainerSettings {
         drop_capabilities: u64::MAX >> 23,
         no_new_privileges: true,
         read_only_root: true,
-        memory_mounts: vec![MemoryMount {
-            volume: "scratch".into(),
-            path: "/scratch".into(),
-            read_only: false,
-        }],
+        memory_mounts: ["/scratch", "/link"]
+            .map(|path| MemoryMount {
+                volume: "scratch".into(),
+                path: path.into(),
+                read_only: false,
+            })
+            .to_vec(),
         ..ContainerSettings::default()
     }
 }
@@ -253,6 +255,14 @@ async fn as_every_runtime_has_it(client: &AgentClient) {
     ] {
         assert!(mounts.contains(wanted), "{wanted}: {mounts}");
     }
+    // Each container has them for itself.
+    let writes = "ls -l /dev/null | awk '{print $1}'; echo x > /dev/mine; echo x > /dev/shm/mine; ls /dev/mine /dev/shm/mine";
+    assert_eq!(
+        run(client, "plain", writes).await,
+        "crw-rw-rw-\n/dev/mine\n/dev/shm/mine\n"
+    );
+    let other = "ls -d /dev/mine /dev/shm/* 2>&1 | grep -c 'No such file'";
+    assert_eq!(run(client, "polite", other).await, "2\n");
 }
 
 async fn with_few_rights(client: &AgentClient) {
@@ -268,4 +278,6 @@ async fn with_few_rights(client: &AgentClient) {
     let (out, err, _) = crate::harness::collect(exec.expect("starts")).await;
     assert_eq!(out, "x\nfull\n", "{err}");
     assert!(err.contains("/new: Read-only file system"), "{err}");
+    let behind = "cat /link/small /behind/small";
+    assert_eq!(run(client, "strict", behind).await, "x\nx\n");
 }

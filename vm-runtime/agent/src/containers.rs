@@ -155,13 +155,13 @@ impl Container {
         {
             // An open namespace keeps its mounts.
             drop(namespaces);
-            self.put_away(layer, &root)?;
+            self.put_away(layer, root)?;
         }
         let root = disks::prepare_root(&self.spec.name, &self.spec.disk, layer).map_err(failed)?;
         let started = self.start_on(root, pod, storage);
         let pid = started.or_else(|(failure, root)| {
             // The next time begins with the image as it is, too.
-            self.put_away(layer, &root).and(Err(failure))
+            self.put_away(layer, root).and(Err(failure))
         })?;
         (self.exit, self.reported, self.kill_at) = (None, false, None);
         let health = Health::new(&self.settings, now);
@@ -171,7 +171,7 @@ impl Container {
     }
 
     /// Takes away what a run has written outside of volumes.
-    fn put_away(&self, layer: Option<&str>, root: &Root) -> Result<(), Failure> {
+    fn put_away(&self, layer: Option<&str>, root: Root) -> Result<(), Failure> {
         let old = disks::put_away(&self.spec.name, layer, root).map_err(failed)?;
         // Beside the agent, which serves others meanwhile; what is left is in nobody's way.
         checks::helper(move || fs::remove_dir_all(old).is_ok()).ok();
@@ -243,6 +243,7 @@ impl Container {
             stdio: streams.stdio,
         }
         .run()?;
+        root.devices.taken().map_err(failed)?;
         Ok((pid, cgroup, namespaces, env, streams.stdin))
     }
 
@@ -310,7 +311,7 @@ impl Container {
         {
             // An open namespace keeps its mounts.
             drop(namespaces);
-            disks::let_go(&root);
+            disks::let_go(root);
         }
     }
 

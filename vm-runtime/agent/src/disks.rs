@@ -14,6 +14,7 @@ use guest_agent::protocol::settings::{MemoryMount, MemoryVolume};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::boot::mount_at;
+use crate::furniture::{self, Devices};
 
 /// How long a disk may take to show up after the driver was loaded.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -23,8 +24,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub(crate) struct Root {
     /// The overlay: image below, a disk or guest memory above.
     pub(crate) path: PathBuf,
-    /// The container's own devpts instance. Nothing in the container can put another file in its place.
-    pub(crate) pts: CString,
+    /// The container's own `/dev`.
+    pub(crate) devices: Devices,
 }
 
 /// A volume, mounted by the agent for containers to get a copy of that.
@@ -96,7 +97,7 @@ pub(crate) fn prepare_root(container: &str, disk: &str, layer: Option<&str>) -> 
         fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
         Ok(path.to_string_lossy().into_owned())
     };
-    let (root, pts) = (dir("root")?, dir("pts")?);
+    let root = dir("root")?;
     let (upper, work) = match layer {
         None => (dir("upper")?, dir("work")?),
         Some(layer) => {
@@ -114,26 +115,18 @@ pub(crate) fn prepare_root(container: &str, disk: &str, layer: Option<&str>) -> 
         image.display()
     );
     mount_at("overlay", &root, "overlay", MsFlags::empty(), &options)?;
-    let quiet = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
-    mount_at(
-        "devpts",
-        &pts,
-        "devpts",
-        quiet,
-        "newinstance,ptmxmode=0666,mode=0620,gid=5",
-    )?;
+    furniture::sysfs()?;
     Ok(Root {
         path: root.into(),
-        pts: CString::new(pts).context("a container's name with a NUL")?,
+        devices: Devices::get()?,
     })
 }
 
 /// Puts away what an earlier run of a container has written outside of volumes: each run begins with the image as it is. Returns
 /// the folder, to be removed.
-pub(crate) fn put_away(container: &str, layer: Option<&str>, root: &Root) -> Result<PathBuf> {
-    let detach = |path: &Path| umount2(path, MntFlags::MNT_DETACH);
-    detach(&root.path).context("unmounting the root of before")?;
-    detach(Path::new(&*root.pts.to_string_lossy())).context("unmounting its terminals")?;
+pub(crate) fn put_away(container: &str, layer: Option<&str>, root: Root) -> Result<PathBuf> {
+    root.devices.remove();
+    umount2(&root.path, MntFlags::MNT_DETACH).context("unmounting the root of before")?;
     let base = match layer {
         None => PathBuf::from("/containers").join(container),
         Some(layer) => mount_writable(layer)?.join(container),
@@ -228,7 +221,8 @@ fn mount_writable(disk: &str) -> Result<PathBuf> {
 }
 
 /// Unmounts a container's root.
-pub(crate) fn let_go(root: &Root) {
+pub(crate) fn let_go(root: Root) {
+    root.devices.remove();
     umount2(&root.path, MntFlags::empty()).ok();
 }
 

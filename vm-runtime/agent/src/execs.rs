@@ -35,12 +35,11 @@ pub(crate) struct Exec {
 
 /// A new terminal of a container: its master, and its slave.
 pub(crate) fn open_terminal(root: &Root, rows: u16, cols: u16) -> Result<(File, OwnedFd), Failure> {
-    let ptmx = format!("{}/ptmx", root.pts.to_string_lossy());
     let master = OpenOptions::new()
         .read(true)
         .write(true)
         .custom_flags(libc::O_NOCTTY | libc::O_CLOEXEC)
-        .open(ptmx)
+        .open(root.devices.ptmx())
         .map_err(failed)?;
     let slave = sys::open_slave(master.as_fd()).map_err(failed)?;
     sys::resize_terminal(master.as_fd(), rows, cols).map_err(failed)?;

@@ -13,7 +13,7 @@ use guest_agent::protocol::message::Identity;
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
 
-use crate::{disks, network, stats, sys};
+use crate::{disks, furniture, network, stats, sys};
 
 /// What containers find as [`PRODUCT_UUID`], if it is there.
 pub(crate) const OWN_UUID: &str = "/run/product_uuid";
@@ -44,9 +44,10 @@ pub(crate) fn take(identity: &Identity) -> Result<()> {
 
 /// Gives memory back that is not needed. What was in free pages before is gone: the host keeps no page of zeros.
 pub(crate) fn settle() -> Result<()> {
-    // Before caches are dropped: what these look up, guests that start from this one need not.
+    // Before caches are dropped: what these look up and make, guests that start from this one need not.
     network::prepare()?;
     disks::prepare()?;
+    furniture::prepare()?;
     nix::unistd::sync();
     for (path, value) in [
         ("/proc/sys/vm/drop_caches", "3"),

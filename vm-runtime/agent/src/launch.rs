@@ -164,11 +164,11 @@ impl Launch<'_> {
             } => {
                 // Only now: the new namespace begins where the process is, and it was born into the container's cgroup.
                 unshare(CloneFlags::CLONE_NEWCGROUP).context("making a cgroup namespace")?;
-                let pts = sys::clone_mount(&root.pts).context("copying the mount of /dev/pts")?;
+                let furniture = rootfs::Furniture::copy(&root.devices)?;
                 let volumes = rootfs::Volumes::copy(volumes)?;
                 let disguise = rootfs::Disguise::copy()?;
                 sethostname(&pod.hostname).context("setting the host name")?;
-                rootfs::enter(&root.path, &pts)?;
+                rootfs::enter(&root.path, furniture)?;
                 disguise.put_on()?;
                 volumes.attach()?;
                 etc::write(pod)?;

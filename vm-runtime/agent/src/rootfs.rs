@@ -3,52 +3,61 @@
 //! The root is changed first and everything else is mounted inside, so that a symlink in an image
 //! (`/proc -> ...`) can only lead to other places in the same image.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::fs::{self, Permissions};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::stat::{Mode, SFlag, makedev, mknod, umask};
+use nix::sys::stat::{Mode, umask};
 use nix::unistd::{chdir, pivot_root};
 
 use crate::boot::mount_at;
 use crate::disks::Volume;
+use crate::furniture::{self, Devices};
 use crate::identity::{OWN_UUID, PRODUCT_UUID};
 use crate::sys;
 
 /// Files of /proc that act on the whole guest: read-only, as every container runtime has it.
 const READ_ONLY: &[&str] = &["bus", "fs", "irq", "sys", "sysrq-trigger"];
 
-/// What tells too much: files behind /dev/null, folders behind an empty one; the same list as containerd's.
+/// What of it tells too much, the same list as containerd's: a file is put behind /dev/null, a folder behind an empty one.
 const HIDDEN: &[&str] = &[
-    "/proc/acpi",
-    "/proc/asound",
-    "/proc/kcore",
-    "/proc/keys",
-    "/proc/latency_stats",
-    "/proc/sched_debug",
-    "/proc/scsi",
-    "/proc/timer_list",
-    "/proc/timer_stats",
-    "/sys/devices/virtual/powercap",
-    "/sys/firmware",
+    "acpi",
+    "asound",
+    "kcore",
+    "keys",
+    "latency_stats",
+    "sched_debug",
+    "scsi",
+    "timer_list",
+    "timer_stats",
 ];
 
-/// (name, major, minor), Documentation/admin-guide/devices.txt.
-const DEVICES: &[(&str, u64, u64)] = &[
-    ("null", 1, 3),
-    ("zero", 1, 5),
-    ("full", 1, 7),
-    ("random", 1, 8),
-    ("urandom", 1, 9),
-    ("tty", 5, 0),
-];
+/// Copies of what stands ready for containers.
+pub(crate) struct Furniture {
+    dev: OwnedFd,
+    sys: OwnedFd,
+}
+
+impl Furniture {
+    /// Before the root is changed.
+    pub(crate) fn copy(devices: &Devices) -> Result<Self> {
+        let copy = |path: &CStr| {
+            let copy = sys::clone_mounts(path);
+            copy.with_context(|| format!("copying the mounts of {}", path.to_string_lossy()))
+        };
+        Ok(Self {
+            dev: copy(devices.path())?,
+            sys: copy(furniture::SYS)?,
+        })
+    }
+}
 
 /// Enters `root` and mounts what a program expects. The process is alone in new mount and PID namespaces.
-pub(crate) fn enter(root: &Path, pts: &OwnedFd) -> Result<()> {
+pub(crate) fn enter(root: &Path, furniture: Furniture) -> Result<()> {
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     mount(None::<&str>, "/", None::<&str>, private, None::<&str>)
         .context("making the mounts private")?;
@@ -58,19 +67,18 @@ pub(crate) fn enter(root: &Path, pts: &OwnedFd) -> Result<()> {
     umount2(".", MntFlags::MNT_DETACH).context("leaving the old root")?;
     chdir("/").context("entering the new root")?;
     umask(Mode::empty());
-    let result = furnish(pts);
+    let result = furnish(&furniture);
     umask(Mode::S_IWGRP | Mode::S_IWOTH);
     result
 }
 
-fn furnish(pts: &OwnedFd) -> Result<()> {
-    let plain = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
-    let sealed = plain | MsFlags::MS_NODEV;
+fn furnish(furniture: &Furniture) -> Result<()> {
+    let sealed = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC | MsFlags::MS_NODEV;
     for dir in ["/proc", "/sys", "/dev", "/tmp"] {
         make_dir(dir, if dir == "/tmp" { 0o1777 } else { 0o755 })?;
     }
     mount_at("proc", "/proc", "proc", sealed, "")?;
-    mount_at("sysfs", "/sys", "sysfs", sealed | MsFlags::MS_RDONLY, "")?;
+    sys::attach_mount(furniture.sys.as_fd(), c"/sys").context("attaching /sys")?;
     // Its own cgroup is the root of what it sees: its limits, and what it uses of them.
     mount_at(
         "cgroup2",
@@ -79,34 +87,8 @@ fn furnish(pts: &OwnedFd) -> Result<()> {
         sealed | MsFlags::MS_RDONLY,
         "",
     )?;
-    mount_at(
-        "tmpfs",
-        "/dev",
-        "tmpfs",
-        plain,
-        "mode=0755,size=64k,nr_inodes=1k",
-    )?;
-    for dir in ["/dev/pts", "/dev/shm", "/dev/mqueue"] {
-        make_dir(dir, 0o755)?;
-    }
-    sys::attach_mount(std::os::fd::AsFd::as_fd(pts), c"/dev/pts").context("attaching /dev/pts")?;
-    mount_at("shm", "/dev/shm", "tmpfs", sealed, "mode=1777,size=64m")?;
+    sys::attach_mount(furniture.dev.as_fd(), c"/dev").context("attaching /dev")?;
     mount_at("mqueue", "/dev/mqueue", "mqueue", sealed, "")?;
-    for (name, major, minor) in DEVICES {
-        let path = format!("/dev/{name}");
-        let mode = Mode::from_bits_truncate(0o666);
-        mknod(path.as_str(), SFlag::S_IFCHR, mode, makedev(*major, *minor))
-            .with_context(|| format!("making {path}"))?;
-    }
-    for (target, link) in [
-        ("/proc/self/fd", "/dev/fd"),
-        ("/proc/self/fd/0", "/dev/stdin"),
-        ("/proc/self/fd/1", "/dev/stdout"),
-        ("/proc/self/fd/2", "/dev/stderr"),
-        ("pts/ptmx", "/dev/ptmx"),
-    ] {
-        symlink(target, link).with_context(|| format!("making {link}"))?;
-    }
     for name in READ_ONLY {
         let path = format!("/proc/{name}");
         if !Path::new(&path).exists() {
@@ -123,13 +105,14 @@ fn furnish(pts: &OwnedFd) -> Result<()> {
         )
         .with_context(|| format!("making {path} read-only"))?;
     }
-    for path in HIDDEN {
-        match fs::metadata(path) {
+    for name in HIDDEN {
+        let path = format!("/proc/{name}");
+        match fs::metadata(&path) {
             Ok(found) if found.is_dir() => {
                 let flags = sealed | MsFlags::MS_RDONLY;
-                mount_at("tmpfs", path, "tmpfs", flags, "size=0")?;
+                mount_at("tmpfs", &path, "tmpfs", flags, "size=0")?;
             }
-            Ok(_) => bind("/dev/null", path)?,
+            Ok(_) => bind("/dev/null", &path)?,
             Err(_) => {}
         }
     }
@@ -176,7 +159,7 @@ impl<'a> Volumes<'a> {
             let path = volume.path.as_str();
             make_dir(path, 0o755)?;
             let target = CString::new(path).context("a path with a NUL in it")?;
-            sys::attach_mount(std::os::fd::AsFd::as_fd(&mount), &target)
+            sys::attach_mount(mount.as_fd(), &target)
                 .with_context(|| format!("attaching the volume at {path}"))?;
             if volume.read_only {
                 let flags = MsFlags::MS_BIND
@@ -214,7 +197,7 @@ impl Disguise {
         };
         let sealed = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC | MsFlags::MS_NODEV;
         let target = CString::new(PRODUCT_UUID).context("a path with a NUL in it")?;
-        sys::attach_mount(std::os::fd::AsFd::as_fd(&mount), &target)
+        sys::attach_mount(mount.as_fd(), &target)
             .with_context(|| format!("attaching the VM's UUID at {PRODUCT_UUID}"))?;
         let flags = sealed | MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
         mount_nothing(PRODUCT_UUID, flags)

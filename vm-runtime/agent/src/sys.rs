@@ -107,7 +107,16 @@ pub(crate) fn default_signals() {
 
 /// Makes a copy of the mount at `path` that is attached nowhere (open_tree(2)).
 pub(crate) fn clone_mount(path: &CStr) -> io::Result<OwnedFd> {
-    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
+    open_tree(path, libc::OPEN_TREE_CLONE)
+}
+
+/// The same with everything that is mounted in it.
+pub(crate) fn clone_mounts(path: &CStr) -> io::Result<OwnedFd> {
+    open_tree(path, libc::OPEN_TREE_CLONE | libc::AT_RECURSIVE as u32)
+}
+
+fn open_tree(path: &CStr, flags: u32) -> io::Result<OwnedFd> {
+    let flags = flags | libc::OPEN_TREE_CLOEXEC;
     // SAFETY: `path` is NUL-terminated and outlives the call.
     let fd =
         check(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) })?;
@@ -115,7 +124,7 @@ pub(crate) fn clone_mount(path: &CStr) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
-/// Attaches a mount made by [`clone_mount`] at `path` (move_mount(2)).
+/// Attaches a mount made by [`clone_mount`] at `path`, or where a symlink there leads (move_mount(2)).
 pub(crate) fn attach_mount(mount: BorrowedFd<'_>, path: &CStr) -> io::Result<()> {
     // SAFETY: both paths are NUL-terminated and outlive the call; the descriptor is borrowed for it.
     check(unsafe {
@@ -125,7 +134,7 @@ pub(crate) fn attach_mount(mount: BorrowedFd<'_>, path: &CStr) -> io::Result<()>
             c"".as_ptr(),
             libc::AT_FDCWD,
             path.as_ptr(),
-            libc::MOVE_MOUNT_F_EMPTY_PATH,
+            libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_SYMLINKS,
         )
     })
     .map(drop)
