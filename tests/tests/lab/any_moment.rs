@@ -112,7 +112,7 @@ fn a_destination_killed_at_any_moment_costs_no_packet() -> Result<()> {
 #[test]
 fn a_destination_killed_around_the_switchover_costs_a_routed_pod_no_packet() -> Result<()> {
     let test = TestLab::with_pod_as(Topology::Routed)?;
-    destination_killed(test, &around_the_switchover())
+    destination_killed(test, &moments::some(&around_the_switchover(), 1))
 }
 
 fn destination_killed(mut test: TestLab, moments: &[Moment]) -> Result<()> {
@@ -140,7 +140,7 @@ fn a_source_killed_at_any_moment_costs_no_packet() -> Result<()> {
 #[test]
 fn a_source_killed_around_the_switchover_costs_a_routed_pod_no_packet() -> Result<()> {
     let test = TestLab::with_pod_as(Topology::Routed)?;
-    source_killed(test, &around_the_switchover())
+    source_killed(test, &moments::some(&around_the_switchover(), 0))
 }
 
 fn source_killed(mut test: TestLab, moments: &[Moment]) -> Result<()> {
