@@ -70,7 +70,8 @@ fn a_pod_runs_from_a_registry_and_its_image_goes_when_nobody_needs_it() -> Resul
     ensure!(cleared(&test, &[])?.contains(&image));
     let list = test.succeeds(Node::A, &["image", "ls"])?;
     ensure!(!list.contains(&image), "{list}");
-    Ok(())
+    drop(registry);
+    test.end()
 }
 
 #[test]
@@ -134,5 +135,7 @@ fn a_pod_starts_before_its_image_is_there() -> Result<()> {
         })
     });
     ensure!(whole, "the image is not filled");
-    test.succeeds(Node::A, &["stop", POD]).map(drop)
+    test.succeeds(Node::A, &["stop", POD])?;
+    drop(registry);
+    test.end()
 }

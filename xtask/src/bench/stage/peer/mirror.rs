@@ -18,13 +18,15 @@ const PORT: &str = "7791";
 const JOB: &str = "mirror";
 const TARGET: &str = "target0";
 /// Those of our own disks: migrator/src/block/mkfs.rs.
-const MKE2FS: [&str; 8] = [
+const MKE2FS: [&str; 10] = [
     "-q",
     "-F",
     "-t",
     "ext4",
     "-m",
     "0",
+    "-e",
+    "remount-ro",
     "-E",
     "lazy_itable_init=1,lazy_journal_init=1,nodiscard",
 ];
