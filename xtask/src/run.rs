@@ -31,6 +31,8 @@ const CALM: Duration = Duration::from_secs(2);
 
 /// Counters of the sockets in a thread's network namespace.
 const SOCKETS: &str = "/proc/thread-self/net/snmp";
+/// What its devices dropped.
+const DEVICES: &str = "/proc/thread-self/net/dev";
 
 /// Bytes; a larger file is no log that one would read.
 const LOG_LIMIT: u64 = 4 << 20;
@@ -237,27 +239,40 @@ fn act(lab: &Lab, image: &Path, moves: u32, verify: bool) -> Result<Report> {
     })
 }
 
-/// Where a packet may have been dropped that the gates have booked as delivered: the sockets at either end.
+/// Where a packet may have been dropped that the gates have booked as delivered: the sockets at either end, and the guest's device.
 fn tell_drops(lab: &Lab, at: Node) {
-    let mut guest = lab.on(at);
-    guest.args(["exec", POD, "--container", "echo", "--", "cat", SOCKETS]);
     let client = netns::within(&lab.client(), || Ok(std::fs::read_to_string(SOCKETS)?));
-    for (whose, counters) in [("guest", cmd::output(&mut guest)), ("client", client)] {
-        match counters.as_deref().map(udp_drops) {
-            Ok(Some(drops)) => println!("demo: the {whose}'s UDP sockets dropped {drops} packets"),
+    let guest = |file| {
+        let mut cat = lab.on(at);
+        cmd::output(cat.args(["exec", POD, "--container", "echo", "--", "cat", file]))
+    };
+    for (whose, counters) in [("guest", guest(SOCKETS)), ("client", client)] {
+        match counters.as_deref().map(udp_errors) {
+            Ok(Some(errors)) => println!("demo: the {whose}'s UDP sockets tell of {errors}"),
             Ok(None) | Err(_) => println!("demo: the {whose} does not tell its UDP drops"),
         }
     }
+    let devices = guest(DEVICES).unwrap_or_else(|error| format!("{error:#}"));
+    println!("demo: the guest's devices:\n{devices}");
+    match cmd::output(lab.on(at).args(["net", "show", POD])) {
+        Ok(text) => println!("demo: its packets, by node {}:\n{text}", at.name()),
+        Err(error) => println!(
+            "demo: node {} does not tell of its packets: {error:#}",
+            at.name()
+        ),
+    }
 }
 
-/// `RcvbufErrors` of the UDP line in /proc/net/snmp.
-fn udp_drops(snmp: &str) -> Option<u64> {
+/// The errors of the UDP line in /proc/net/snmp: all columns but those of datagrams that came and went.
+fn udp_errors(snmp: &str) -> Option<String> {
     let mut lines = snmp.lines().filter_map(|line| line.strip_prefix("Udp: "));
     let (names, values) = (lines.next()?, lines.next()?);
-    let column = names
-        .split_whitespace()
-        .position(|name| name == "RcvbufErrors")?;
-    values.split_whitespace().nth(column)?.parse().ok()
+    let errors = names.split_whitespace().zip(values.split_whitespace());
+    let errors = errors.filter(|(name, _)| !name.ends_with("Datagrams"));
+    let errors: Vec<String> = errors
+        .map(|(name, value)| format!("{name} {value}"))
+        .collect();
+    (!errors.is_empty()).then(|| errors.join(", "))
 }
 
 fn tell(report: &MigrationReport) {
@@ -370,10 +385,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn drops_are_found_by_their_column() {
-        let snmp = "Ip: Forwarding\nIp: 1\nUdp: InDatagrams NoPorts RcvbufErrors SndbufErrors\nUdp: 9 8 7 6\n";
-        assert_eq!(udp_drops(snmp), Some(7));
-        assert_eq!(udp_drops("Udp: InDatagrams\nUdp: 1\n"), None);
-        assert_eq!(udp_drops(""), None);
+    fn errors_are_told_by_their_columns() {
+        let snmp = "Ip: Forwarding\nIp: 1\nUdp: InDatagrams NoPorts RcvbufErrors OutDatagrams\nUdp: 9 8 7 6\n";
+        assert_eq!(
+            udp_errors(snmp).as_deref(),
+            Some("NoPorts 8, RcvbufErrors 7")
+        );
+        assert_eq!(udp_errors("Udp: InDatagrams\nUdp: 1\n"), None);
+        assert_eq!(udp_errors(""), None);
     }
 }

@@ -6,7 +6,7 @@
 //!   uplink --------------> TAP                   [uplink]: the fast way for small packets, where nothing is to be overtaken
 //!   bridge --> [gate] --> TAP --> guest          [guard]: what the guest sends, only where it may run
 //!  or routes      |        ^
-//!                 v        | inject: packet socket, past qdisc and gate
+//!                 v        | inject: packet socket, marked for the gate
 //!               park --> dataplane thread ==log==> wire ==> the other node's dataplane thread
 //! ```
 //!

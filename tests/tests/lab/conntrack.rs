@@ -116,7 +116,7 @@ fn a_connection_lives_on_at_a_node_that_drops_what_it_does_not_know() -> Result<
     run(&test, Node::A, "conntrack -F", "")?;
     let dead = connection.lives_on();
     ensure!(dead.is_err(), "the rules let everything through");
-    Ok(())
+    test.end()
 }
 
 /// Flows of one question each, one after the other.

@@ -80,13 +80,14 @@ fn a_full_log_is_told_and_everything_is_delivered_when_the_move_is_aborted() -> 
     let (_log, overflows) = hold(&stage, OnOverflow::Abort)?;
     let overflow = wait(&stage, overflows)??;
     ensure!(overflow == Some(Overflow::Log(SMALL)), "{overflow:?}");
-    // It is kept to the frame that passed the limit, and the rest waits in the park.
+    // It is kept to the frame that passed the limit, and the rest waits in the park. A probe takes 100 bytes of it, and what the kernel
+    // says of itself now and then (multicast groups, neighbours) somewhat more.
     stage.sender.wait_for(10_000)?;
     let port = stage.at_a.clone();
     let facts = stage.lab.a.call(async move { port.facts().await })??;
     let kept = facts.waits.backlog.log_bytes;
     ensure!(
-        (SMALL.bytes_per_pod..SMALL.bytes_per_pod + 100).contains(&kept),
+        (SMALL.bytes_per_pod..SMALL.bytes_per_pod + 200).contains(&kept),
         "{kept}"
     );
     ensure!(facts.waits.park_frames > 0, "{facts:?}");

@@ -243,7 +243,7 @@ impl Container {
             stdio: streams.stdio,
         }
         .run()?;
-        root.devices.taken().map_err(failed)?;
+        root.devices.taken();
         Ok((pid, cgroup, namespaces, env, streams.stdin))
     }
 
