@@ -17,6 +17,9 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
 };
 
+/// Which CPUs a new device hands what it receives to.
+const RPS_SYSCTL: &str = "net/core/rps_default_mask";
+
 /// Fails the test unless it runs as root: a skipped test of the dataplane proves nothing.
 ///
 /// # Panics
@@ -49,6 +52,31 @@ impl Netns {
         let netns = Self { fd };
         netns.ip("link set lo up")?;
         Ok(netns)
+    }
+
+    /// One with a bridge, `sw0`, that hands every frame on in the order in which it came, see [`keeps_order`](Self::keeps_order).
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn switch() -> anyhow::Result<Self> {
+        let switch = Self::new()?;
+        switch.keeps_order()?;
+        switch.ip("link add sw0 type bridge forward_delay 0")?;
+        switch.ip("link set sw0 up")?;
+        Ok(switch)
+    }
+
+    /// What is received by devices that are made inside from now on waits in the queue of one CPU, as frames of one flow wait in one queue of a
+    /// NIC. A veth has them wait where their sender ran, so one that the scheduler moves overtakes itself, before anything of ours has seen the
+    /// frames.
+    ///
+    /// # Errors
+    /// The kernel refuses. One before 6.3 has no such setting: nothing is done.
+    pub fn keeps_order(&self) -> anyhow::Result<()> {
+        match Path::new("/proc/sys").join(RPS_SYSCTL).exists() {
+            true => self.sysctl(RPS_SYSCTL, "1"),
+            false => Ok(()),
+        }
     }
 
     /// A path that `ip link set ... netns` takes.

@@ -105,8 +105,10 @@ impl Connection {
 /// The kernel refuses.
 pub fn world(switch: &Netns) -> anyhow::Result<Netns> {
     let world = Netns::new()?;
-    world.ip("link add eth0 type veth peer name p9")?;
-    world.ip(&format!("link set p9 netns {}", switch.path().display()))?;
+    world.ip(&format!(
+        "link add eth0 type veth peer name p9 netns {}",
+        switch.path().display()
+    ))?;
     switch.ip("link set p9 master sw0 up")?;
     world.ip("link set eth0 up")?;
     world.ip("addr add 10.78.0.9/24 dev eth0")?;

@@ -21,8 +21,12 @@ use crate::{netns, sched};
 const PAYLOAD: usize = 64;
 /// Receive buffer in bytes: seconds of answers in one burst must not be lost here.
 const BUFFER: usize = 32 << 20;
-/// How long answers are awaited after the last packet.
-const LINGER: Duration = Duration::from_secs(2);
+/// How long the next answer is awaited after the last packet, or after the last answer: a guest that is behind gives them all the same.
+const SILENCE: Duration = Duration::from_secs(2);
+/// The same once every packet is answered: what comes then is a double.
+const QUIET: Duration = Duration::from_millis(500);
+/// How long answers are awaited at all.
+const LINGER: Duration = Duration::from_secs(30);
 
 /// A running probe.
 pub struct Probe {
@@ -250,14 +254,20 @@ fn receive(socket: &UdpSocket, nonce: u64, stop: &AtomicBool, live: &Live) -> Ve
     let mut answers = Vec::with_capacity(1 << 20);
     let mut packet = [0; PAYLOAD];
     let mut control = nix::cmsg_space!(TimeSpec);
-    let mut over = None;
+    let mut ending: Option<Ending> = None;
     // Poll so that the end is noticed also while nothing comes.
     let _ = socket.set_read_timeout(Some(Duration::from_millis(50)));
     loop {
-        if over.is_none() && stop.load(Ordering::Relaxed) {
-            over = Some(Instant::now() + LINGER);
+        if ending.is_none() && stop.load(Ordering::Relaxed) {
+            ending = Some(Ending::begin(Instant::now()));
         }
-        if over.is_some_and(|over| Instant::now() >= over) {
+        let (sent, answered) = (&live.sent, &live.answered);
+        if let Some(ending) = &ending
+            && ending.is_over(
+                Instant::now(),
+                answered.load(Ordering::Relaxed) >= sent.load(Ordering::Relaxed),
+            )
+        {
             return answers;
         }
         let mut space = [IoSliceMut::new(&mut packet)];
@@ -279,12 +289,37 @@ fn receive(socket: &UdpSocket, nonce: u64, stop: &AtomicBool, live: &Live) -> Ve
             number.copy_from_slice(&packet[..8]);
             let sequence = u64::from_le_bytes(number);
             answers.push(Answer { sequence, at_us });
+            if let Some(ending) = &mut ending {
+                ending.last = Instant::now();
+            }
             live.answered.fetch_add(1, Ordering::Relaxed);
             live.tally
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .add(sequence);
         }
+    }
+}
+
+/// What comes after the last packet.
+struct Ending {
+    began: Instant,
+    /// The last answer, or its begin.
+    last: Instant,
+}
+
+impl Ending {
+    fn begin(now: Instant) -> Self {
+        Self {
+            began: now,
+            last: now,
+        }
+    }
+
+    /// Whether nothing is awaited any more.
+    fn is_over(&self, now: Instant, all_answered: bool) -> bool {
+        let silence = if all_answered { QUIET } else { SILENCE };
+        now.duration_since(self.last) >= silence || now.duration_since(self.began) >= LINGER
     }
 }
 
@@ -343,5 +378,19 @@ mod tests {
         assert_eq!(record.lost_before(1_000), 0);
         assert_eq!(record.lost_before(3_000), 1);
         assert_eq!(record.lost_before(5_000), 3);
+    }
+
+    #[test]
+    fn a_probe_waits_as_long_as_answers_come() {
+        let begin = Instant::now();
+        let mut ending = Ending::begin(begin);
+        assert!(!ending.is_over(begin + QUIET / 2, true));
+        assert!(ending.is_over(begin + QUIET, true));
+        assert!(!ending.is_over(begin + QUIET, false));
+        assert!(ending.is_over(begin + SILENCE, false));
+        ending.last = begin + SILENCE;
+        assert!(!ending.is_over(begin + SILENCE + QUIET, false));
+        ending.last = begin + LINGER;
+        assert!(ending.is_over(begin + LINGER, false));
     }
 }

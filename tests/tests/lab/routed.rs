@@ -211,7 +211,7 @@ fn probes(test: &TestLab) -> Result<Vec<(String, Probe)>> {
     for place in ["client", "a", "b", "c"] {
         for echo in [ECHO, ECHO6] {
             let (namespace, to) = (test.lab().netns(place), echo.parse()?);
-            let probe = Probe::start(&namespace, to, RATE / 4)?;
+            let probe = Probe::start(&namespace, to, RATE / 8)?;
             probes.push((format!("{place} to {echo}"), probe));
         }
     }

@@ -95,10 +95,9 @@ impl Node {
         // Lower than that of any TAP, as a NIC's is: the bridge takes the lowest for its own.
         let mac = format!("02:00:00:00:01:{number:02x}");
         netns.ip(&format!(
-            "link add eth0 address {mac} type veth peer name p{number}"
+            "link add eth0 address {mac} type veth peer name p{number} netns {}",
+            switch.path().display()
         ))?;
-        let to_switch = switch.path();
-        netns.ip(&format!("link set p{number} netns {}", to_switch.display()))?;
         netns.ip("link set eth0 master br0 up")?;
         netns.ip("link set br0 up")?;
         switch.ip(&format!("link set p{number} master sw0 up"))?;
@@ -209,9 +208,7 @@ impl Lab {
     /// Over a veth that runs an XDP program, nothing comes that is still to be cut.
     pub(crate) fn with(setup: Setup) -> anyhow::Result<Self> {
         require_root();
-        let switch = Netns::new()?;
-        switch.ip("link add sw0 type bridge forward_delay 0")?;
-        switch.ip("link set sw0 up")?;
+        let switch = Netns::switch()?;
         let a = Node::new(&switch, 1, setup)?;
         let b = Node::new(&switch, 2, setup)?;
         let client = Setup {

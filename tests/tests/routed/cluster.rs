@@ -130,9 +130,8 @@ impl Node {
     fn new(switch: &Netns, number: u8, tls: TlsConfig) -> anyhow::Result<Self> {
         let name = NAMES[usize::from(number) - 1];
         let netns = Netns::new()?;
-        netns.ip(&format!("link add eth0 type veth peer name p{number}"))?;
         netns.ip(&format!(
-            "link set p{number} netns {}",
+            "link add eth0 type veth peer name p{number} netns {}",
             switch.path().display()
         ))?;
         switch.ip(&format!("link set p{number} mtu 1600 master sw0 up"))?;
@@ -265,9 +264,7 @@ pub(crate) struct Lab {
 impl Lab {
     pub(crate) fn new() -> anyhow::Result<Self> {
         require_root();
-        let switch = Netns::new()?;
-        switch.ip("link add sw0 type bridge forward_delay 0")?;
-        switch.ip("link set sw0 up")?;
+        let switch = Netns::switch()?;
         let authority = Authority::new()?;
         let node = |number: u8| {
             let tls = authority.node(NAMES[usize::from(number) - 1])?;
@@ -276,6 +273,7 @@ impl Lab {
         let nodes = [node(1)?, node(2)?, node(3)?];
         let client = Netns::new()?;
         let c = &nodes[2].netns;
+        c.keeps_order()?;
         c.ip("link add eth1 type veth peer name eth0x")?;
         c.ip(&format!("link set eth0x netns {}", client.path().display()))?;
         c.ip("link set eth1 up")?;

@@ -19,14 +19,19 @@ struct Failure {
     name: String,
     /// Empty up to the line that tells why.
     why: Vec<String>,
+    /// What follows tells where, not why.
+    told: bool,
 }
 
 impl Failures {
     pub(super) fn line(&mut self, line: &str) {
         if let Some(name) = begins(line) {
             self.inside = true;
-            let (name, why) = (name.to_owned(), Vec::new());
-            self.tests.push(Failure { name, why });
+            self.tests.push(Failure {
+                name: name.to_owned(),
+                why: Vec::new(),
+                told: false,
+            });
         } else if line == "failures:" {
             self.inside = false;
         } else if let (true, Some(test)) = (self.inside, self.tests.last_mut()) {
@@ -51,11 +56,17 @@ impl Failures {
 impl Failure {
     fn line(&mut self, line: &str) {
         let tells = line.starts_with("Error: ") || line.contains("' panicked at ");
-        let wanted = tells || !self.why.is_empty();
+        self.told |= !self.why.is_empty() && is_backtrace(line);
+        let wanted = !self.told && (tells || !self.why.is_empty());
         if wanted && self.why.len() < LINES && !line.trim().is_empty() {
             self.why.push(line.chars().take(WIDTH).collect());
         }
     }
+}
+
+/// Whether a list of stack frames begins with it.
+fn is_backtrace(line: &str) -> bool {
+    matches!(line, "Stack backtrace:" | "stack backtrace:")
 }
 
 /// The name of the test whose output begins with a line.
@@ -82,6 +93,9 @@ Error: the pod is gone
 
 Caused by:
     nobody knows
+
+Stack backtrace:
+   0: of no use here
 
 ---- second stdout ----
 
