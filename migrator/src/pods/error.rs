@@ -262,6 +262,10 @@ impl PodError {
             Self::Pull { source, .. } => {
                 return source.request().and_then(RequestError::hint).map(str::to_owned);
             }
+            Self::Busy {
+                state: PodState::InDoubt,
+                ..
+            } => "it was handed over to another node, which has not answered yet: `migrator status` tells which; start the service there".to_owned(),
             Self::NotFound(_) => {
                 "`migrator ps` lists the pods of this node; it may have moved to another".to_owned()
             }

@@ -91,10 +91,12 @@ pub enum MigrationEnd {
         /// The destination node.
         to: String,
     },
-    /// The guest is lost here, and not elsewhere: the VM ended before the grant.
+    /// The guest is lost here, and not elsewhere: the VM ended before the grant, or the grant was discarded.
     Died {
         /// Why.
         reason: String,
+        /// The right by which this node may start it again: unchanged, or a higher one after a grant that was discarded.
+        epoch: Epoch,
     },
 }
 

@@ -60,7 +60,7 @@ impl LackingPod {
         )
         .await;
         let birth = match &found {
-            Err(reason) => Birth::Dead(reason.clone()),
+            Err(reason) => Birth::dead(reason),
             Ok(resources) => Birth::Migrating {
                 resources: Arc::clone(resources),
                 migration: self.migration,

@@ -11,7 +11,8 @@
 //!
 //!   incoming: prepare ──▶ build ──▶ (grant) ──▶ adopt ──▶ Running
 //!                 └───────────┴──▶ discard ──▶ (removed)
-//!   the VM ends by itself ──▶ Failed, until `stop` removes it
+//!   the VM ends by itself ──▶ Failed, until `stop` removes it, or `start` boots it again
+//!   ... while InDoubt, with the service ──▶ InDoubt ──▶ end_migration(Died) ──▶ Failed
 //! ```
 //!
 //! Whose a pod is stands in the node's journal before it is acted upon.

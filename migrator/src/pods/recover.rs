@@ -8,6 +8,7 @@
 //! | owner, containers never started | removed: whoever asked was told of a failure |
 //! | owner, it was being started again | its VM is ended; it is shown as failed, and can be started again |
 //! | a migration from here is open | attached as migrating; the driver ends the migration |
+//! | the same, the right is handed over, and its VM is gone | in doubt until the driver knows whose it is |
 //! | granted to this node, not settled with the source | attached as migrating; the driver resumes it if need be |
 //! | the same, and its guest lacks pages | attached as soon as its VMM answers, which may itself wait for a page |
 //! | released to another node | what is left of it is removed; the driver tells that node |
@@ -255,7 +256,10 @@ async fn find(
         false => attach(node, &facts, migration.is_some(), role, origin).await,
     };
     let birth = match (&found, migration) {
-        (Err(reason), _) => Birth::Dead(reason.clone()),
+        (Err(reason), migration) => Birth::Dead {
+            reason: reason.clone(),
+            in_doubt: migration.filter(|_| handed_over).map(|id| id.to_string()),
+        },
         (Ok(resources), None) => Birth::Running(Arc::clone(resources)),
         (Ok(resources), Some(id)) => Birth::Migrating {
             resources: Arc::clone(resources),

@@ -215,6 +215,15 @@ async fn take_over(
     let PodResources { vm, port, .. } = parts;
     if let Some(agent) = parts.agent.get() {
         agent.detach(AGENT_LIMIT).await;
+        // What it says is not needed, as the link goes on. What is written to the old VMM from here on, it could put into the memory of a guest that
+        // runs under the new one already.
+        if let Err(error) = agent.state().await {
+            tracing::warn!(
+                pod = name,
+                error = chain(&error),
+                "the agent's link is lost"
+            );
+        }
     }
     watch.step("detach");
     let drained = port.hold_still(DRAIN_LIMIT).await;

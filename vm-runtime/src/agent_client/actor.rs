@@ -60,6 +60,9 @@ pub(super) enum Command {
     State {
         reply: oneshot::Sender<AgentState>,
     },
+    Unread {
+        reply: oneshot::Sender<u32>,
+    },
     Reattach {
         reconnect: bool,
         /// Where to connect from now on, if not where until now.
@@ -316,6 +319,11 @@ impl Actor {
                 };
                 reply.send(state).ok();
             }
+            Command::Unread { reply } => {
+                let unread = self.stream.as_ref().map(unread);
+                // What is not known is not waited for.
+                reply.send(unread.and_then(Result::ok).unwrap_or(0)).ok();
+            }
             Command::Reattach { reconnect, socket } => {
                 self.mode = Mode::Open;
                 if let Some(socket) = socket {
@@ -331,8 +339,7 @@ impl Actor {
         }
     }
 
-    /// Waits until the VMM has read what was written. It takes what the guest has room for, in a moment; what the guest has no room for
-    /// before it stops, it will not take after that either.
+    /// Waits a while until the VMM has read what was written. It takes what the guest has room for.
     async fn taken(&self) {
         let until = Instant::now() + TAKEN_WITHIN;
         while let Some(stream) = &self.stream

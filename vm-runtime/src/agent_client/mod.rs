@@ -286,7 +286,7 @@ impl AgentClient {
 
     /// Before the VM stops: what has to move with it. From here nothing is read or written and the sink is not called, until
     /// [`Self::reattach`]. Returns when the VMM has taken what was written before, which it would else put into the memory of a guest that
-    /// stands still.
+    /// stands still; or after 50 ms: see [`Self::unread`].
     ///
     /// # Errors
     /// [`AgentError::Gone`].
@@ -294,6 +294,16 @@ impl AgentClient {
         let (reply, state) = oneshot::channel();
         self.send(Command::State { reply })?;
         state.await.map_err(|_| AgentError::Gone)
+    }
+
+    /// Bytes that were written and that the VMM has not read yet; it may, as long as the guest has room for them.
+    ///
+    /// # Errors
+    /// [`AgentError::Gone`].
+    pub async fn unread(&self) -> Result<u32, AgentError> {
+        let (reply, unread) = oneshot::channel();
+        self.send(Command::Unread { reply })?;
+        unread.await.map_err(|_| AgentError::Gone)
     }
 
     /// After a migration that was called off: goes on as if it had not begun.

@@ -213,7 +213,8 @@ impl Run {
             "the pod is granted to this node, and its guest is gone"
         );
         if let Some((pod, _)) = &self.found {
-            let end = MigrationEnd::Died { reason };
+            let epoch = pod.view().epoch;
+            let end = MigrationEnd::Died { reason, epoch };
             if let Err(error) = pod.end_migration(end).await {
                 tracing::error!(
                     pod = pod.name(),

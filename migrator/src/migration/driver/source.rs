@@ -258,6 +258,7 @@ impl Run {
             Outcome::PodFailed { reason } => {
                 let end = Some(MigrationEnd::Died {
                     reason: reason.clone(),
+                    epoch: self.owner_epoch().await,
                 });
                 (
                     end,

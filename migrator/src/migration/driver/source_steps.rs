@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use vm_runtime::agent_client::{AgentClient, AgentState};
 use vm_runtime::spec::DiskSpec;
 use vm_runtime::units::{Epoch, PageIndex};
-use vm_runtime::vm::RunState;
+use vm_runtime::vm::{RunState, Vm};
 
 use super::clock::unix_us;
 use super::device_state;
@@ -210,7 +210,25 @@ pub(super) async fn stop_vm(parts: Parts, slowed: Slowed) -> Step {
     at_full_speed(&slowed).await?;
     let at_unix_us = unix_us();
     parts.vm.stop().await.map_err(|error| chain(&error))?;
+    if let Some(agent) = parts.agent.get() {
+        takes_no_more(&parts.vm, &agent).await?;
+    }
     Ok(Input::Stopped { at_unix_us })
+}
+
+/// Waits until the VMM of a stopped guest takes nothing more of what its agent was sent, which goes into guest memory. Its main loop does that, and
+/// answers us as well: between two answers it has looked at everything once.
+async fn takes_no_more(vm: &Vm, agent: &AgentClient) -> Result<(), String> {
+    // An agent that is gone has nothing more to get.
+    let mut left = agent.unread().await.unwrap_or(0);
+    let mut same = 0;
+    while left > 0 && same < 2 {
+        vm.query_status().await.map_err(|error| chain(&error))?;
+        let now = agent.unread().await.unwrap_or(0);
+        same = if now == left { same + 1 } else { 0 };
+        left = now;
+    }
+    Ok(())
 }
 
 pub(super) async fn read_residue(parts: Parts) -> Step {

@@ -183,7 +183,8 @@ impl Actor {
                         let _ = reply.send(result);
                         Some(Turn::End(End::Removed))
                     }
-                    MigrationEnd::Died { reason } => {
+                    MigrationEnd::Died { reason, epoch } => {
+                        self.view.send_modify(|view| view.epoch = epoch);
                         self.release(resources).await;
                         let _ = reply.send(Ok(()));
                         Some(Turn::End(End::Dead(reason)))

@@ -42,7 +42,21 @@ pub(super) enum Birth {
         in_doubt: bool,
     },
     /// Its VM ended while no service ran.
-    Dead(String),
+    Dead {
+        reason: String,
+        /// The migration that has handed the right to run it over, where it is not known what became of that.
+        in_doubt: Option<String>,
+    },
+}
+
+impl Birth {
+    /// One whose VM is gone, and which is this node's.
+    pub(super) fn dead(reason: &str) -> Self {
+        Self::Dead {
+            reason: reason.to_owned(),
+            in_doubt: None,
+        }
+    }
 }
 
 /// Starts the actor of a pod and enters it into the register.
@@ -61,7 +75,10 @@ pub(super) fn spawn(
         Birth::Running(_) => PodState::Running,
         Birth::Migrating { in_doubt: true, .. } => PodState::InDoubt,
         Birth::Migrating { .. } => PodState::Migrating,
-        Birth::Dead(_) => PodState::Failed,
+        Birth::Dead {
+            in_doubt: Some(_), ..
+        } => PodState::InDoubt,
+        Birth::Dead { .. } => PodState::Failed,
     };
     let (resources, migration) = match &birth {
         Birth::Running(resources) => (Some(Arc::clone(resources)), None),
@@ -70,12 +87,13 @@ pub(super) fn spawn(
             migration,
             ..
         } => (Some(Arc::clone(resources)), Some(migration.clone())),
-        Birth::Boot { .. } | Birth::Dead(_) => (None, None),
+        Birth::Dead { in_doubt, .. } => (None, in_doubt.clone()),
+        Birth::Boot { .. } => (None, None),
     };
     let (view, watcher) = watch::channel(View {
         state,
         reason: match &birth {
-            Birth::Dead(reason) => Some(reason.clone()),
+            Birth::Dead { reason, .. } => Some(reason.clone()),
             Birth::Boot { .. } | Birth::Running(_) | Birth::Migrating { .. } => None,
         },
         containers: containers.unwrap_or_else(|| waiting(&facts.spec)),
@@ -131,7 +149,11 @@ impl Actor {
             Birth::Running(resources) | Birth::Migrating { resources, .. } => {
                 self.live(resources).await
             }
-            Birth::Dead(reason) => End::Dead(reason),
+            Birth::Dead {
+                reason,
+                in_doubt: None,
+            } => End::Dead(reason),
+            Birth::Dead { reason, .. } => self.doubt(reason).await,
         };
         loop {
             end = match end {
@@ -207,18 +229,15 @@ impl Actor {
                 Some(Command::EndMigration {
                     end: MigrationEnd::MovedAway { to },
                     reply,
-                }) => {
-                    tracing::info!(pod = self.name(), to, "moved away");
-                    let result = self.remove_files().await;
-                    self.registry.remove(self.name());
-                    let _ = reply.send(result);
-                    return Err(End::Removed);
-                }
+                }) => return Err(self.moved_away(&to, reply).await),
                 Some(Command::EndMigration {
-                    end: MigrationEnd::Died { reason },
+                    end: MigrationEnd::Died { reason, epoch },
                     reply,
                 }) => {
-                    self.view.send_modify(|view| view.reason = Some(reason));
+                    self.view.send_modify(|view| {
+                        view.reason = Some(reason);
+                        view.epoch = epoch;
+                    });
                     let _ = reply.send(Ok(()));
                 }
                 Some(Command::EndMigration {
@@ -230,6 +249,50 @@ impl Actor {
                 Some(Command::MarkInDoubt) => {}
             }
         }
+    }
+
+    /// Shows a pod without VM that another node may run, until its migration's driver knows. Nothing is removed before: its disks may be the only ones.
+    async fn doubt(&mut self, reason: String) -> End {
+        loop {
+            let command = tokio::select! {
+                command = self.commands.recv() => command,
+                () = self.node.shutdown.cancelled() => return End::Left,
+            };
+            match command {
+                None => return End::Left,
+                Some(Command::EndMigration { end, reply }) => {
+                    let epoch = match end {
+                        MigrationEnd::MovedAway { to } => return self.moved_away(&to, reply).await,
+                        MigrationEnd::Kept { epoch } | MigrationEnd::Died { epoch, .. } => epoch,
+                    };
+                    self.view.send_modify(|view| view.epoch = epoch);
+                    let _ = reply.send(Ok(()));
+                    return End::Dead(reason);
+                }
+                Some(Command::Stop { reply, .. }) => {
+                    let _ = reply.send(Err(self.busy("stop")));
+                }
+                Some(Command::Start { reply, .. }) => {
+                    let _ = reply.send(Err(self.busy("start")));
+                }
+                Some(Command::Upgrade { reply, .. }) => {
+                    let _ = reply.send(Err(self.busy("upgrade")));
+                }
+                Some(Command::BeginMigration { reply, .. }) => {
+                    let _ = reply.send(Err(self.busy("migrate")));
+                }
+                Some(Command::MarkInDoubt) => {}
+            }
+        }
+    }
+
+    /// Removes what is left of a pod without VM that another node has.
+    async fn moved_away(&mut self, to: &str, reply: oneshot::Sender<Result<(), PodError>>) -> End {
+        tracing::info!(pod = self.name(), to, "moved away");
+        let result = self.remove_files().await;
+        self.registry.remove(self.name());
+        let _ = reply.send(result);
+        End::Removed
     }
 
     /// Boots a pod without VM again. It stays without one if that fails.
