@@ -195,6 +195,29 @@ fn power_cuts_while_a_disk_moves_leave_it_whole_at_the_owner() -> Result<()> {
     test.end()
 }
 
+/// The power of both nodes fails just after one has noted that it hands the pod over. While the other is dark, nobody knows whose it is.
+#[test]
+fn a_pod_without_vm_is_left_alone_as_long_as_it_is_in_doubt() -> Result<()> {
+    let test = with_pod()?;
+    let floor = test.said(Node::A, 0)?;
+    begin(&test, Node::A, HandedOver)?;
+    cut_power(&test, Node::A)?;
+    cut_power(&test, Node::B)?;
+    test.lab().start_node(Node::A)?;
+    ensure!(test.pod_state(Node::A)? == Some(PodState::InDoubt));
+    for verb in ["start", "stop"] {
+        let said = test.says(Node::A, &[verb, POD])?;
+        ensure!(said.code != Some(0), "{verb} works");
+        for part in ["in_doubt", "migrator status"] {
+            ensure!(said.err.contains(part), "{verb} says: {}", said.err);
+        }
+    }
+    ensure!(volume(&test, Node::A).exists(), "its volume is gone");
+    test.lab().start_node(Node::B)?;
+    settles(&test, floor)?;
+    test.end()
+}
+
 #[test]
 fn a_destination_killed_after_the_grant_has_the_disk_with_everything_in_it() -> Result<()> {
     let test = with_pod()?;
