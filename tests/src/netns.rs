@@ -17,9 +17,6 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
 };
 
-/// Which CPUs a new device hands what it receives to.
-const RPS_SYSCTL: &str = "net/core/rps_default_mask";
-
 /// Fails the test unless it runs as root: a skipped test of the dataplane proves nothing.
 ///
 /// # Panics
@@ -66,16 +63,14 @@ impl Netns {
         Ok(switch)
     }
 
-    /// What is received by devices that are made inside from now on waits in the queue of one CPU, as frames of one flow wait in one queue of a
-    /// NIC. A veth has them wait where their sender ran, so one that the scheduler moves overtakes itself, before anything of ours has seen the
-    /// frames.
+    /// As [`xtask::netns::keep_order`], inside.
     ///
     /// # Errors
-    /// The kernel refuses. One before 6.3 has no such setting: nothing is done.
+    /// The kernel refuses.
     pub fn keeps_order(&self) -> anyhow::Result<()> {
-        match Path::new("/proc/sys").join(RPS_SYSCTL).exists() {
-            true => self.sysctl(RPS_SYSCTL, "1"),
-            false => Ok(()),
+        match self.spawn(xtask::netns::keep_order).join() {
+            Ok(kept) => kept,
+            Err(_) => anyhow::bail!("the thread in the namespace panicked"),
         }
     }
 

@@ -11,8 +11,7 @@ pub fn prefer_this_thread() -> &'static str {
     if unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const parameters) } == 0 {
         return "real-time";
     }
-    // SAFETY: setpriority(2) takes no pointers; `who` 0 names the calling thread on Linux.
-    if unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -10) } == 0 {
+    if vm_runtime::sched::favour_this_thread().is_ok() {
         return "niceness -10";
     }
     "ordinary"

@@ -1,7 +1,5 @@
 //! Namespaces, links and addresses.
 
-use std::path::Path;
-
 use anyhow::{Context, Result};
 
 use super::state::State;
@@ -31,8 +29,6 @@ pub(super) const ROUTED_MTU: u32 = 1450;
 /// The networks of pods.
 pub(super) const POD_NETWORKS: [&str; 2] = ["10.77.0.0/24", "fd77::/64"];
 const BACKLOG_SYSCTL: &str = "/proc/sys/net/core/netdev_max_backlog";
-/// Which CPUs new devices of a namespace hand what they receive to.
-const RPS_SYSCTL: &str = "/proc/sys/net/core/rps_default_mask";
 
 /// Set in each namespace before it has devices. Duplicate address detection would keep an IPv6 address unusable for a second.
 const SYSCTLS: &[(&str, &str)] = &[
@@ -59,7 +55,7 @@ pub(super) fn up(lab: &Lab, state: &mut State) -> Result<()> {
                 // It only switches: no address, no router solicitations of its own.
                 std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1")
                     .context("cannot turn IPv6 off in the switch")?;
-                keep_order()?;
+                netns::keep_order()?;
             }
             Ok(())
         })?;
@@ -72,17 +68,6 @@ pub(super) fn up(lab: &Lab, state: &mut State) -> Result<()> {
     match lab.topology() {
         Topology::Bridge => flat(lab),
         Topology::Routed => routed(lab),
-    }
-}
-
-/// Frames that come to the switch wait in the queue of one CPU, as frames of one flow wait in one queue of a NIC. A veth has them wait where their sender ran, so
-/// one that the scheduler moves overtakes itself. A kernel before 6.3 has no such setting for one namespace.
-fn keep_order() -> Result<()> {
-    match Path::new(RPS_SYSCTL).exists() {
-        true => {
-            std::fs::write(RPS_SYSCTL, "1").with_context(|| format!("cannot write {RPS_SYSCTL}"))
-        }
-        false => Ok(()),
     }
 }
 
