@@ -8,9 +8,9 @@ use vm_runtime::vm::{AttachError, Vm};
 
 use super::Reservation;
 use super::actor::{self, Birth};
+use super::attach::attach;
 use super::disks::Origin;
 use super::handle::{Facts, PodHandle, PodResources};
-use super::recover::attach;
 use crate::api::error::chain;
 use crate::api::types::ContainerStatus;
 use crate::daemon::node::Node;

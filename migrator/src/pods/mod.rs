@@ -34,6 +34,7 @@ pub mod upgrade;
 mod actor;
 mod again;
 mod agent;
+mod attach;
 mod boot;
 mod console;
 mod open;

@@ -19,12 +19,9 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use vm_runtime::vm::{AttachError, RunState, Vm, VmRecord};
-
 use super::actor::{self, Birth};
 use super::again;
-use super::agent::{AgentSlot, attach_later};
-use super::boot;
+use super::attach::{attach, clean_network};
 use super::disks::Origin;
 use super::error::PodError;
 use super::handle::{Facts, PodHandle, PodResources};
@@ -38,7 +35,7 @@ use crate::daemon::node::Node;
 use crate::migration::journal::{
     DestinationRecord, OwnerRecord, OwnerState, Recovery, SourceRecord,
 };
-use crate::network::{Port, Role, Stage};
+use crate::network::Role;
 
 /// A migration that an earlier service left open, for the driver to end.
 #[derive(Debug)]
@@ -314,80 +311,6 @@ fn facts(node: &Node, dir: &Path, file: PodFile) -> Result<Facts, PodError> {
     })
 }
 
-/// Takes VM, port and agent back. The error is the reason that the pod is shown as failed with.
-pub(super) async fn attach(
-    node: &Arc<Node>,
-    facts: &Facts,
-    migrating: bool,
-    role: Role,
-    origin: Origin,
-) -> Result<Arc<PodResources>, String> {
-    let name = facts.spec.name.as_str();
-    // Before the VMM is talked to: it may wait for them.
-    let disks = boot::open_disks(node, facts, origin).await;
-    if let Err(error) = &disks
-        && super::disks::is_refusal(error)
-    {
-        // Its guest must not write any more, and where QEMU does that by itself nobody else keeps it from it.
-        tracing::error!(
-            pod = name,
-            "a disk of it is another pod's by now: its VM is ended"
-        );
-        if let Ok(record) = VmRecord::load(&facts.dir)
-            && let Err(error) = record.kill().await
-        {
-            tracing::error!(pod = name, %error, "cannot end its VM");
-        }
-    }
-    let disks = disks.and_then(|disks| super::disks::serve(name, &disks).map(|()| disks));
-    let disks = disks.map_err(|e| format!("its disks are not served: {}", chain(&e)))?;
-    let images = super::images::serve(node, name, &facts.dir, &facts.vm_spec).await;
-    // A VMM of an earlier version reads a file that it has open.
-    let images = images.unwrap_or_else(|error| {
-        tracing::error!(
-            pod = name,
-            error = chain(&error),
-            "its images are not served"
-        );
-        Vec::new()
-    });
-    let vm = match Vm::find(&facts.dir).await {
-        Ok(vm) => Arc::new(vm),
-        Err(error) => {
-            // Nothing of a dead VM may stay behind on the bridge.
-            clean_network(node, facts.slot, name).await;
-            let reason = match error {
-                AttachError::Gone { .. } => boot::death(None, &facts.dir),
-                other => chain(&other),
-            };
-            tracing::error!(pod = name, reason, "its VM is not there any more");
-            return Err(reason);
-        }
-    };
-    let fds = boot::existing(&vm).map_err(|e| format!("cannot take its TAP back: {e}"))?;
-    let port = node
-        .network
-        .attach(&boot::net_id(&facts.spec), facts.slot, role, Some(fds))
-        .await
-        .map_err(|e| format!("cannot take its network port back: {}", chain(&e)))?;
-    if !migrating {
-        resume(name, &vm, &port).await;
-    }
-    tracing::info!(pod = name, pid = vm.pid(), "found again");
-    let resources = Arc::new(PodResources {
-        spec: facts.spec.clone(),
-        vm_spec: facts.vm_spec.clone(),
-        vm,
-        port,
-        images,
-        disks,
-        agent: AgentSlot::default(),
-        logs: Arc::clone(&facts.logs),
-    });
-    attach_later(node, &resources, None);
-    Ok(resources)
-}
-
 /// Ends what there is of the VM of a pod that was being started again. The reason that it is shown as failed with.
 async fn interrupted(node: &Node, facts: &Facts) -> Result<String, PodError> {
     let name = facts.spec.name.as_str();
@@ -396,32 +319,6 @@ async fn interrupted(node: &Node, facts: &Facts) -> Result<String, PodError> {
         .map_err(|e| PodError::step(name, "end its VM", e))?;
     clean_network(node, facts.slot, name).await;
     Ok(again::INTERRUPTED.to_owned())
-}
-
-/// A guest that this node owns, and that no migration holds, has no reason to stand still or to wait for
-/// its packets.
-async fn resume(pod: &str, vm: &Vm, port: &Port) {
-    if port.stage() == Stage::Holding
-        && let Err(error) = port.rollback().await
-    {
-        tracing::error!(pod, error = chain(&error), "its packets do not go on");
-    }
-    match vm.query_status().await {
-        Ok(RunState::Paused | RunState::Saved) => {
-            tracing::warn!(pod, "its guest stood still: it goes on");
-            if let Err(error) = vm.cont().await {
-                tracing::error!(pod, error = chain(&error), "its guest does not go on");
-            }
-        }
-        // It found the node's file system full: it finds out whether it still is.
-        Ok(RunState::Other(state)) if state == "io-error" => {
-            if let Err(error) = vm.cont().await {
-                tracing::error!(pod, error = chain(&error), "its guest does not go on");
-            }
-        }
-        Ok(RunState::Running | RunState::Saving | RunState::Incoming | RunState::Other(_)) => {}
-        Err(error) => tracing::error!(pod, error = chain(&error), "its VMM does not answer"),
-    }
 }
 
 /// Removes a pod that this node does not own: its VM, its port, its folder.
@@ -445,16 +342,6 @@ async fn note_departed(node: &Node, source: Option<&SourceRecord>, file: &PodFil
     let noted = tokio::task::spawn_blocking(move || storage.hand_over_all(&vm, &to, granted));
     if let Err(error) = noted.await {
         tracing::error!(%error, "whose its volumes are is not noted");
-    }
-}
-
-async fn clean_network(node: &Node, slot: u16, pod: &str) {
-    if let Err(error) = node.network.forget(slot).await {
-        tracing::error!(
-            pod,
-            error = chain(&error),
-            "cannot remove what is left of its port"
-        );
     }
 }
 

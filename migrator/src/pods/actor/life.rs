@@ -176,12 +176,8 @@ impl Actor {
                         None
                     }
                     MigrationEnd::MovedAway { to } => {
-                        tracing::info!(pod = self.name(), to, "moved away");
                         self.view.send_modify(|view| view.resources = None);
-                        let result = self.remove_files().await;
-                        self.registry.remove(self.name());
-                        let _ = reply.send(result);
-                        Some(Turn::End(End::Removed))
+                        Some(Turn::End(self.moved_away(&to, reply).await))
                     }
                     MigrationEnd::Died { reason, epoch } => {
                         self.view.send_modify(|view| view.epoch = epoch);

@@ -179,6 +179,28 @@ impl Actor {
         }
     }
 
+    /// Answers that it cannot be done now.
+    fn refuse(&self, command: Command) {
+        match command {
+            Command::Stop { reply, .. } => {
+                let _ = reply.send(Err(self.busy("stop")));
+            }
+            Command::Upgrade { reply, .. } => {
+                let _ = reply.send(Err(self.busy("upgrade")));
+            }
+            Command::BeginMigration { reply, .. } => {
+                let _ = reply.send(Err(self.busy("migrate")));
+            }
+            Command::EndMigration { reply, .. } => {
+                let _ = reply.send(Err(self.busy("end a migration of")));
+            }
+            Command::Start { reply, .. } => {
+                let _ = reply.send(Err(self.busy("start")));
+            }
+            Command::MarkInDoubt => {}
+        }
+    }
+
     /// Keeps the file of the guest's console small.
     async fn bound_console(&self) {
         let dir = self.facts.dir.clone();
@@ -219,12 +241,6 @@ impl Actor {
                 Some(Command::Start { deadline, reply }) => {
                     return self.start_again(deadline, reply).await;
                 }
-                Some(Command::Upgrade { reply, .. }) => {
-                    let _ = reply.send(Err(self.busy("upgrade")));
-                }
-                Some(Command::BeginMigration { reply, .. }) => {
-                    let _ = reply.send(Err(self.busy("migrate")));
-                }
                 // Its VM had ended, and the right to run it had been given away before.
                 Some(Command::EndMigration {
                     end: MigrationEnd::MovedAway { to },
@@ -240,13 +256,7 @@ impl Actor {
                     });
                     let _ = reply.send(Ok(()));
                 }
-                Some(Command::EndMigration {
-                    end: MigrationEnd::Kept { .. },
-                    reply,
-                }) => {
-                    let _ = reply.send(Err(self.busy("end a migration of")));
-                }
-                Some(Command::MarkInDoubt) => {}
+                Some(other) => self.refuse(other),
             }
         }
     }
@@ -269,24 +279,12 @@ impl Actor {
                     let _ = reply.send(Ok(()));
                     return End::Dead(reason);
                 }
-                Some(Command::Stop { reply, .. }) => {
-                    let _ = reply.send(Err(self.busy("stop")));
-                }
-                Some(Command::Start { reply, .. }) => {
-                    let _ = reply.send(Err(self.busy("start")));
-                }
-                Some(Command::Upgrade { reply, .. }) => {
-                    let _ = reply.send(Err(self.busy("upgrade")));
-                }
-                Some(Command::BeginMigration { reply, .. }) => {
-                    let _ = reply.send(Err(self.busy("migrate")));
-                }
-                Some(Command::MarkInDoubt) => {}
+                Some(other) => self.refuse(other),
             }
         }
     }
 
-    /// Removes what is left of a pod without VM that another node has.
+    /// Removes what is left of a pod that another node has. Its VM is gone.
     async fn moved_away(&mut self, to: &str, reply: oneshot::Sender<Result<(), PodError>>) -> End {
         tracing::info!(pod = self.name(), to, "moved away");
         let result = self.remove_files().await;

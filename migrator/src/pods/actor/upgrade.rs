@@ -8,7 +8,7 @@ use super::Actor;
 use crate::api::error::chain;
 use crate::api::types::PodState;
 use crate::pods::error::PodError;
-use crate::pods::handle::{Command, PodResources};
+use crate::pods::handle::PodResources;
 use crate::pods::upgrade::{UpgradeOrder, UpgradeReport, Upgraded, upgrade};
 
 impl Actor {
@@ -67,26 +67,5 @@ impl Actor {
         });
         let _ = reply.send(answer);
         parts
-    }
-
-    fn refuse(&self, command: Command) {
-        match command {
-            Command::Stop { reply, .. } => {
-                let _ = reply.send(Err(self.busy("stop")));
-            }
-            Command::Upgrade { reply, .. } => {
-                let _ = reply.send(Err(self.busy("upgrade")));
-            }
-            Command::BeginMigration { reply, .. } => {
-                let _ = reply.send(Err(self.busy("migrate")));
-            }
-            Command::EndMigration { reply, .. } => {
-                let _ = reply.send(Err(self.busy("end a migration of")));
-            }
-            Command::Start { reply, .. } => {
-                let _ = reply.send(Err(self.busy("start")));
-            }
-            Command::MarkInDoubt => {}
-        }
     }
 }
