@@ -8,12 +8,15 @@ use std::process::{Command, ExitStatus, Stdio};
 const EXTRA_PATH: [&str; 3] = ["/usr/sbin", "/sbin", "/usr/local/sbin"];
 
 /// The file is one hole, which reads as zeros: what mke2fs would write zeros over is left to be one. No room is kept for root alone, and
-/// a damaged file system becomes read-only.
-const OPTIONS: [&str; 10] = [
+/// a damaged file system becomes read-only. Blocks are as large as the guest's pages and the file's: below 512 MiB mke2fs would take 1 KiB,
+/// and a large read would straddle a page at both ends.
+const OPTIONS: [&str; 12] = [
     "-q",
     "-F",
     "-t",
     "ext4",
+    "-b",
+    "4096",
     "-m",
     "0",
     "-e",

@@ -35,10 +35,9 @@ impl Pipe {
         Ok(Self { from, to, pages })
     }
 
-    /// Whether a range of a file fits, so that filling it in does not wait for a reader.
-    pub fn fits(&self, offset: u64, len: u64) -> bool {
-        let end = offset.saturating_add(len);
-        end.div_ceil(PAGE) - offset / PAGE <= self.pages
+    /// How much of a range of a file fits, so that filling it in does not wait for a reader.
+    pub fn room(&self, offset: u64, len: u64) -> u64 {
+        len.min(self.pages * PAGE - offset % PAGE)
     }
 
     /// Takes the range's pages in, from the cache or the device. On an error the pipe may have a part of it, and is of no more use.

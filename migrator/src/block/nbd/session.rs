@@ -9,12 +9,13 @@
 
 use std::io::{self, BufReader, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
 
 use super::codec::{Command, MAX_PAYLOAD, REPLY_LEN, REQUEST_LEN, Request, error, reply, request};
@@ -48,8 +49,21 @@ pub(super) struct Session {
 /// What whoever leads has.
 #[derive(Debug)]
 struct Lead {
-    reader: BufReader<UnixStream>,
+    reader: BufReader<Incoming>,
     replies: Replies,
+}
+
+/// What the client sends. It is waited for by poll: whoever sleeps in a read is also woken each time that the client has taken a part of a
+/// reply, for nothing.
+#[derive(Debug)]
+struct Incoming(UnixStream);
+
+impl Read for Incoming {
+    fn read(&mut self, data: &mut [u8]) -> io::Result<usize> {
+        let mut wanted = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        poll(&mut wanted, PollTimeout::NONE)?;
+        self.0.read(data)
+    }
 }
 
 /// What a thread has.
@@ -79,7 +93,7 @@ impl Session {
         // Beyond `net.core.wmem_max` only with CAP_NET_ADMIN; without it replies wait sooner.
         let _ = setsockopt(&stream, sockopt::SndBufForce, &SEND_BUFFER);
         let lead = Lead {
-            reader: BufReader::with_capacity(4 << 10, stream.try_clone()?),
+            reader: BufReader::with_capacity(4 << 10, Incoming(stream.try_clone()?)),
             replies: Replies::default(),
         };
         Ok(Arc::new(Self {
@@ -98,10 +112,9 @@ impl Session {
             buffer: vec![0; REPLY_LEN],
             pipe: None,
         };
+        let mut kept = None;
         loop {
-            self.idle.fetch_add(1, Ordering::Relaxed);
-            let mut place = self.lead.lock().unwrap_or_else(PoisonError::into_inner);
-            self.idle.fetch_sub(1, Ordering::Relaxed);
+            let mut place = kept.take().unwrap_or_else(|| self.wait_for_lead());
             let Some(lead) = place.as_mut() else { break };
             let request = match self.take_on(lead, &mut hands.buffer) {
                 Ok(request) => request,
@@ -114,13 +127,13 @@ impl Session {
                     break;
                 }
             };
-            let kept = (self.is_quick(&request) && !has_more(&lead.reader)).then_some(place);
-            if kept.is_none() {
+            if self.is_quick(&request) && !has_more(&lead.reader) {
+                kept = Some(place);
+            } else {
                 self.have_a_follower();
+                drop(place);
             }
-            let done = self.carry_out(&request, &mut hands);
-            drop(kept);
-            if done.is_err() {
+            if self.carry_out(&request, &mut hands).is_err() {
                 break;
             }
             hands.buffer.truncate(KEPT);
@@ -128,6 +141,13 @@ impl Session {
         }
         self.cut();
         self.threads.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    fn wait_for_lead(&self) -> MutexGuard<'_, Option<Lead>> {
+        self.idle.fetch_add(1, Ordering::Relaxed);
+        let place = self.lead.lock().unwrap_or_else(PoisonError::into_inner);
+        self.idle.fetch_sub(1, Ordering::Relaxed);
+        place
     }
 
     /// Ends the connection; requests under way are not answered.
@@ -223,13 +243,15 @@ impl Session {
                 hands.buffer[..REPLY_LEN].copy_from_slice(&header);
                 self.send(&hands.buffer[..REPLY_LEN + len])
             }
-            Payload::Pipe => {
+            Payload::Pipe { piped } => {
+                let Some(pipe) = &hands.pipe else {
+                    return Err(Over::Gone);
+                };
                 let mut socket = self.socket();
                 socket.write_all(&header)?;
-                match &hands.pipe {
-                    Some(pipe) => Ok(pipe.drain(&*socket, len)?),
-                    None => Err(Over::Gone),
-                }
+                pipe.drain(&*socket, piped)?;
+                let rest = &hands.buffer[REPLY_LEN..][..len - piped];
+                Ok(socket.write_all(rest)?)
             }
         }
     }
@@ -274,11 +296,15 @@ impl Session {
             if hands.pipe.is_none() {
                 hands.pipe = Pipe::new().ok();
             }
-            if let Some(pipe) = hands.pipe.take_if(|pipe| pipe.fits(offset, len.into())) {
-                // It is kept only if it has the data, and nothing else.
-                if disk.read_into(&pipe, offset, len as usize)? {
+            // It is kept only if it has the data, and nothing else.
+            if let Some(pipe) = hands.pipe.take() {
+                let piped = pipe.room(offset, len.into()) as usize;
+                if disk.read_into(&pipe, offset, piped)? {
+                    // What a client asks for may begin and end within a page, and be one page too many.
+                    let rest = room(&mut hands.buffer, len as usize - piped);
+                    disk.read_at(rest, offset + piped as u64)?;
                     hands.pipe = Some(pipe);
-                    return Ok(Payload::Pipe);
+                    return Ok(Payload::Pipe { piped });
                 }
             }
         }
@@ -294,7 +320,7 @@ impl Session {
         Ok(self.socket().write_all(bytes)?)
     }
 
-    fn socket(&self) -> std::sync::MutexGuard<'_, UnixStream> {
+    fn socket(&self) -> MutexGuard<'_, UnixStream> {
         self.replies.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -303,11 +329,14 @@ impl Session {
 enum Payload {
     None,
     Buffer,
-    Pipe,
+    /// So many bytes of it in the pipe, the rest in the buffer.
+    Pipe {
+        piped: usize,
+    },
 }
 
 /// Reads a request, and a write's data into the buffer, behind the room for a reply.
-fn take(reader: &mut BufReader<UnixStream>, buffer: &mut Vec<u8>) -> Result<Request, Over> {
+fn take(reader: &mut BufReader<Incoming>, buffer: &mut Vec<u8>) -> Result<Request, Over> {
     let mut header = [0; REQUEST_LEN];
     reader.read_exact(&mut header)?;
     let request = request(&header).ok_or(Over::Broken("it sent what is no request"))?;
@@ -338,12 +367,12 @@ fn room(buffer: &mut Vec<u8>, len: usize) -> &mut [u8] {
 }
 
 /// Whether another request, or a part of it, is there.
-fn has_more(reader: &BufReader<UnixStream>) -> bool {
+fn has_more(reader: &BufReader<Incoming>) -> bool {
     if !reader.buffer().is_empty() {
         return true;
     }
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-    recv(reader.get_ref().as_raw_fd(), &mut [0], flags).is_ok()
+    recv(reader.get_ref().0.as_raw_fd(), &mut [0], flags).is_ok()
 }
 
 fn too_long(export: &Export, request: &Request) -> DiskError {
