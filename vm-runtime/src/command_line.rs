@@ -16,7 +16,6 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use crate::spec::{Accel, MAX_DISKS, SpecError, VmSpec};
-use crate::units::Bytes;
 
 /// Name of the virtio-serial port that the guest agent opens.
 pub const AGENT_PORT: &str = "migrator.agent";
@@ -130,7 +129,7 @@ pub fn build(spec: &VmSpec, local: &Local<'_>) -> Result<Vec<OsString>, SpecErro
     for (index, disk) in spec.disks.iter().enumerate() {
         let node = match images.get(index) {
             Some(path) => image(path),
-            None => nothing(disk.size),
+            None => nothing(),
         };
         args.disk(index, &disk.serial, node);
     }
@@ -141,7 +140,7 @@ pub fn build(spec: &VmSpec, local: &Local<'_>) -> Result<Vec<OsString>, SpecErro
         }
         let node = match sockets.get(index) {
             Some(socket) => served(socket),
-            None => nothing(disk.size),
+            None => nothing(),
         };
         args.writable(index, &disk.serial, node);
     }
@@ -267,7 +266,6 @@ impl Args {
 
     fn disk(&mut self, index: usize, serial: &str, mut node: Value) {
         node["node-name"] = format!("disk{index}").into();
-        node["read-only"] = true.into();
         self.pair("-blockdev", node.to_string());
         self.device(
             &format!("virtio-blk-pci,drive=disk{index},serial={serial}"),
@@ -353,6 +351,7 @@ fn image(path: &Path) -> Value {
             "filename": path.to_string_lossy(),
             "read-only": true,
         },
+        "read-only": true,
     })
 }
 
@@ -365,9 +364,9 @@ fn served(socket: &Path) -> Value {
     })
 }
 
-/// A disk of a template: zeros.
-fn nothing(size: Bytes) -> Value {
-    json!({ "driver": "null-co", "size": size.0, "read-zeroes": true })
+/// A disk of a template: empty. Its guest has a driver for it, and is told the size when there is one.
+fn nothing() -> Value {
+    json!({ "driver": "null-co", "size": 0 })
 }
 
 #[cfg(test)]

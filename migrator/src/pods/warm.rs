@@ -181,6 +181,9 @@ async fn restore(
     vm.load_state(&mut template.state())
         .await
         .map_err(|e| fail("load the template's state")(e.into()))?;
+    vm.announce_disks()
+        .await
+        .map_err(|e| fail("tell its guest of its disks")(e.into()))?;
     steps.passed("state");
     let attached = attached.await;
     attached.map_err(|e| Failure::Node(PodError::step(name, "wait for its network port", e)))?;

@@ -34,6 +34,8 @@ const WHO: &str = "echo random $(head -c 64 /dev/urandom | md5sum); \
     echo mac $(cat /sys/class/net/eth0/address); \
     echo tables $(ls /sys/firmware | wc -l); \
     echo cpus $(nproc); \
+    echo sectors $(cat /sys/block/vda/size) $(cat /sys/block/vdb/size); \
+    echo link $(grep -o \"^fe80[0-9a-f]*\" /proc/net/if_inet6); \
     dd if=/dev/zero of=/written bs=64k count=64 2>/dev/null && sync; \
     echo written $(wc -c < /written); \
     echo done -; while :; do sleep 60; done";
@@ -101,10 +103,28 @@ fn run(test: &TestLab, name: &str, ipv4: &str, ipv6: &str) -> Result<BTreeMap<St
     let record = VmRecord::load(&test.state(Node::A).join("pods").join(name))?;
     ensure!(facts["uuid"] == record.spec.uuid, "{facts:?}");
     ensure!(facts["mac"] == record.spec.mac.to_string(), "{facts:?}");
-    // Both virtual CPUs, and a disk that is as large as its own.
+    ensure!(facts["link"] == link_local(record.spec.mac.0), "{facts:?}");
+    // Both virtual CPUs, and disks that are as large as its own.
     ensure!(facts["cpus"] == "2", "{facts:?}");
+    let sectors: Vec<u64> = facts["sectors"]
+        .split(' ')
+        .map(str::parse)
+        .collect::<Result<_, _>>()?;
+    let own = record.spec.writable[0].size.0 / 512;
+    ensure!(
+        sectors.len() == 2 && sectors.contains(&own) && !sectors.contains(&0),
+        "{facts:?}, not {own} sectors"
+    );
     ensure!(facts["written"] == WRITTEN.to_string(), "{facts:?}");
     Ok(facts)
+}
+
+/// The link-local address that the kernel makes from a MAC address (RFC 4291, appendix A), as /proc shows it.
+fn link_local([a, b, c, d, e, f]: [u8; 6]) -> String {
+    format!(
+        "fe80000000000000{:02x}{b:02x}{c:02x}fffe{d:02x}{e:02x}{f:02x}",
+        a ^ 2
+    )
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
 use guest_agent::protocol::message::{Container, ContainerStats};
@@ -19,30 +20,73 @@ const CPU_QUOTA_MIN_US: u64 = 1_000;
 const PIDS_MAX: u32 = 16_384;
 
 /// A container's cgroup.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Cgroup {
     path: PathBuf,
-    dir: File,
+    dir: Arc<File>,
+}
+
+/// All cgroups, in the order in which they were made, and the containers that they are for.
+static MADE: Mutex<Vec<(Option<String>, Cgroup)>> = Mutex::new(Vec::new());
+
+fn made() -> MutexGuard<'static, Vec<(Option<String>, Cgroup)>> {
+    MADE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Makes what the first container will need.
+pub(crate) fn prepare() -> Result<()> {
+    let mut made = made();
+    if made.is_empty() {
+        made.push((None, Cgroup::make(0)?));
+    }
+    Ok(())
 }
 
 impl Cgroup {
-    /// Makes it, with the container's limits.
-    pub(crate) fn create(container: &Container) -> Result<Self> {
-        let path = PathBuf::from(CGROUPS).join(&container.name);
+    /// The container's, with its limits; the same each time that it is started.
+    pub(crate) fn of(container: &Container) -> Result<Self> {
+        let mut made = made();
+        let own = made
+            .iter()
+            .position(|(owner, _)| owner.as_ref().is_none_or(|name| *name == container.name));
+        let own = match own {
+            Some(own) => own,
+            None => {
+                let group = Self::make(made.len())?;
+                made.push((None, group));
+                made.len() - 1
+            }
+        };
+        let (owner, group) = &mut made[own];
+        *owner = Some(container.name.clone());
+        group.limit(container)?;
+        Ok(group.clone())
+    }
+
+    /// By number: a template has made the first one before anybody knows what its container is called.
+    fn make(number: usize) -> Result<Self> {
+        let path = PathBuf::from(CGROUPS).join(format!("container{number}"));
         fs::create_dir_all(&path)
             .with_context(|| format!("making the cgroup {}", path.display()))?;
         let dir = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
-        let group = Self { path, dir };
+        let group = Self {
+            path,
+            dir: Arc::new(dir),
+        };
         group.write("pids.max", &PIDS_MAX.to_string())?;
         // As the kubelet has it: half a container is of no use.
         group.write("memory.oom.group", "1")?;
+        Ok(group)
+    }
+
+    fn limit(&self, container: &Container) -> Result<()> {
         if let Some(limit) = container.memory_limit {
-            group.write("memory.max", &limit.to_string())?;
+            self.write("memory.max", &limit.to_string())?;
         }
         if let Some(milli) = container.cpu_limit_milli {
-            group.write("cpu.max", &cpu_max(milli))?;
+            self.write("cpu.max", &cpu_max(milli))?;
         }
-        Ok(group)
+        Ok(())
     }
 
     /// Its folder, for clone3.

@@ -63,7 +63,7 @@ pub(crate) fn command(argv: &[String], at: &Entrance<'_>) -> Result<Pid, Failure
 pub(crate) fn helper(work: impl FnOnce() -> bool) -> Result<Pid, Failure> {
     let cgroup = File::open(CGROUPS).map_err(failed)?;
     match sys::fork_into(0, cgroup.as_fd()).map_err(failed)? {
-        Some(pid) => Ok(pid),
+        Some((pid, _)) => Ok(pid),
         None => {
             sys::default_signals();
             sys::exit_now(i32::from(!work()))

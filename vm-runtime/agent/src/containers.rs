@@ -149,12 +149,7 @@ impl Container {
     pub(crate) fn start(&mut self, pod: &Configuration, now: Instant) -> Result<Pid, Failure> {
         let storage = pod.storage.iter().find(|s| s.container == self.spec.name);
         let layer = storage.and_then(|storage| storage.layer.as_deref());
-        if let Some(Running {
-            root, namespaces, ..
-        }) = self.running.take()
-        {
-            // An open namespace keeps its mounts.
-            drop(namespaces);
+        if let Some(Running { root, .. }) = self.running.take() {
             self.put_away(layer, root)?;
         }
         let root = disks::prepare_root(&self.spec.name, &self.spec.disk, layer).map_err(failed)?;
@@ -213,7 +208,7 @@ impl Container {
         let mut volumes = disks::prepare_volumes(mounts, group).map_err(failed)?;
         let (all, mounts) = (&pod.settings.memory_volumes, &self.settings.memory_mounts);
         volumes.extend(disks::prepare_memory(all, mounts, group).map_err(failed)?);
-        let cgroup = Cgroup::create(&self.spec).map_err(failed)?;
+        let cgroup = Cgroup::of(&self.spec).map_err(failed)?;
         let streams = match self.settings.tty {
             true => Streams::terminal(root)?,
             false => Streams::pipes(self.settings.stdin)?,
@@ -305,12 +300,7 @@ impl Container {
 
     /// Takes its root apart, so that the disk below can be unmounted. After its end.
     pub(crate) fn let_go(&mut self) {
-        if let Some(Running {
-            root, namespaces, ..
-        }) = self.running.take()
-        {
-            // An open namespace keeps its mounts.
-            drop(namespaces);
+        if let Some(Running { root, .. }) = self.running.take() {
             disks::let_go(root);
         }
     }

@@ -1,11 +1,12 @@
 //! Disks, found by their virtio-blk serial: images, each container's writable root over one, and volumes.
 
 use std::ffi::{CString, OsString};
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, Seek, SeekFrom};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -51,23 +52,27 @@ const EXT4_OPTIONS: &str = "discard,noinit_itable";
 /// Virtio devices, as sysfs shows them.
 const BUS: &str = "/sys/bus/virtio";
 
-/// The disks without a driver that a template has found, for guests that start from it. `None`: nobody has looked.
-static DISKS_FOUND: Mutex<Option<Vec<OsString>>> = Mutex::new(None);
+/// Serials and devices of the disks that a template has given their driver, for guests that start from it. `None`: nobody has looked.
+static KNOWN: Mutex<Option<Vec<(String, PathBuf)>>> = Mutex::new(None);
 
-/// Looks the disks up, for guests that start from this one: for them sysfs is in no cache, and slow to read.
+fn known() -> MutexGuard<'static, Option<Vec<(String, PathBuf)>>> {
+    KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Gives the disks their driver and looks them up, for guests that start from this one. They are empty: how large they are, these guests'
+/// VMMs tell.
 pub(crate) fn prepare() -> Result<()> {
-    *DISKS_FOUND.lock().unwrap_or_else(PoisonError::into_inner) = Some(without_driver()?);
+    attach()?;
+    *known() = Some(list()?);
     Ok(())
 }
 
-/// Gives each disk of the VM its driver, which reads its size and everything else about it now; again is no error.
+/// Gives each disk of the VM its driver, if that has not been done; again is no error.
 pub(crate) fn attach() -> Result<()> {
-    let found = DISKS_FOUND
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .take();
-    let found = found.map_or_else(without_driver, Ok)?;
-    for name in found {
+    if known().is_some() {
+        return Ok(());
+    }
+    for name in without_driver()? {
         let bind = Path::new(BUS).join("drivers/virtio_blk/bind");
         fs::write(bind, name.as_encoded_bytes())
             .with_context(|| format!("attaching the disk {}", name.display()))?;
@@ -260,22 +265,44 @@ fn mount_image(disk: &str) -> Result<PathBuf> {
     Ok(target)
 }
 
+/// The device of a disk, once it is there and not empty.
 fn find(disk: &str) -> Result<PathBuf> {
     let deadline = Instant::now() + PATIENCE;
     loop {
-        for entry in fs::read_dir("/sys/block")
-            .context("listing the disks")?
-            .flatten()
-        {
-            let serial = fs::read_to_string(entry.path().join("serial")).unwrap_or_default();
-            let device = Path::new("/dev").join(entry.file_name());
-            if serial.trim_end() == disk && device.exists() {
-                return Ok(device);
+        let device = match &*known() {
+            Some(known) => of(disk, known),
+            None => of(disk, &list()?),
+        };
+        let found = device.as_deref().map(size);
+        match (device, found) {
+            (Some(device), Some(Ok(1..))) => return Ok(device),
+            _ if Instant::now() <= deadline => std::thread::sleep(Duration::from_millis(1)),
+            (_, None) => bail!("the VM has no virtio-blk disk with the serial `{disk}`"),
+            (_, Some(size)) => {
+                size.with_context(|| format!("asking the size of the disk `{disk}`"))?;
+                bail!("the disk `{disk}` is empty");
             }
         }
-        if Instant::now() > deadline {
-            bail!("the VM has no virtio-blk disk with the serial `{disk}`");
-        }
-        std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+fn of(disk: &str, known: &[(String, PathBuf)]) -> Option<PathBuf> {
+    let found = known.iter().find(|(serial, _)| serial == disk);
+    found.map(|(_, device)| device.clone())
+}
+
+/// In bytes.
+fn size(device: &Path) -> io::Result<u64> {
+    File::open(device)?.seek(SeekFrom::End(0))
+}
+
+/// The serials of all disks that have a driver, and their devices.
+fn list() -> Result<Vec<(String, PathBuf)>> {
+    let entries = fs::read_dir("/sys/block").context("listing the disks")?;
+    let one = |entry: fs::DirEntry| {
+        let serial = fs::read_to_string(entry.path().join("serial")).unwrap_or_default();
+        let device = Path::new("/dev").join(entry.file_name());
+        (serial.trim_end().to_owned(), device)
+    };
+    Ok(entries.flatten().map(one).collect())
 }

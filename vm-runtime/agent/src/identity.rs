@@ -4,8 +4,9 @@
 //! every random number. The kernel's own place in memory, and what it drew while the template was made, are shared by all pods
 //! of a template.
 
-use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -13,7 +14,7 @@ use guest_agent::protocol::message::Identity;
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
 
-use crate::{disks, furniture, network, stats, sys};
+use crate::{cgroups, disks, furniture, network, stats, sys};
 
 /// What containers find as [`PRODUCT_UUID`], if it is there.
 pub(crate) const OWN_UUID: &str = "/run/product_uuid";
@@ -35,11 +36,16 @@ pub(crate) fn take(identity: &Identity) -> Result<()> {
     sys::reseed(entropy).context("keying the kernel's random generator anew")?;
     set_clock(identity.unix_ns).context("setting the clock")?;
     network::readdress(identity.old_mac, identity.mac)?;
-    fs::write(OWN_UUID, format!("{}\n", identity.uuid))
-        .with_context(|| format!("writing {OWN_UUID}"))?;
+    name(&identity.uuid)
+}
+
+/// Gives containers another UUID to find than the VM's own.
+fn name(uuid: &str) -> Result<()> {
     // As the kernel has it.
-    fs::set_permissions(OWN_UUID, fs::Permissions::from_mode(0o400))
-        .with_context(|| format!("closing {OWN_UUID}"))
+    let mut file = File::options();
+    let file = file.write(true).create(true).mode(0o400).open(OWN_UUID);
+    file.and_then(|mut file| writeln!(file, "{uuid}"))
+        .with_context(|| format!("writing {OWN_UUID}"))
 }
 
 /// Gives memory back that is not needed. What was in free pages before is gone: the host keeps no page of zeros.
@@ -47,6 +53,8 @@ pub(crate) fn settle() -> Result<()> {
     // Before caches are dropped: what these look up and make, guests that start from this one need not.
     network::prepare()?;
     disks::prepare()?;
+    name("")?;
+    cgroups::prepare()?;
     furniture::prepare()?;
     nix::unistd::sync();
     for (path, value) in [

@@ -46,30 +46,9 @@ pub(crate) enum Place<'a> {
     Join(&'a Namespaces),
 }
 
-/// A container's namespaces, opened when it started: its first process's pid may not be trusted later.
+/// The namespaces of a container's first process, by its pidfd: while it runs they can be joined.
 #[derive(Debug)]
-pub(crate) struct Namespaces {
-    pid: File,
-    mount: File,
-    uts: File,
-    ipc: File,
-}
-
-impl Namespaces {
-    /// Those of a child that has not been waited for.
-    pub(crate) fn of(pid: Pid) -> Result<Self> {
-        let open = |kind: &str| {
-            let path = format!("/proc/{pid}/ns/{kind}");
-            File::open(&path).with_context(|| format!("opening {path}"))
-        };
-        Ok(Self {
-            pid: open("pid")?,
-            mount: open("mnt")?,
-            uts: open("uts")?,
-            ipc: open("ipc")?,
-        })
-    }
-}
+pub(crate) struct Namespaces(OwnedFd);
 
 /// A program to run.
 pub(crate) struct Launch<'a> {
@@ -86,39 +65,27 @@ pub(crate) struct Launch<'a> {
 impl Launch<'_> {
     /// Starts it, and returns when the program itself runs, or why it does not.
     pub(crate) fn run(self) -> Result<(Pid, Namespaces), Failure> {
-        // Holds the child until its namespaces are open: a short program may be gone before.
-        let (mut wait, go) = pipe2(OFlag::O_CLOEXEC)
-            .map(|(r, w)| (File::from(r), File::from(w)))
-            .map_err(|e| system("making a pipe", e))?;
         let (mut report, tell) = pipe2(OFlag::O_CLOEXEC)
             .map(|(r, w)| (File::from(r), File::from(w)))
             .map_err(|e| system("making a pipe", e))?;
-        let pid = match self.fork().map_err(|e| system("starting a process", e))? {
-            Some(pid) => pid,
-            None => {
-                drop(go);
-                wait.read_to_end(&mut Vec::new()).ok();
-                let bytes = postcard::to_allocvec(&self.become_program()).unwrap_or_default();
-                (&tell).write_all(&bytes).ok();
-                sys::exit_now(127);
-            }
+        let child = self.fork().map_err(|e| system("starting a process", e))?;
+        let Some((pid, pidfd)) = child else {
+            let bytes = postcard::to_allocvec(&self.become_program()).unwrap_or_default();
+            (&tell).write_all(&bytes).ok();
+            sys::exit_now(127);
         };
         drop(tell);
-        let namespaces = Namespaces::of(pid);
-        drop(go);
         // Ends at exec, which closes the other end, or with the child.
         let mut bytes = Vec::new();
         report.read_to_end(&mut bytes).ok();
         if bytes.is_empty() {
-            return namespaces
-                .map(|n| (pid, n))
-                .map_err(|e| system("opening a new process's namespaces", format!("{e:#}")));
+            return Ok((pid, Namespaces(pidfd)));
         }
         Err(postcard::from_bytes(&bytes)
             .unwrap_or_else(|_| system("starting a process", "it died")))
     }
 
-    fn fork(&self) -> std::io::Result<Option<Pid>> {
+    fn fork(&self) -> std::io::Result<Option<(Pid, OwnedFd)>> {
         let cgroup = self.cgroup.dir().as_fd();
         match self.place {
             Place::New { .. } => sys::fork_into(
@@ -128,7 +95,7 @@ impl Launch<'_> {
             Place::Join(namespaces) => {
                 // A process never changes its own PID namespace, only its children's.
                 let own = File::open("/proc/self/ns/pid")?;
-                setns(&namespaces.pid, CloneFlags::CLONE_NEWPID)?;
+                setns(&namespaces.0, CloneFlags::CLONE_NEWPID)?;
                 let child = sys::fork_into(0, cgroup);
                 if !matches!(child, Ok(None)) {
                     setns(&own, CloneFlags::CLONE_NEWPID)?;
@@ -174,12 +141,9 @@ impl Launch<'_> {
                 etc::write(pod)?;
             }
             Place::Join(namespaces) => {
-                setns(&namespaces.uts, CloneFlags::CLONE_NEWUTS)
-                    .context("joining the UTS namespace")?;
-                setns(&namespaces.ipc, CloneFlags::CLONE_NEWIPC)
-                    .context("joining the IPC namespace")?;
-                setns(&namespaces.mount, CloneFlags::CLONE_NEWNS)
-                    .context("joining the mount namespace")?;
+                let all =
+                    CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWNS;
+                setns(&namespaces.0, all).context("joining the container's namespaces")?;
             }
         }
         let identity = self.rights.identity(self.user)?;

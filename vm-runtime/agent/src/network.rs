@@ -6,7 +6,8 @@ use std::fs;
 use std::io::IoSliceMut;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use guest_agent::protocol::message::Interface;
@@ -19,32 +20,35 @@ use crate::boot::set_sysctl;
 /// The loopback interface's index in every network namespace: it is the first that is made (linux/net/core/dev.c).
 const LOOPBACK: u32 = 1;
 
-/// Brings the loopback interface up.
+/// Brings the loopback interface up, if that has not been done.
 pub(crate) fn loopback() -> Result<()> {
-    Netlink::open()?
-        .call(link_up(LOOPBACK))
-        .context("bringing lo up")
+    if !links_known().is_empty() {
+        return Ok(());
+    }
+    netlink()?.call(link_up(LOOPBACK)).context("bringing lo up")
 }
 
 /// Gives one interface its addresses and routes, ready for use at once.
 pub(crate) fn configure(interface: &Interface) -> Result<()> {
-    let Link { name, index, .. } = find(interface.mac)?;
-    for (key, value) in [
-        ("accept_dad", "0"),
-        ("dad_transmits", "0"),
-        ("accept_ra", "0"),
-    ] {
-        set_sysctl(&format!("net.ipv6.conf.{name}.{key}"), value)?;
+    let link = find(interface.mac)?;
+    let Link { name, index, .. } = &link;
+    let index = *index;
+    if !link.ready {
+        plain(name)?;
     }
-    let mut netlink = Netlink::open()?;
+    let netlink = netlink()?;
     if let Some(mtu) = interface.mtu {
         netlink
             .call(link_mtu(index, mtu))
             .with_context(|| format!("setting the MTU of {name} to {mtu}"))?;
     }
-    netlink
-        .call(link_up(index))
-        .with_context(|| format!("bringing {name} up"))?;
+    let mut addresses = interface.addresses.iter();
+    own_addresses(name, addresses.any(|(address, _)| address.is_ipv6()))?;
+    if !link.ready {
+        netlink
+            .call(link_up(index))
+            .with_context(|| format!("bringing {name} up"))?;
+    }
     for (address, mac) in &interface.neighbours {
         netlink
             .call(neighbour(index, *address, *mac))
@@ -69,25 +73,62 @@ struct Link {
     name: String,
     index: u32,
     mac: String,
+    /// It is up, and lacks only its addresses.
+    ready: bool,
 }
 
 /// What a template has looked up for the guests that start from it: for them these files are in no cache, and slow to read.
 static LINKS: Mutex<Vec<Link>> = Mutex::new(Vec::new());
 
-/// Looks the guest's interfaces up, and brings the loopback interface up, for guests that start from this one.
+fn links_known() -> MutexGuard<'static, Vec<Link>> {
+    LINKS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Looks the guest's interfaces up, and brings them up, for guests that start from this one.
 pub(crate) fn prepare() -> Result<()> {
     loopback()?;
-    *LINKS.lock().unwrap_or_else(PoisonError::into_inner) = links()?;
+    let mut links = links()?;
+    let netlink = netlink()?;
+    for link in links.iter_mut().filter(|link| link.index != LOOPBACK) {
+        plain(&link.name)?;
+        // It has another MAC address later.
+        own_addresses(&link.name, false)?;
+        netlink
+            .call(link_up(link.index))
+            .with_context(|| format!("bringing {} up", link.name))?;
+        link.ready = true;
+    }
+    *links_known() = links;
     Ok(())
 }
 
-/// Gives the device with the address `old` the address `new`; it is down.
+/// An interface's addresses are there at once, and come from nobody but the host.
+fn plain(name: &str) -> Result<()> {
+    for (key, value) in [
+        ("accept_dad", "0"),
+        ("dad_transmits", "0"),
+        ("accept_ra", "0"),
+    ] {
+        set_sysctl(&format!("net.ipv6.conf.{name}.{key}"), value)?;
+    }
+    Ok(())
+}
+
+/// Whether an interface that is up has link-local addresses, which the kernel makes from its MAC address.
+fn own_addresses(name: &str, wanted: bool) -> Result<()> {
+    /// `IN6_ADDR_GEN_MODE_EUI64`, `IN6_ADDR_GEN_MODE_NONE` (linux/if_link.h).
+    const MODES: [&str; 2] = ["0", "1"];
+    let mode = MODES[usize::from(!wanted)];
+    set_sysctl(&format!("net.ipv6.conf.{name}.addr_gen_mode"), mode)
+}
+
+/// Gives the device with the address `old` the address `new`.
 pub(crate) fn readdress(old: [u8; 6], new: [u8; 6]) -> Result<()> {
     let link = find(old)?;
-    Netlink::open()?
+    netlink()?
         .call(link_address(link.index, new))
         .with_context(|| format!("setting the MAC address of {}", link.name))?;
-    let mut known = LINKS.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut known = links_known();
     for known in known.iter_mut().filter(|known| known.index == link.index) {
         known.mac = text(new);
     }
@@ -100,7 +141,7 @@ fn text(mac: [u8; 6]) -> String {
 
 fn find(mac: [u8; 6]) -> Result<Link> {
     let wanted = text(mac);
-    let known = LINKS.lock().unwrap_or_else(PoisonError::into_inner);
+    let known = links_known();
     if let Some(link) = known.iter().find(|link| link.mac == wanted) {
         return Ok(link.clone());
     }
@@ -118,6 +159,7 @@ fn links() -> Result<Vec<Link>> {
             index: interface_index(&name)?,
             mac: address.trim_end().to_owned(),
             name,
+            ready: false,
         });
     }
     Ok(links)
@@ -278,7 +320,19 @@ fn default_route(index: u32, gateway: IpAddr) -> Message {
 
 struct Netlink {
     socket: OwnedFd,
-    sequence: u32,
+    sequence: AtomicU32,
+}
+
+/// The agent's one socket; a template's is open already.
+fn netlink() -> Result<&'static Netlink> {
+    static OPEN: OnceLock<Netlink> = OnceLock::new();
+    match OPEN.get() {
+        Some(netlink) => Ok(netlink),
+        None => {
+            let netlink = Netlink::open()?;
+            Ok(OPEN.get_or_init(|| netlink))
+        }
+    }
 }
 
 impl Netlink {
@@ -292,21 +346,16 @@ impl Netlink {
         .context("opening an rtnetlink socket")?;
         Ok(Self {
             socket,
-            sequence: 0,
+            sequence: AtomicU32::new(0),
         })
     }
 
-    fn call(&mut self, message: Message) -> Result<()> {
-        self.sequence += 1;
+    fn call(&self, message: Message) -> Result<()> {
+        let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
         let kernel = NetlinkAddr::new(0, 0);
         let fd = self.socket.as_raw_fd();
-        sendto(
-            fd,
-            &message.encode(self.sequence),
-            &kernel,
-            MsgFlags::empty(),
-        )
-        .context("sending to rtnetlink")?;
+        sendto(fd, &message.encode(sequence), &kernel, MsgFlags::empty())
+            .context("sending to rtnetlink")?;
         let mut buffer = [0u8; 4096];
         let mut slices = [IoSliceMut::new(&mut buffer)];
         let length = recvmsg::<()>(fd, &mut slices, None, MsgFlags::empty())

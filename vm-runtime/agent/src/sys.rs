@@ -65,16 +65,18 @@ pub(crate) fn zero_free_memory(bytes: u64) -> io::Result<()> {
 /// `CLONE_INTO_CGROUP` (linux/sched.h): libc's constant overflows its type.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
-/// Forks into new namespaces (`CLONE_NEW*` in `flags`) and into a cgroup. Returns `None` in the child.
-pub(crate) fn fork_into(flags: i32, cgroup: BorrowedFd<'_>) -> io::Result<Option<Pid>> {
+/// Forks into new namespaces (`CLONE_NEW*` in `flags`) and into a cgroup. Returns the child's pid and its pidfd, and `None` in the child.
+pub(crate) fn fork_into(flags: i32, cgroup: BorrowedFd<'_>) -> io::Result<Option<(Pid, OwnedFd)>> {
+    let mut pidfd: libc::c_int = -1;
     // SAFETY: clone_args is plain integers, for which zero means "not used".
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
-    args.flags = flags as u64 | CLONE_INTO_CGROUP;
+    args.flags = flags as u64 | CLONE_INTO_CGROUP | libc::CLONE_PIDFD as u64;
+    args.pidfd = &raw mut pidfd as u64;
     args.exit_signal = libc::SIGCHLD as u64;
     args.cgroup = cgroup.as_raw_fd() as u64;
     // SAFETY: without CLONE_VM and without a stack this is fork(2): the child goes on here in a copy
     // of the address space. The agent has one thread, so no lock is held by a thread that is not
-    // copied. `args` outlives the call.
+    // copied. `args` and `pidfd`, which the kernel writes to, outlive the call.
     let pid = check(unsafe {
         libc::syscall(
             libc::SYS_clone3,
@@ -82,7 +84,12 @@ pub(crate) fn fork_into(flags: i32, cgroup: BorrowedFd<'_>) -> io::Result<Option
             size_of::<libc::clone_args>(),
         )
     })?;
-    Ok((pid != 0).then(|| Pid::from_raw(pid as i32)))
+    if pid == 0 {
+        return Ok(None);
+    }
+    // SAFETY: the kernel has just made this descriptor for the parent, and nobody else knows it.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    Ok(Some((Pid::from_raw(pid as i32), pidfd)))
 }
 
 /// Ends this process without running destructors or flushing what the parent has buffered.

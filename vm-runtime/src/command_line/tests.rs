@@ -1,6 +1,7 @@
 use super::*;
 use crate::spec::WritableDisk;
 use crate::spec::tests::example;
+use crate::units::Bytes;
 
 const FDS: FdNumbers = FdNumbers {
     memory: 200,
@@ -73,7 +74,7 @@ fn an_image_that_is_served_is_read_over_its_socket() {
     let disks = [PathBuf::from("/p/web/i0.nbd")];
     let built = text(&example(), &local(BootMode::Boot, &disks));
     assert!(
-        built.contains(r#"-blockdev {"driver":"nbd","node-name":"disk0","read-only":true,"reconnect-delay":86400,"server":{"path":"/p/web/i0.nbd","type":"unix"}}"#),
+        built.contains(r#"-blockdev {"driver":"nbd","node-name":"disk0","reconnect-delay":86400,"server":{"path":"/p/web/i0.nbd","type":"unix"}}"#),
         "{built}"
     );
 }

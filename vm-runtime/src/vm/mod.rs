@@ -12,6 +12,7 @@
 //! end it. Verbs that fail say in their documentation what state the VM is left in.
 
 mod child;
+mod disks;
 mod error;
 mod find;
 mod inject;

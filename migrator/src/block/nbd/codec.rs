@@ -17,8 +17,9 @@ pub(super) const NO_ZEROES: u16 = 1 << 1;
 
 /// `NBD_FLAG_HAS_FLAGS`, `SEND_FLUSH`, `SEND_FUA`, `SEND_TRIM`, `SEND_WRITE_ZEROES`, `CAN_MULTI_CONN`.
 const WRITABLE_FLAGS: u16 = 1 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 8;
-/// `NBD_FLAG_HAS_FLAGS`, `READ_ONLY`, `CAN_MULTI_CONN`.
-const READ_ONLY_FLAGS: u16 = 1 | 1 << 1 | 1 << 8;
+/// `NBD_FLAG_HAS_FLAGS`, `CAN_MULTI_CONN`. Not `READ_ONLY`: QEMU tells a guest that a disk's size has changed only of one that could be
+/// written, and a guest from a template has to be told. Writes are refused.
+const READ_ONLY_FLAGS: u16 = 1 | 1 << 8;
 
 /// What a client is told of an export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -300,6 +301,6 @@ mod tests {
             info_export(facts(false)),
             [0, 0, 0, 0, 0, 0, 0, 0x10, 0, 0, 1, 0x6d]
         );
-        assert_eq!(info_export(facts(true))[10..], [1, 3]);
+        assert_eq!(info_export(facts(true))[10..], [1, 1]);
     }
 }

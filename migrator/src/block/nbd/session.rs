@@ -225,6 +225,8 @@ impl Session {
             Ok(payload) => (0, payload),
             // The client finds out where the disk is served now.
             Err(DiskError::Closed) => return Err(Over::Gone),
+            // A guest may try that as often as it likes.
+            Err(error @ DiskError::ReadOnly) => (code(&error), Payload::None),
             Err(error) => {
                 let code = code(&error);
                 tracing::warn!(

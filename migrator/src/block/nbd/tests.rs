@@ -2,19 +2,22 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use super::Server;
 use super::codec::{MAX_OPTION, MAX_PAYLOAD, OPTION_MAGIC};
-use crate::block::{Disk, Extent, GRANULE};
+use crate::block::{Disk, DiskError, Export, Extent, GRANULE, ReadOnly};
 
 const SIZE: u64 = 2 << 20;
 const GO: u32 = 7;
 const READ: u16 = 0;
 const WRITE: u16 = 1;
 const FLUSH: u16 = 3;
+const TRIM: u16 = 4;
+const ZERO: u16 = 6;
 
 struct Lab {
     _dir: tempfile::TempDir,
@@ -36,22 +39,30 @@ fn lab() -> Lab {
 impl Lab {
     /// Past the hello.
     fn connect(&self) -> UnixStream {
-        let mut stream = UnixStream::connect(self.server.path()).unwrap();
-        stream
-            .set_read_timeout(Some(Duration::from_secs(20)))
-            .unwrap();
-        assert_eq!(&bytes::<18>(&mut stream)[..16], b"NBDMAGICIHAVEOPT");
-        stream.write_all(&3_u32.to_be_bytes()).unwrap();
-        stream
+        connect(self.server.path())
     }
 
     /// Ready for requests.
     fn client(&self) -> UnixStream {
-        let mut stream = self.connect();
-        send_option(&mut stream, GO, &[0; 6]);
-        while option_reply(&mut stream) != 1 {}
-        stream
+        client(self.server.path())
     }
+}
+
+fn connect(server: &Path) -> UnixStream {
+    let mut stream = UnixStream::connect(server).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
+    assert_eq!(&bytes::<18>(&mut stream)[..16], b"NBDMAGICIHAVEOPT");
+    stream.write_all(&3_u32.to_be_bytes()).unwrap();
+    stream
+}
+
+fn client(server: &Path) -> UnixStream {
+    let mut stream = connect(server);
+    send_option(&mut stream, GO, &[0; 6]);
+    while option_reply(&mut stream) != 1 {}
+    stream
 }
 
 fn bytes<const N: usize>(stream: &mut UnixStream) -> [u8; N] {
@@ -140,6 +151,45 @@ fn requests_beyond_the_disk_or_too_long_are_refused_and_the_connection_goes_on()
     assert_eq!(reply(&mut stream), (1, 22));
     send(&mut stream, FLUSH, 2, 0, 0, b"");
     assert_eq!(reply(&mut stream), (2, 0));
+}
+
+/// As many sevens.
+#[derive(Debug)]
+struct Sevens(u64);
+
+impl ReadOnly for Sevens {
+    fn path(&self) -> &Path {
+        Path::new("sevens")
+    }
+
+    fn size(&self) -> u64 {
+        self.0
+    }
+
+    fn is_ready(&self, _offset: u64, _len: u64) -> bool {
+        true
+    }
+
+    fn read_at(&self, data: &mut [u8], _offset: u64) -> Result<(), DiskError> {
+        data.fill(7);
+        Ok(())
+    }
+}
+
+#[test]
+fn an_image_is_read_and_nothing_changes_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = Export::Image(Arc::new(Sevens(SIZE)));
+    let server = Server::start(image, &dir.path().join("s")).unwrap();
+    let mut stream = client(server.path());
+    let changes = [(WRITE, b"hello".as_slice()), (TRIM, b""), (ZERO, b"")];
+    for (cookie, (kind, data)) in (1..).zip(changes) {
+        send(&mut stream, kind, cookie, 4096, 5, data);
+        assert_eq!(reply(&mut stream), (cookie, 1), "{kind}");
+    }
+    send(&mut stream, READ, 9, 4096, 5, b"");
+    assert_eq!(reply(&mut stream), (9, 0));
+    assert_eq!(bytes::<5>(&mut stream), [7; 5]);
 }
 
 #[test]
