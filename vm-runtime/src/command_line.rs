@@ -131,7 +131,9 @@ pub fn build(spec: &VmSpec, local: &Local<'_>) -> Result<Vec<OsString>, SpecErro
             Some(path) => image(path),
             None => nothing(),
         };
-        args.disk(index, &disk.serial, node);
+        // QEMU tells a guest of another size only where it may write itself.
+        let is_file = images.get(index).is_some_and(|path| !is_served(path));
+        args.disk(index, &disk.serial, node, spec.announced_images && !is_file);
     }
     for (index, disk) in spec.writable.iter().enumerate() {
         if let Some((_, image)) = local.rbd.iter().find(|(at, _)| *at == index) {
@@ -264,8 +266,12 @@ impl Args {
         }
     }
 
-    fn disk(&mut self, index: usize, serial: &str, mut node: Value) {
+    /// An image: whoever serves it refuses every write.
+    fn disk(&mut self, index: usize, serial: &str, mut node: Value, writable: bool) {
         node["node-name"] = format!("disk{index}").into();
+        if !writable {
+            node["read-only"] = true.into();
+        }
         self.pair("-blockdev", node.to_string());
         self.device(
             &format!("virtio-blk-pci,drive=disk{index},serial={serial}"),
@@ -341,7 +347,7 @@ impl Args {
 
 /// An image. As JSON, a path may hold commas; lossy only for names that are no UTF-8, which our own image store never makes.
 fn image(path: &Path) -> Value {
-    if path.extension().is_some_and(|ext| ext == SOCKET) {
+    if is_served(path) {
         return served(path);
     }
     json!({
@@ -351,8 +357,11 @@ fn image(path: &Path) -> Value {
             "filename": path.to_string_lossy(),
             "read-only": true,
         },
-        "read-only": true,
     })
+}
+
+fn is_served(path: &Path) -> bool {
+    path.extension().is_some_and(|ext| ext == SOCKET)
 }
 
 /// A disk that the service serves.

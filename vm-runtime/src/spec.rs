@@ -103,6 +103,10 @@ pub struct VmSpec {
     /// kernel forgets that one was written when it is punched.
     #[serde(default)]
     pub hugepages: bool,
+    /// Whether QEMU can tell the guest how large its images are: to QEMU they could be written then, and whoever serves them refuses that.
+    /// Absent in specs of VMs that were started before there were guests to be told.
+    #[serde(default)]
+    pub announced_images: bool,
     /// Kernel command line.
     pub cmdline: String,
     /// SHA-256 of the kernel image: the destination must have the same.
@@ -296,6 +300,7 @@ pub(crate) mod tests {
             }],
             writable: Vec::new(),
             free_page_reporting: true,
+            announced_images: false,
             hugepages: false,
             cmdline: "console=ttyS0 panic=-1".to_owned(),
             kernel_sha256: String::new(),
@@ -314,8 +319,9 @@ pub(crate) mod tests {
         let fields = text.as_object_mut().unwrap();
         fields.remove("free_page_reporting");
         fields.remove("hugepages");
+        fields.remove("announced_images");
         let spec: VmSpec = serde_json::from_value(text).unwrap();
-        assert!(!spec.free_page_reporting && !spec.hugepages);
+        assert!(!spec.free_page_reporting && !spec.hugepages && !spec.announced_images);
     }
 
     #[test]

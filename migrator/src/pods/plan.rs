@@ -112,6 +112,7 @@ pub fn plan(
         disks,
         writable,
         free_page_reporting: !spec.hugepages,
+        announced_images: true,
         hugepages: spec.hugepages,
         cmdline: KERNEL_CMDLINE.to_owned(),
         kernel_sha256: base.kernel_sha256.to_owned(),

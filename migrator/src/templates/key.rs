@@ -144,7 +144,7 @@ pub(super) mod tests {
     #[test]
     fn whatever_the_saved_state_depends_on_makes_another() {
         type Change = fn(&mut VmSpec);
-        let changes: [Change; 13] = [
+        let changes: [Change; 14] = [
             |s| s.machine = "pc-q35-10.0".to_owned(),
             |s| s.cpu = "qemu64-v1".to_owned(),
             |s| s.accel = Accel::Kvm,
@@ -154,6 +154,7 @@ pub(super) mod tests {
             |s| s.disks[0].serial = "img1".to_owned(),
             |s| s.writable.clear(),
             |s| s.free_page_reporting = false,
+            |s| s.announced_images = true,
             |s| s.hugepages = true,
             |s| s.cmdline.push_str(" quiet"),
             |s| s.kernel_sha256 = "1".to_owned(),

@@ -228,6 +228,7 @@ pub(crate) fn offer() -> Offer {
             disks: Vec::new(),
             writable: Vec::new(),
             free_page_reporting: true,
+            announced_images: false,
             hugepages: false,
             cmdline: "quiet".to_owned(),
             kernel_sha256: String::new(),

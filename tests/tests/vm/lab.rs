@@ -104,6 +104,7 @@ impl Lab {
             }],
             writable: Vec::new(),
             free_page_reporting: !self.hugepages,
+            announced_images: false,
             hugepages: self.hugepages,
             cmdline: format!("{KERNEL_CMDLINE} quiet"),
             kernel_sha256: String::new(),

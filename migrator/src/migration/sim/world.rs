@@ -169,6 +169,7 @@ fn offer(verify: bool) -> Offer {
             disks: Vec::new(),
             writable: Vec::new(),
             free_page_reporting: true,
+            announced_images: false,
             hugepages: false,
             cmdline: String::new(),
             kernel_sha256: String::new(),

@@ -158,6 +158,7 @@ mod tests {
             kernel_sha256: String::new(),
             initramfs_sha256: String::new(),
             free_page_reporting: true,
+            announced_images: false,
             hugepages: false,
         };
         let local = Local {

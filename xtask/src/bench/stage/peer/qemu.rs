@@ -86,6 +86,7 @@ impl Ground {
                 }],
             },
             free_page_reporting: true,
+            announced_images: false,
             hugepages: false,
             cmdline: KERNEL_CMDLINE.to_owned(),
             kernel_sha256: String::new(),
