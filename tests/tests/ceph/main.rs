@@ -8,6 +8,7 @@ use std::thread;
 
 use anyhow::{Context, Result, ensure};
 use cluster::{Cluster, POOL};
+use migrator::api::template_types::TemplateList;
 use migrator::api::types::{VolumeInfo, VolumeList};
 use migrator_tests::lab::{POD, SOON, TestLab, is_whole, writer_yaml};
 use xtask::cmd;
@@ -54,6 +55,22 @@ impl Test {
 
     fn held_by(&self, node: Node) -> Result<Option<String>> {
         Ok(self.volume(node)?.context("the volume is not listed")?.node)
+    }
+
+    /// A template's disks are empty: the guest is told by QEMU how large an image of the cluster is.
+    fn starts_from_a_template(&mut self) -> Result<()> {
+        let lab = &mut self.lab;
+        let file = lab.lab().dir().join("template.yaml");
+        std::fs::write(&file, yaml())?;
+        let file = file.to_str().context("a path that is not UTF-8")?;
+        lab.succeeds(Node::A, &["template", "build", file])?;
+        lab.run_pod_of(&yaml())?;
+        lab.said(Node::A, 3)?;
+        let list = lab.succeeds(Node::A, &["--output", "json", "template", "ls"])?;
+        let made = serde_json::from_str::<TemplateList>(&list)?.templates;
+        ensure!(made.len() == 1 && made[0].starts == 1, "{made:?}");
+        lab.stop_probe()?;
+        lab.succeeds(Node::A, &["stop", POD]).map(drop)
     }
 
     fn comes_to_be_held_by(&self, node: Node) -> Result<()> {
@@ -173,6 +190,7 @@ fn volumes_on_ceph_stay_where_they_are_and_their_pod_moves() -> Result<()> {
     let mut cat = Command::new("debugfs");
     let file = cmd::output(cat.args(["-R", "cat /volume/log"]).arg(&copy))?;
     is_whole(&file, floor)?;
+    test.starts_from_a_template()?;
     let used = test.volume(Node::A)?.context("it is not listed")?;
     ensure!(
         (1..used.size_bytes).contains(&used.allocated_bytes),
