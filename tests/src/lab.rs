@@ -312,6 +312,12 @@ impl TestLab {
     /// # Errors
     /// The log is not whole.
     pub fn log_is_whole(&self, node: Node) -> Result<u64> {
+        let last = self.counted(node)?;
+        ensure!(last > 0, "the log is empty");
+        Ok(last)
+    }
+
+    fn counted(&self, node: Node) -> Result<u64> {
         let text = self.succeeds(node, &["logs", POD, "counter"])?;
         let mut last = 0;
         for line in text.lines() {
@@ -323,7 +329,6 @@ impl TestLab {
             );
             last += 1;
         }
-        ensure!(last > 0, "the log is empty");
         Ok(last)
     }
 
@@ -334,7 +339,7 @@ impl TestLab {
     pub fn log_goes_on(&self, node: Node, floor: u64) -> Result<u64> {
         let mut last = Ok(0);
         poll_until(SOON, || {
-            last = self.log_is_whole(node);
+            last = self.counted(node);
             last.as_ref().map_or(true, |last| *last > floor)
         });
         let last = last?;

@@ -35,24 +35,33 @@ const WHO: &str = "echo random $(head -c 64 /dev/urandom | md5sum); \
     echo tables $(ls /sys/firmware | wc -l); \
     echo cpus $(nproc); \
     echo sectors $(cat /sys/block/vda/size) $(cat /sys/block/vdb/size); \
+    echo tty $(tty); \
+    echo scratch $(grep -c \" /scratch tmpfs \" /proc/mounts); \
     echo link $(grep -o \"^fe80[0-9a-f]*\" /proc/net/if_inet6); \
     dd if=/dev/zero of=/written bs=64k count=64 2>/dev/null && sync; \
     echo written $(wc -c < /written); \
     echo done -; while :; do sleep 60; done";
 
+/// The container that tells is the first: it has the process that waits for it in the template. One pod's has a terminal.
 fn yaml(name: &str, ipv4: &str, ipv6: &str) -> String {
     let who = format!(
         "    - name: who
       image: {}
+      tty: {}
       command: [/bin/sh, -c, '{WHO}']
       resources:
         limits:
           cpu: 2
           ephemeral-storage: 32Mi
-",
-        demo_image::REFERENCE
+      volumeMounts:
+        - name: scratch
+          mountPath: /scratch
+    - name: echo",
+        demo_image::REFERENCE,
+        name == TWIN
     );
-    pod_yaml(name, ipv4, ipv6) + &who
+    let pod = pod_yaml(name, ipv4, ipv6).replacen("    - name: echo", &who, 1);
+    pod + "  volumes:\n    - name: scratch\n      emptyDir: { medium: Memory }\n"
 }
 
 fn build(test: &TestLab) -> Result<TemplateInfo> {
@@ -103,6 +112,11 @@ fn run(test: &TestLab, name: &str, ipv4: &str, ipv6: &str) -> Result<BTreeMap<St
     let record = VmRecord::load(&test.state(Node::A).join("pods").join(name))?;
     ensure!(facts["uuid"] == record.spec.uuid, "{facts:?}");
     ensure!(facts["mac"] == record.spec.mac.to_string(), "{facts:?}");
+    ensure!(facts["scratch"] == "1", "{facts:?}");
+    ensure!(
+        (facts["tty"] == "/dev/pts/0") == (name == TWIN),
+        "{facts:?}"
+    );
     ensure!(facts["link"] == link_local(record.spec.mac.0), "{facts:?}");
     // Both virtual CPUs, and disks that are as large as its own.
     ensure!(facts["cpus"] == "2", "{facts:?}");

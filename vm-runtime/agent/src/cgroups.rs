@@ -34,12 +34,12 @@ fn made() -> MutexGuard<'static, Vec<(Option<String>, Cgroup)>> {
 }
 
 /// Makes what the first container will need.
-pub(crate) fn prepare() -> Result<()> {
+pub(crate) fn prepare() -> Result<Cgroup> {
     let mut made = made();
     if made.is_empty() {
         made.push((None, Cgroup::make(0)?));
     }
-    Ok(())
+    Ok(made[0].1.clone())
 }
 
 impl Cgroup {

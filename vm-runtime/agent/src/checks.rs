@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 
 use crate::boot::CGROUPS;
 use crate::containers::{Entrance, failed};
-use crate::launch::{Launch, Place, Stdio};
+use crate::launch::{Launch, Place, Program, Stdio};
 use crate::sys;
 
 /// The longest status line that is read, in bytes.
@@ -48,11 +48,13 @@ pub(crate) fn command(argv: &[String], at: &Entrance<'_>) -> Result<Pid, Failure
     let (pid, _) = Launch {
         place: Place::Join(at.namespaces),
         cgroup: at.cgroup,
-        argv,
-        env: at.env.to_vec(),
-        working_dir: &at.spec.working_dir,
-        user: &at.spec.user,
-        rights: at.rights,
+        program: Program {
+            argv: argv.to_vec(),
+            env: at.env.to_vec(),
+            working_dir: at.spec.working_dir.clone(),
+            user: at.spec.user.clone(),
+            rights: at.rights.clone(),
+        },
         stdio: Stdio::Pipes([null()?, null()?, null()?]),
     }
     .run()?;

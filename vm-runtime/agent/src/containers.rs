@@ -15,7 +15,7 @@ use nix::unistd::{Pid, pipe2};
 
 use crate::cgroups::Cgroup;
 use crate::disks::{self, Root};
-use crate::launch::{Launch, Namespaces, Place, Stdio};
+use crate::launch::{Launch, Namespaces, Place, Program, Stdio};
 use crate::life::Life;
 use crate::outbox::Outbox;
 use crate::probes::Health;
@@ -230,11 +230,13 @@ impl Container {
                 read_only: self.settings.read_only_root,
             },
             cgroup: &cgroup,
-            argv: &self.spec.argv,
-            env: env.clone(),
-            working_dir: &self.spec.working_dir,
-            user: &self.spec.user,
-            rights: &self.rights,
+            program: Program {
+                argv: self.spec.argv.clone(),
+                env: env.clone(),
+                working_dir: self.spec.working_dir.clone(),
+                user: self.spec.user.clone(),
+                rights: self.rights.clone(),
+            },
             stdio: streams.stdio,
         }
         .run()?;

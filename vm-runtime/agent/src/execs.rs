@@ -13,7 +13,7 @@ use nix::unistd::{Pid, pipe2};
 
 use crate::containers::{Entrance, failed};
 use crate::disks::Root;
-use crate::launch::{Launch, Place, Stdio};
+use crate::launch::{Launch, Place, Program, Stdio};
 use crate::outbox::Outbox;
 use crate::streams::{Chunk, Output, unblock};
 use crate::sys;
@@ -72,11 +72,13 @@ impl Exec {
         (exec.pid, _) = Launch {
             place: Place::Join(at.namespaces),
             cgroup: at.cgroup,
-            argv: &spec.argv,
-            env,
-            working_dir: &at.spec.working_dir,
-            user: &at.spec.user,
-            rights: at.rights,
+            program: Program {
+                argv: spec.argv.clone(),
+                env,
+                working_dir: at.spec.working_dir.clone(),
+                user: at.spec.user.clone(),
+                rights: at.rights.clone(),
+            },
             stdio,
         }
         .run()?;

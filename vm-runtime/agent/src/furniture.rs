@@ -12,12 +12,17 @@ use nix::mount::{MntFlags, MsFlags, umount2};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod, umask};
 
 use crate::boot::mount_at;
+use crate::cgroups;
+use crate::first::Waiting;
 
 /// Where all of it stands.
 const FOLDER: &str = "/furniture";
 
 /// The folder of [`sysfs`].
 pub(crate) const SYS: &CStr = c"/furniture/sys";
+
+/// Where a container's first process has its root before it enters it, in its own mount namespace.
+pub(crate) const ROOT: &CStr = c"/furniture/root";
 
 /// What of `/sys` tells too much: the same list as containerd's.
 const HIDDEN: &[&str] = &["devices/virtual/powercap", "firmware"];
@@ -59,7 +64,12 @@ pub(crate) fn prepare() -> Result<()> {
     sysfs()?;
     let mut spare = lock(&SPARE);
     if spare.is_none() {
-        *spare = Some(Devices::make()?);
+        let devices = Devices::make()?;
+        let waiting = Waiting::fork(&cgroups::prepare()?, &devices)?;
+        *spare = Some(Devices {
+            waiting: Mutex::new(Some(waiting)),
+            ..devices
+        });
     }
     Ok(())
 }
@@ -70,6 +80,8 @@ pub(crate) fn sysfs() -> Result<()> {
     if *stands {
         return Ok(());
     }
+    let path = ROOT.to_string_lossy();
+    fs::create_dir_all(&*path).with_context(|| format!("making {path}"))?;
     let path = SYS.to_string_lossy();
     fs::create_dir_all(&*path).with_context(|| format!("making {path}"))?;
     // One that an earlier try left half done is below this one.
@@ -89,6 +101,8 @@ pub(crate) fn sysfs() -> Result<()> {
 #[derive(Debug)]
 pub(crate) struct Devices {
     path: CString,
+    /// The process of the container that will have them, if a template has made it.
+    waiting: Mutex<Option<Waiting>>,
 }
 
 impl Devices {
@@ -106,6 +120,7 @@ impl Devices {
         mount_at("tmpfs", &path, "tmpfs", PLAIN, options)?;
         let made = Self {
             path: CString::new(path).context("a path with a NUL in it")?,
+            waiting: Mutex::new(None),
         };
         let before = umask(Mode::empty());
         let filled = made.fill();
@@ -148,6 +163,11 @@ impl Devices {
     /// For a copy of it with all that is mounted in it.
     pub(crate) fn path(&self) -> &CString {
         &self.path
+    }
+
+    /// The process that waits for a container that has them, once.
+    pub(crate) fn waiting(&self) -> Option<Waiting> {
+        lock(&self.waiting).take()
     }
 
     /// Where a new terminal comes from.

@@ -14,7 +14,7 @@ use guest_agent::protocol::message::Identity;
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
 
-use crate::{cgroups, disks, furniture, network, stats, sys};
+use crate::{disks, furniture, network, stats, sys};
 
 /// What containers find as [`PRODUCT_UUID`], if it is there.
 pub(crate) const OWN_UUID: &str = "/run/product_uuid";
@@ -54,7 +54,6 @@ pub(crate) fn settle() -> Result<()> {
     network::prepare()?;
     disks::prepare()?;
     name("")?;
-    cgroups::prepare()?;
     furniture::prepare()?;
     nix::unistd::sync();
     for (path, value) in [

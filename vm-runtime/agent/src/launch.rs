@@ -10,17 +10,18 @@ use anyhow::{Context, Result};
 use guest_agent::protocol::message::{Configuration, Failure, FailureKind};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::sched::{CloneFlags, setns};
 use nix::unistd::{
-    Gid, Pid, Uid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, execve, fchown, pipe2, sethostname,
-    setsid,
+    Gid, Pid, Uid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, execve, fchown, pipe2, setsid,
 };
+use serde::{Deserialize, Serialize};
 
 use crate::cgroups::Cgroup;
 use crate::disks::{Root, Volume};
+use crate::first::{self, Home, Order, Things};
 use crate::rights::Rights;
 use crate::users::Identity;
-use crate::{etc, rootfs, sys};
+use crate::{rootfs, sys};
 
 /// Looked through when the environment has no PATH.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -54,27 +55,28 @@ pub(crate) struct Namespaces(OwnedFd);
 pub(crate) struct Launch<'a> {
     pub(crate) place: Place<'a>,
     pub(crate) cgroup: &'a Cgroup,
-    pub(crate) argv: &'a [String],
-    pub(crate) env: Vec<(String, String)>,
-    pub(crate) working_dir: &'a str,
-    pub(crate) user: &'a str,
-    pub(crate) rights: &'a Rights,
+    pub(crate) program: Program,
     pub(crate) stdio: Stdio,
+}
+
+/// What is run, and as whom.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Program {
+    pub(crate) argv: Vec<String>,
+    pub(crate) env: Vec<(String, String)>,
+    pub(crate) working_dir: String,
+    pub(crate) user: String,
+    pub(crate) rights: Rights,
 }
 
 impl Launch<'_> {
     /// Starts it, and returns when the program itself runs, or why it does not.
     pub(crate) fn run(self) -> Result<(Pid, Namespaces), Failure> {
         let (mut report, tell) = pipe2(OFlag::O_CLOEXEC)
-            .map(|(r, w)| (File::from(r), File::from(w)))
+            .map(|(r, w)| (File::from(r), w))
             .map_err(|e| system("making a pipe", e))?;
-        let child = self.fork().map_err(|e| system("starting a process", e))?;
-        let Some((pid, pidfd)) = child else {
-            let bytes = postcard::to_allocvec(&self.become_program()).unwrap_or_default();
-            (&tell).write_all(&bytes).ok();
-            sys::exit_now(127);
-        };
-        drop(tell);
+        let started = self.start(tell);
+        let (pid, pidfd) = started.map_err(|e| system("starting a process", format!("{e:#}")))?;
         // Ends at exec, which closes the other end, or with the child.
         let mut bytes = Vec::new();
         report.read_to_end(&mut bytes).ok();
@@ -85,13 +87,33 @@ impl Launch<'_> {
             .unwrap_or_else(|_| system("starting a process", "it died")))
     }
 
-    fn fork(&self) -> std::io::Result<Option<(Pid, OwnedFd)>> {
+    fn start(self, tell: OwnedFd) -> Result<(Pid, OwnedFd)> {
         let cgroup = self.cgroup.dir().as_fd();
+        let (program, stdio) = (self.program, self.stdio);
         match self.place {
-            Place::New { .. } => sys::fork_into(
-                libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWUTS | libc::CLONE_NEWIPC,
-                cgroup,
-            ),
+            Place::New {
+                root,
+                volumes,
+                pod,
+                read_only,
+            } => {
+                let order = Order {
+                    home: Home::new(pod, volumes, read_only),
+                    program,
+                };
+                let things = Things {
+                    mounts: first::mounts(root, volumes)?,
+                    stdio,
+                    tell,
+                };
+                if let Some(waiting) = root.devices.waiting() {
+                    return waiting.tell(&order, things);
+                }
+                match first::fork(cgroup)? {
+                    Some(child) => Ok(child),
+                    None => first::become_program(&root.devices, order, things),
+                }
+            }
             Place::Join(namespaces) => {
                 // A process never changes its own PID namespace, only its children's.
                 let own = File::open("/proc/self/ns/pid")?;
@@ -100,67 +122,66 @@ impl Launch<'_> {
                 if !matches!(child, Ok(None)) {
                     setns(&own, CloneFlags::CLONE_NEWPID)?;
                 }
-                child
+                if let Some(child) = child? {
+                    return Ok(child);
+                }
+                let joined = begin().and_then(|()| {
+                    let all = CloneFlags::CLONE_NEWUTS
+                        | CloneFlags::CLONE_NEWIPC
+                        | CloneFlags::CLONE_NEWNS;
+                    setns(&namespaces.0, all).context("joining the container's namespaces")
+                });
+                program.execute(joined, false, &stdio, tell)
             }
         }
     }
+}
 
-    /// The child's way. Returns only if it fails.
-    fn become_program(self) -> Failure {
-        let argv = self.argv;
-        match self.settle() {
+/// What every new process does first.
+pub(crate) fn begin() -> Result<()> {
+    sys::default_signals();
+    fs::write("/proc/self/oom_score_adj", "0").ok();
+    setsid().map(drop).context("starting a session")
+}
+
+impl Program {
+    /// Becomes the program, if all went well so far; or tells why not, and ends.
+    pub(crate) fn execute(
+        self,
+        there: Result<()>,
+        read_only: bool,
+        stdio: &Stdio,
+        tell: OwnedFd,
+    ) -> ! {
+        let argv = self.argv.clone();
+        let failure = match there.and_then(|()| self.settle(read_only, stdio)) {
             Ok(env) => Failure {
                 kind: FailureKind::NotExecutable,
-                message: format!("{:#}", execute(argv, &env)),
+                message: format!("{:#}", execute(&argv, &env)),
             },
             Err(e) => Failure {
                 kind: FailureKind::System,
                 message: format!("{e:#}"),
             },
-        }
+        };
+        let bytes = postcard::to_allocvec(&failure).unwrap_or_default();
+        File::from(tell).write_all(&bytes).ok();
+        sys::exit_now(127);
     }
 
-    /// Everything up to the program itself. Returns the program's environment.
-    fn settle(self) -> Result<Vec<(String, String)>> {
-        sys::default_signals();
-        fs::write("/proc/self/oom_score_adj", "0").ok();
-        setsid().context("starting a session")?;
-        match self.place {
-            Place::New {
-                root, volumes, pod, ..
-            } => {
-                // Only now: the new namespace begins where the process is, and it was born into the container's cgroup.
-                unshare(CloneFlags::CLONE_NEWCGROUP).context("making a cgroup namespace")?;
-                let furniture = rootfs::Furniture::copy(&root.devices)?;
-                let volumes = rootfs::Volumes::copy(volumes)?;
-                let disguise = rootfs::Disguise::copy()?;
-                sethostname(&pod.hostname).context("setting the host name")?;
-                rootfs::enter(&root.path, furniture)?;
-                disguise.put_on()?;
-                volumes.attach()?;
-                etc::write(pod)?;
-            }
-            Place::Join(namespaces) => {
-                let all =
-                    CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWNS;
-                setns(&namespaces.0, all).context("joining the container's namespaces")?;
-            }
-        }
-        let identity = self.rights.identity(self.user)?;
-        let dir = if self.working_dir.is_empty() {
-            "/"
-        } else {
-            self.working_dir
+    /// Everything up to the program itself, on its root. Returns the program's environment.
+    fn settle(self, read_only: bool, stdio: &Stdio) -> Result<Vec<(String, String)>> {
+        let identity = self.rights.identity(&self.user)?;
+        let dir = match self.working_dir.as_str() {
+            "" => "/",
+            dir => dir,
         };
         fs::create_dir_all(dir).with_context(|| format!("making the working directory {dir}"))?;
         chdir(dir).with_context(|| format!("entering the working directory {dir}"))?;
-        if let Place::New {
-            read_only: true, ..
-        } = self.place
-        {
+        if read_only {
             rootfs::seal()?;
         }
-        wire(&self.stdio, &identity)?;
+        wire(stdio, &identity)?;
         let env = environment(self.env, &identity);
         self.rights.take(&identity)?;
         Ok(env)

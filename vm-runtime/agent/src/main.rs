@@ -11,6 +11,7 @@ mod containers;
 mod disks;
 mod etc;
 mod execs;
+mod first;
 mod furniture;
 mod identity;
 mod launch;

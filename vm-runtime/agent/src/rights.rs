@@ -3,12 +3,13 @@
 use anyhow::{Context, Result, bail};
 use guest_agent::protocol::settings::{ContainerSettings, PodSettings};
 use nix::unistd::{Gid, Uid, setgid, setgroups, setuid};
+use serde::{Deserialize, Serialize};
 
 use crate::sys;
 use crate::users::{self, Identity};
 
 /// As the pod has it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Rights {
     capabilities: u64,
     no_new_privileges: bool,

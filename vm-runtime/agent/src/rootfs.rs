@@ -15,7 +15,6 @@ use nix::sys::stat::{Mode, umask};
 use nix::unistd::{chdir, pivot_root};
 
 use crate::boot::mount_at;
-use crate::disks::Volume;
 use crate::furniture::{self, Devices};
 use crate::identity::{OWN_UUID, PRODUCT_UUID};
 use crate::sys;
@@ -56,12 +55,14 @@ impl Furniture {
     }
 }
 
-/// Enters `root` and mounts what a program expects. The process is alone in new mount and PID namespaces.
-pub(crate) fn enter(root: &Path, furniture: Furniture) -> Result<()> {
+/// Enters the root that a detached mount is, and mounts what a program expects. The process is alone in new mount and PID namespaces.
+pub(crate) fn enter(root: &OwnedFd, furniture: Furniture) -> Result<()> {
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     mount(None::<&str>, "/", None::<&str>, private, None::<&str>)
         .context("making the mounts private")?;
-    chdir(root).with_context(|| format!("entering {}", root.display()))?;
+    sys::attach_mount(root.as_fd(), furniture::ROOT).context("attaching the root")?;
+    let root = furniture::ROOT;
+    chdir(root).with_context(|| format!("entering {}", root.to_string_lossy()))?;
     // Both at the same place: the old root ends up on top of the new one and is taken off.
     pivot_root(".", ".").context("changing the root")?;
     umount2(".", MntFlags::MNT_DETACH).context("leaving the old root")?;
@@ -139,40 +140,22 @@ fn make_dir(path: &str, mode: u32) -> Result<()> {
     Ok(())
 }
 
-/// Copies of the mounts of volumes: from the agent's own mounts to a container's, which cannot see those.
-pub(crate) struct Volumes<'a>(Vec<(&'a Volume, OwnedFd)>);
-
-impl<'a> Volumes<'a> {
-    /// Before the root is changed.
-    pub(crate) fn copy(volumes: &'a [Volume]) -> Result<Self> {
-        let copy = |volume: &'a Volume| {
-            let mount = sys::clone_mount(&volume.source);
-            let mount = mount.with_context(|| format!("copying the mount of {}", volume.path))?;
-            Ok((volume, mount))
-        };
-        volumes.iter().map(copy).collect::<Result<_>>().map(Self)
+/// Attaches the mount of a volume, after the root was changed: a symlink in an image leads to another place in the same image at most.
+pub(crate) fn attach_volume(path: &str, read_only: bool, mount: &OwnedFd) -> Result<()> {
+    make_dir(path, 0o755)?;
+    let target = CString::new(path).context("a path with a NUL in it")?;
+    sys::attach_mount(mount.as_fd(), &target)
+        .with_context(|| format!("attaching the volume at {path}"))?;
+    if read_only {
+        let flags = MsFlags::MS_BIND
+            | MsFlags::MS_REMOUNT
+            | MsFlags::MS_RDONLY
+            | MsFlags::MS_NODEV
+            | MsFlags::MS_NOATIME;
+        mount_nothing(path, flags)
+            .with_context(|| format!("making the volume at {path} read-only"))?;
     }
-
-    /// After it: a symlink in an image leads to another place in the same image at most.
-    pub(crate) fn attach(self) -> Result<()> {
-        for (volume, mount) in self.0 {
-            let path = volume.path.as_str();
-            make_dir(path, 0o755)?;
-            let target = CString::new(path).context("a path with a NUL in it")?;
-            sys::attach_mount(mount.as_fd(), &target)
-                .with_context(|| format!("attaching the volume at {path}"))?;
-            if volume.read_only {
-                let flags = MsFlags::MS_BIND
-                    | MsFlags::MS_REMOUNT
-                    | MsFlags::MS_RDONLY
-                    | MsFlags::MS_NODEV
-                    | MsFlags::MS_NOATIME;
-                mount_nothing(path, flags)
-                    .with_context(|| format!("making the volume at {path} read-only"))?;
-            }
-        }
-        Ok(())
-    }
+    Ok(())
 }
 
 /// The VM's own UUID over the one that a template's kernel has read from the firmware.

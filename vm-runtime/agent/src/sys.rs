@@ -4,9 +4,10 @@
 //! consistent copy of the process, and may allocate, take locks and run any code before it executes.
 
 use std::ffi::CStr;
-use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::io::{self, IoSliceMut};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::unistd::Pid;
 
 fn check(result: libc::c_long) -> io::Result<libc::c_long> {
@@ -129,6 +130,36 @@ fn open_tree(path: &CStr, flags: u32) -> io::Result<OwnedFd> {
         check(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) })?;
     // SAFETY: the kernel has just returned this descriptor, and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Fills `head` from a Unix socket, with the descriptors that come beside its first byte.
+pub(crate) fn receive(link: BorrowedFd<'_>, head: &mut [u8]) -> io::Result<Vec<OwnedFd>> {
+    /// `SCM_MAX_FD` (include/net/scm.h): most descriptors of a message.
+    const MOST: usize = 253;
+    let mut space = nix::cmsg_space!([RawFd; MOST]);
+    let mut slices = [IoSliceMut::new(head)];
+    // Small and sent at once, so it comes at once.
+    let message = recvmsg::<()>(
+        link.as_raw_fd(),
+        &mut slices,
+        Some(&mut space),
+        MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_WAITALL,
+    )?;
+    let mut fds = Vec::new();
+    for part in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(more) = part {
+            // SAFETY: the kernel has just made these descriptors for this process, and nobody else knows them.
+            fds.extend(
+                more.into_iter()
+                    .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
+            );
+        }
+    }
+    let whole = message.bytes == message.iovs().map(<[u8]>::len).sum::<usize>();
+    match whole && message.bytes > 0 {
+        true => Ok(fds),
+        false => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
 }
 
 /// Attaches a mount made by [`clone_mount`] at `path`, or where a symlink there leads (move_mount(2)).
