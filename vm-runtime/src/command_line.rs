@@ -24,6 +24,15 @@ pub const AGENT_PORT: &str = "migrator.agent";
 /// restarted is back within seconds; a guest that waits can be saved yet, one that saw an error has its file system read-only.
 const RECONNECT_DELAY: u32 = 86_400;
 
+/// What the names of QEMU's nodes begin with, of images and of writable disks.
+const IMAGE: &str = "disk";
+const WRITABLE: &str = "writable";
+
+/// Whether a node of this name is a disk of the guest's.
+pub(crate) fn is_disk(node: &str) -> bool {
+    node.starts_with(IMAGE) || node.starts_with(WRITABLE)
+}
+
 /// What the name of an image's socket ends with: a path with another name is a file.
 const SOCKET: &str = "nbd";
 
@@ -268,13 +277,13 @@ impl Args {
 
     /// An image: whoever serves it refuses every write.
     fn disk(&mut self, index: usize, serial: &str, mut node: Value, writable: bool) {
-        node["node-name"] = format!("disk{index}").into();
+        node["node-name"] = format!("{IMAGE}{index}").into();
         if !writable {
             node["read-only"] = true.into();
         }
         self.pair("-blockdev", node.to_string());
         self.device(
-            &format!("virtio-blk-pci,drive=disk{index},serial={serial}"),
+            &format!("virtio-blk-pci,drive={IMAGE}{index},serial={serial}"),
             slot::DISK + index,
         );
     }
@@ -282,7 +291,7 @@ impl Args {
     /// Where its server says that its file system is full, the guest stops until there is room again (`werror=enospc`); any other
     /// error is the guest's to see.
     fn writable(&mut self, index: usize, serial: &str, mut node: Value) {
-        node["node-name"] = format!("writable{index}").into();
+        node["node-name"] = format!("{WRITABLE}{index}").into();
         node["discard"] = "unmap".into();
         self.pair("-blockdev", node.to_string());
         self.writable_device(index, serial);
@@ -320,7 +329,7 @@ impl Args {
             },
             "cache": direct,
             "discard": "unmap",
-            "node-name": format!("writable{index}"),
+            "node-name": format!("{WRITABLE}{index}"),
         });
         self.pair("-blockdev", node.to_string());
         self.writable_device(index, serial);
@@ -330,7 +339,7 @@ impl Args {
     fn writable_device(&mut self, index: usize, serial: &str) {
         self.device(
             &format!(
-                "virtio-blk-pci,drive=writable{index},serial={serial},discard=on,write-zeroes=on,werror=enospc,rerror=report"
+                "virtio-blk-pci,drive={WRITABLE}{index},serial={serial},discard=on,write-zeroes=on,werror=enospc,rerror=report"
             ),
             slot::WRITABLE - index,
         );

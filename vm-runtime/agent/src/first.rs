@@ -78,14 +78,14 @@ pub(crate) fn fork(cgroup: BorrowedFd<'_>) -> std::io::Result<Option<(Pid, Owned
 
 /// What such a child does.
 pub(crate) fn become_program(devices: &Devices, order: Order, things: Things) -> ! {
-    let Things {
-        mounts,
-        stdio,
-        tell,
-    } = things;
+    go_on(Ready::new(devices), order, things)
+}
+
+fn go_on(ready: Result<Ready>, order: Order, things: Things) -> ! {
     let read_only = order.home.read_only;
-    let there = Ready::new(devices).and_then(|ready| ready.enter(order.home, mounts));
-    order.program.execute(there, read_only, &stdio, tell)
+    let there = ready.and_then(|ready| ready.enter(order.home, things.mounts));
+    let program = order.program;
+    program.execute(there, read_only, &things.stdio, things.tell)
 }
 
 /// A first process that does not know its container yet.
@@ -146,15 +146,14 @@ impl Waiting {
         let Some((order, things)) = listen(other) else {
             sys::exit_now(127);
         };
-        let read_only = order.home.read_only;
-        let there = ready.and_then(|ready| ready.enter(order.home, things.mounts));
-        order
-            .program
-            .execute(there, read_only, &things.stdio, things.tell)
+        go_on(ready, order, things)
     }
 
     /// Tells it. Its pid and pidfd.
-    pub(crate) fn tell(mut self, order: &Order, things: Things) -> Result<(Pid, OwnedFd)> {
+    ///
+    /// # Errors
+    /// It is not there any more.
+    pub(crate) fn tell(mut self, order: &Order, things: &Things) -> Result<(Pid, OwnedFd)> {
         let order = postcard::to_allocvec(order)?;
         let stdio: &[OwnedFd] = match &things.stdio {
             Stdio::Pipes(all) => all,

@@ -106,8 +106,11 @@ impl Launch<'_> {
                     stdio,
                     tell,
                 };
-                if let Some(waiting) = root.devices.waiting() {
-                    return waiting.tell(&order, things);
+                // One that has ended in the meantime is replaced.
+                if let Some(waiting) = root.devices.waiting()
+                    && let Ok(child) = waiting.tell(&order, &things)
+                {
+                    return Ok(child);
                 }
                 match first::fork(cgroup)? {
                     Some(child) => Ok(child),

@@ -16,6 +16,7 @@ mod furniture;
 mod identity;
 mod launch;
 mod life;
+mod netlink;
 mod network;
 mod outbox;
 mod pod;

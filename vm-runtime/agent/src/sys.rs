@@ -137,6 +137,7 @@ pub(crate) fn receive(link: BorrowedFd<'_>, head: &mut [u8]) -> io::Result<Vec<O
     /// `SCM_MAX_FD` (include/net/scm.h): most descriptors of a message.
     const MOST: usize = 253;
     let mut space = nix::cmsg_space!([RawFd; MOST]);
+    let wanted = head.len();
     let mut slices = [IoSliceMut::new(head)];
     // Small and sent at once, so it comes at once.
     let message = recvmsg::<()>(
@@ -155,8 +156,7 @@ pub(crate) fn receive(link: BorrowedFd<'_>, head: &mut [u8]) -> io::Result<Vec<O
             );
         }
     }
-    let whole = message.bytes == message.iovs().map(<[u8]>::len).sum::<usize>();
-    match whole && message.bytes > 0 {
+    match message.bytes == wanted {
         true => Ok(fds),
         false => Err(io::ErrorKind::UnexpectedEof.into()),
     }

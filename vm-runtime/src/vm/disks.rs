@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::{ControlError, QMP_DEADLINE, Vm};
+use crate::command_line::is_disk;
 
 impl Vm {
     /// Has the guest look at the sizes of its disks: a template's are empty. It gets an interrupt for each of them when it runs.
@@ -32,6 +33,5 @@ impl Vm {
 fn disk(node: &Value) -> Option<(&str, u64)> {
     let name = node.get("node-name")?.as_str()?;
     let size = node.get("image")?.get("virtual-size")?.as_u64()?;
-    let ours = name.starts_with("disk") || name.starts_with("writable");
-    ours.then_some((name, size))
+    is_disk(name).then_some((name, size))
 }
