@@ -1,12 +1,15 @@
 //! Links, bridge ports and forwarding entries, routes and neighbours, by rtnetlink.
 
 mod address;
+mod dump;
 mod hop;
 mod routes;
 mod vxlan;
 
 pub(crate) use hop::{Hop, NoHop};
 pub(crate) use vxlan::VxlanError;
+
+use std::sync::Arc;
 
 use futures::{StreamExt, TryStreamExt};
 use netlink_packet_route::link::{
@@ -57,6 +60,8 @@ pub(crate) struct Link {
 #[derive(Clone, Debug)]
 pub(crate) struct Netlink {
     handle: Handle,
+    /// Held while a table is read.
+    dumps: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Netlink {
@@ -64,7 +69,10 @@ impl Netlink {
     pub(crate) fn open() -> std::io::Result<Self> {
         let (connection, handle, _) = rtnetlink::new_connection()?;
         tokio::spawn(connection);
-        Ok(Self { handle })
+        Ok(Self {
+            handle,
+            dumps: Arc::default(),
+        })
     }
 
     /// A link by name; `None` if there is none.

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use migrator::api::net_types::PodNet;
 use migrator::migration::status::ConntrackReport;
 use migrator_tests::lab::{ECHO, POD, TestLab};
@@ -167,10 +167,15 @@ fn flows_that_begin_while_the_pod_moves_are_answered_through_such_a_node() -> Re
     let test = guarded()?;
     for from in [Node::A, Node::B] {
         let questions = Questions::start(&test);
-        test.moves(from)?;
+        let report = test.moves(from)?;
         let (asked, lost) = questions.finish()?;
         ensure!(asked > 50, "{asked} questions were asked");
-        ensure!(lost <= LATE, "{lost} of {asked} had no answer");
+        if lost > LATE {
+            for node in Node::ALL {
+                eprintln!("{}", run(&test, node, "nft list ruleset", "")?);
+            }
+            bail!("{lost} of {asked} had no answer: {report:#?}");
+        }
     }
     test.end()
 }

@@ -143,9 +143,11 @@ impl Netlink {
         family: AddressFamily,
         whose: impl ToString,
     ) -> Result<Vec<NeighbourMessage>, NetlinkError> {
-        let request = self.handle.neighbours().get().set_address_family(family);
-        let found = request.execute().try_collect().await;
-        found.map_err(|source| {
+        let ask = || {
+            let request = self.handle.neighbours().get();
+            request.set_address_family(family).execute()
+        };
+        self.dump(ask).await.map_err(|source| {
             NetlinkError::new("read the neighbours for", &whose.to_string(), source)
         })
     }

@@ -2,7 +2,6 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use futures::TryStreamExt;
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope,
     RouteType,
@@ -119,14 +118,10 @@ impl Netlink {
             RouteMessageBuilder::<Ipv4Addr>::new().build(),
             RouteMessageBuilder::<Ipv6Addr>::new().build(),
         ] {
-            let routes: Vec<RouteMessage> = self
-                .handle
-                .route()
-                .get(family)
-                .execute()
-                .try_collect()
-                .await
-                .map_err(|source| NetlinkError::new("read the routes of", name, source))?;
+            let ask = || self.handle.route().get(family.clone()).execute();
+            let routes = self.dump(ask).await;
+            let routes =
+                routes.map_err(|source| NetlinkError::new("read the routes of", name, source))?;
             for old in routes {
                 let is_kept = destination(&old).is_some_and(|(to, prefix)| {
                     networks

@@ -29,7 +29,8 @@ struct Queued {
 }
 
 impl Queue {
-    /// Adds a chunk. True: it is new, and a further request is to be made.
+    /// Adds a chunk. True: a further request is to be made. It is new, or whoever wanted it has given up before a request was made, and the one that
+    /// was to be may have gone with them.
     pub(super) fn add(
         &mut self,
         wanted: Wanted,
@@ -39,13 +40,20 @@ impl Queue {
         let digest = wanted.place.digest;
         let waiting = self.waiting.entry(digest).or_default();
         let new = waiting.is_empty();
+        let given_up = waiting.iter().all(oneshot::Sender::is_closed);
         waiting.push(answer);
         if new {
             self.queued.push(Queued { wanted, urgent });
-        } else if urgent {
-            self.hurry(&digest);
+            return (answered, true);
         }
-        (answered, new)
+        let queued = self.queued.iter_mut();
+        let mut found = queued.filter(|queued| queued.wanted.place.digest == digest);
+        let queued = found.next();
+        let again = given_up && queued.is_some();
+        if let Some(queued) = queued {
+            queued.urgent |= urgent;
+        }
+        (answered, again)
     }
 
     /// Puts a chunk before all that is not urgent. False: it is not in the queue, or was urgent.
@@ -154,5 +162,23 @@ mod tests {
         let _waits = queue.add(wanted(2, FAR), false);
         assert_eq!(indices(queue.next()), [2]);
         assert!(queue.add(wanted(1, 0), false).1);
+    }
+
+    #[test]
+    fn whoever_wants_what_others_gave_up_does_not_wait_for_their_request() {
+        let mut queue = Queue::default();
+        drop(queue.add(wanted(1, 0), false));
+        let (_answered, again) = queue.add(wanted(1, 0), true);
+        assert!(again);
+        assert!(!queue.add(wanted(1, 0), false).1);
+        assert_eq!(indices(queue.next()), [1]);
+        assert_eq!(indices(queue.next()), [0u32; 0]);
+        // One that is under way is waited for.
+        drop(queue.add(wanted(2, 0), false));
+        let _late = queue.add(wanted(3, FAR), false);
+        let (answered, _) = queue.add(wanted(2, 0), false);
+        assert_eq!(indices(queue.next()), [2]);
+        drop(answered);
+        assert!(!queue.add(wanted(2, 0), false).1);
     }
 }
