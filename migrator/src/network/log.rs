@@ -127,6 +127,24 @@ impl SourceLog {
         self.next_frame - 1
     }
 
+    /// The number of the frame that is parked next.
+    pub(crate) fn next_frame(&self) -> u64 {
+        self.next_frame
+    }
+
+    /// The number of the next frame that is left in the TAP.
+    pub(crate) fn next_residue(&self) -> u64 {
+        self.next_residue
+    }
+
+    /// Whether a number is a packet's of this log, or was.
+    pub(crate) fn has_given_out(&self, number: u64) -> bool {
+        match number < FIRST_FRAME_SEQ {
+            true => number < self.next_residue,
+            false => number < self.next_frame,
+        }
+    }
+
     /// How many of the frames kept wait in a bucket, and how many came out of the TAP.
     pub(crate) fn kept_from(&self) -> (u64, u64) {
         let kept = self.residue.iter().chain(&self.frames);

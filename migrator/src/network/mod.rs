@@ -29,6 +29,7 @@ mod error;
 mod gate;
 mod grace;
 mod ground;
+mod landing;
 mod ledger;
 mod log;
 mod marker;

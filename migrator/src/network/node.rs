@@ -18,6 +18,7 @@ use super::endpoints::Endpoints;
 use super::error::{AttachError, GateError, NetlinkError, OpenError};
 use super::gate::{Gates, keep_settled};
 use super::ground::{Ground, MTU_MIN, bridge_of};
+use super::landing::Landing;
 use super::netlink::Netlink;
 use super::port::Ports;
 use super::spool::Spool;
@@ -168,6 +169,17 @@ impl NodeInner {
     pub(crate) fn spool(&self, slot: u16) -> Spool {
         Spool::new(&self.config.spool_dir, slot)
     }
+
+    /// Where packets of the pod in a slot land.
+    pub(crate) fn landing(&self, slot: u16) -> Landing {
+        Landing::new(&self.config.spool_dir, slot)
+    }
+
+    /// Nothing is kept of the packets of the pod in a slot any more.
+    pub(crate) fn forget_packets(&self, slot: u16) {
+        self.spool(slot).remove();
+        self.landing(slot).remove();
+    }
 }
 
 /// The network of this node. Cheap to clone. Every call belongs into the network namespace that
@@ -207,6 +219,7 @@ impl NodeNetwork {
             if netlink.link(&tap_name(slot)).await?.is_none() {
                 gates.detach(slot, None)?;
                 Spool::new(&config.spool_dir, slot).remove();
+                Landing::new(&config.spool_dir, slot).remove();
             }
         }
         // Before a device goes away, and once more if the one that was kept does not work.
@@ -272,7 +285,7 @@ impl NodeNetwork {
     /// A pin or a device could not be removed.
     pub async fn forget(&self, slot: u16) -> Result<(), AttachError> {
         self.inner.gates.detach(slot, None)?;
-        self.inner.spool(slot).remove();
+        self.inner.forget_packets(slot);
         self.inner.netlink.delete(&tap_name(slot)).await?;
         self.inner.netlink.delete(&park_name(slot)).await?;
         Ok(())

@@ -276,7 +276,7 @@ impl Port {
             // A panic in it has been reported.
             let _ = tokio::task::spawn_blocking(move || thread.join()).await;
         }
-        inner.node.spool(self.slot()).remove();
+        inner.node.forget_packets(self.slot());
         drop(lock(&inner.devices).take());
         // The VMM may hold them still.
         inner.node.netlink.delete(&inner.tap_name).await?;

@@ -1,4 +1,5 @@
-//! A service is killed as a packet has just got into the guest's TAP, and before it could note anything: the next one knows that all the same.
+//! A service is killed as a packet has just got into the guest's TAP, or out of a queue, and before it could note anything: the next one knows that
+//! all the same.
 
 use anyhow::{Context, Result, ensure};
 use migrator::api::types::PodState;
@@ -18,16 +19,64 @@ const PACKETS: [u32; 3] = [1, 2, 4];
 /// A move whose switchover has begun may be over before it can be broken off.
 const ATTEMPTS: u32 = 5;
 
-/// Kills the service of a node as the thread of its pod's port has given the guest so many packets. False: it gives it fewer.
-fn kill_after_packets(test: &TestLab, node: Node, packets: u32) -> Result<bool> {
+/// Kills the service of a node as this call of its pod's port's thread returns for the so-manieth time. False: it makes fewer.
+fn kill_after(test: &TestLab, node: Node, call: libc::c_long, packets: u32) -> Result<bool> {
     let state = test.lab().state()?;
     let service = state.service(node).context("the node was never started")?;
-    let killed = tracer::kill_at(service, "port-", libc::SYS_sendto, packets)?;
+    let killed = tracer::kill_at(service, "port-", call, packets)?;
     if killed {
         println!("killed after {packets} packets");
         test.lab().kill_node(node)?;
     }
     Ok(killed)
+}
+
+/// As it has given the guest so many packets.
+fn kill_after_packets(test: &TestLab, node: Node, packets: u32) -> Result<bool> {
+    kill_after(test, node, libc::SYS_sendto, packets)
+}
+
+/// As it has taken so many out of the park, or out of the TAP of a guest that has stopped. They are in no queue then.
+fn kill_after_reads(test: &TestLab, node: Node, packets: u32) -> Result<bool> {
+    kill_after(test, node, libc::SYS_readv, packets)
+}
+
+#[test]
+fn a_source_killed_as_it_has_read_a_packet_loses_none() -> Result<()> {
+    let mut test = TestLab::with_pod()?;
+    let mut from = Node::A;
+    for packets in [1, 2, 5, 9] {
+        test.begins(from, &[])?;
+        let killed = kill_after_reads(&test, from, packets)?;
+        ensure!(killed, "fewer than {packets} packets were held");
+        test.lab().start_node(from)?;
+        from = settles(&mut test)?;
+    }
+    test.end()
+}
+
+#[test]
+fn a_destination_killed_as_it_has_read_a_packet_loses_and_doubles_none() -> Result<()> {
+    let mut test = TestLab::with_pod()?;
+    let mut from = Node::A;
+    for packets in [1, 2, 3] {
+        let mut attempts = 0..ATTEMPTS;
+        let mut killed = false;
+        while !killed {
+            ensure!(attempts.next().is_some(), "too few packets came directly");
+            let id = test.begins(from, &[])?;
+            killed = kill_after_reads(&test, from.other(), packets)?;
+            test.comes_to(from, &id, "an end, or doubt", |status| {
+                status.report.is_some()
+                    || matches!(status.phase, Phase::InDoubt | Phase::Forwarding)
+            })?;
+            if killed {
+                test.lab().start_node(from.other())?;
+            }
+            from = settles(&mut test)?;
+        }
+    }
+    test.end()
 }
 
 #[test]

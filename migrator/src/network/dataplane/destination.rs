@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use migrator_ebpf::{FrameBytes, Mode, is_group};
 
-use super::super::copies::Copies;
 use super::super::error::PortError;
 use super::super::log::{InboundLog, LogItem, LogKind};
 use super::super::sys::VNET_HEADER;
@@ -107,7 +106,6 @@ impl Dataplane {
     pub(super) fn take_own_frames(&mut self, now: Instant) {
         self.barrier = Some(self.injected + self.pending.len() as u64);
         while self.read_park(now) {}
-        self.copies = Copies::default();
     }
 
     /// Whether the log has brought the other copy of a group frame that came here directly.

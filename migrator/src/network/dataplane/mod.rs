@@ -14,6 +14,7 @@
 mod backlog;
 mod command;
 mod destination;
+mod landed;
 mod marks;
 mod overflow;
 mod queues;
@@ -32,6 +33,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use migrator_ebpf::{Gate, Mode};
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::eventfd::EventFd;
@@ -44,11 +46,12 @@ use super::copies::Copies;
 use super::endpoints::EndMarks;
 use super::error::PortError;
 use super::gate::SlotGate;
+use super::landing::Landing;
 use super::ledger::Tally;
 use super::log::{InboundLog, LogItem, SourceLog};
 use super::marker::marker;
 use super::spool::Spool;
-use super::sys::{FRAME_MAX, PacketSocket};
+use super::sys::PacketSocket;
 
 /// From the echo of the announcement to the end of the old way: frames that came before it may still be in
 /// the backlog of another CPU.
@@ -80,6 +83,7 @@ pub(crate) struct Setup {
     pub(crate) mac: MacAddress,
     pub(crate) gate: SlotGate,
     pub(crate) spool: Spool,
+    pub(crate) landing: Landing,
     pub(crate) tap: OwnedFd,
     pub(crate) park: OwnedFd,
     pub(crate) injector: PacketSocket,
@@ -100,7 +104,8 @@ pub(crate) struct Setup {
 pub(crate) struct Dataplane {
     setup: Setup,
     stage: Stage,
-    buffer: Box<[u8]>,
+    /// What a former service had read: it comes before everything in the park.
+    left: Option<Bytes>,
     park_empty: bool,
     pending: VecDeque<Pending>,
     /// Items ever taken off `pending`.
@@ -152,14 +157,15 @@ impl Dataplane {
         if arrived {
             setup.acked.send_replace(injected_seq);
         }
-        let log = setup.take_log_back();
+        let mut log = setup.take_log_back();
+        let left = setup.take_landed(&mut log);
         let end_owed = setup.stage == Stage::Forwarding && !log.ended();
         let end_limit = setup.end_limit();
         Self {
             stage: setup.stage,
             tally: setup.tally.restored(log.kept_from()),
             setup,
-            buffer: vec![0; FRAME_MAX + 64].into_boxed_slice(),
+            left,
             park_empty: false,
             pending: VecDeque::new(),
             injected: 0,

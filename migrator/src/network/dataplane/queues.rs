@@ -8,6 +8,7 @@ use migrator_ebpf::{EndMarker, FrameBytes, bucket, is_group, is_own_echo};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags};
 
+use super::super::copies::Copies;
 use super::super::sys::{self, Sent, VNET_HEADER};
 use super::{BATCH, Dataplane, ETHERNET_MIN, PENDING_MAX, Stage};
 
@@ -16,7 +17,7 @@ use super::{BATCH, Dataplane, ETHERNET_MIN, PENDING_MAX, Stage};
 pub(super) enum Origin {
     /// An item of the log, and what stands for it once it is injected; an empty frame only moves the acknowledgement.
     Log { seq: u64, mark: u64 },
-    /// Parked here, or rolled back: then with its number in the log, where the next service would find it.
+    /// Parked here, and still where it has landed. Or rolled back: then with its number in the log, where the next service would find it.
     Own {
         bucket: Option<u8>,
         number: Option<u64>,
@@ -56,6 +57,7 @@ impl Dataplane {
 
     pub(super) fn may_read_park(&self) -> bool {
         self.pending.len() < PENDING_MAX
+            && self.hands_are_free()
             && match self.stage {
                 // In the kernel's queue they outlive this service.
                 Stage::Incoming | Stage::Opened => false,
@@ -79,22 +81,20 @@ impl Dataplane {
             if !self.may_read_park() {
                 return false;
             }
-            match nix::unistd::read(self.setup.park.as_fd(), &mut self.buffer) {
-                Ok(read) => {
-                    if let Some(frame) = normalise(&self.buffer[..read], VNET_HEADER) {
-                        self.parked(frame, now);
-                    }
-                    // One after the other: what is still in the park outlives this service.
-                    if matches!(self.stage, Stage::Local | Stage::Settling) && !self.full {
-                        self.inject();
-                    }
-                }
+            match self.next_parked() {
+                Ok(Some(frame)) => self.take_parked(frame, now),
+                Ok(None) => {}
                 Err(Errno::EINTR) => {}
                 Err(errno) => {
                     if errno != Errno::EAGAIN {
                         tracing::error!(pod = %self.setup.pod, %errno, "could not read the park");
                     }
                     self.park_empty = true;
+                    if matches!(self.stage, Stage::Local | Stage::Settling) {
+                        // Nothing that came while there were two ways is left.
+                        self.copies = Copies::default();
+                        self.leave_landing();
+                    }
                     return false;
                 }
             }
@@ -102,11 +102,30 @@ impl Dataplane {
         true
     }
 
-    pub(super) fn parked(&mut self, frame: Bytes, now: Instant) {
+    /// One after the other: what is still in the park outlives this service, and so does what it has in its hands.
+    fn take_parked(&mut self, frame: Bytes, now: Instant) {
+        self.parked(frame, now);
+        match self.stage {
+            // What the TAP does not take now stays in its place.
+            Stage::Local | Stage::Settling => self.inject(),
+            Stage::Holding
+            | Stage::Forwarding
+            | Stage::RollingBack
+            | Stage::Incoming
+            | Stage::Opened
+            | Stage::Released => {
+                self.commit();
+                self.setup.landing.clear();
+            }
+        }
+    }
+
+    fn parked(&mut self, frame: Bytes, now: Instant) {
         let bytes = FrameBytes(&frame[VNET_HEADER..]);
         if self.setup.routed
             && let Some(marker) = EndMarker::of(&bytes)
         {
+            self.let_go(None);
             return self.marker(marker, now);
         }
         let bucket = bucket(&bytes);
@@ -114,16 +133,16 @@ impl Dataplane {
         let group = is_group(&bytes);
         if echo && self.stage != Stage::Local {
             // Shown by the gate, and booked there.
+            self.let_go(None);
             if matches!(self.stage, Stage::Holding | Stage::Forwarding) {
                 self.echo(now);
             }
             return;
         }
         self.tally.park_read += 1;
-        if self.stage == Stage::Settling && self.is_twin(&frame) {
+        if matches!(self.stage, Stage::Local | Stage::Settling) && self.is_twin(&frame) {
             self.tally.duplicate += 1;
-            self.setup.gate.add_done(bucket);
-            return;
+            return self.let_go(Some(bucket));
         }
         match self.stage {
             Stage::Local | Stage::Settling => self.pending.push_back(Pending {
@@ -146,12 +165,12 @@ impl Dataplane {
             }
             Stage::Forwarding if group && self.log.ended() => {
                 self.tally.group += 1;
-                self.setup.gate.add_done(bucket);
+                self.let_go(Some(bucket));
             }
             // Not read at all, unless they are to be dropped.
             Stage::Holding | Stage::Forwarding if self.is_full() => {
                 self.tally.overflow += 1;
-                self.setup.gate.add_done(bucket);
+                self.let_go(Some(bucket));
             }
             Stage::Holding | Stage::Forwarding => {
                 let item = self.log.frame(frame, bucket);
@@ -168,7 +187,7 @@ impl Dataplane {
         !sys::is_segment(frame) || sys::takes_tcp_segments(&self.setup.tap_name).unwrap_or(true)
     }
 
-    /// What is to be noted when a frame is in the TAP, where `noted` is what is so far.
+    /// The number that is to be noted when a frame is in the TAP, where `noted` is what is so far.
     fn note(&self, origin: Origin, noted: u64) -> Option<u64> {
         match origin {
             Origin::Log { mark, .. } => Some(mark),
@@ -195,9 +214,11 @@ impl Dataplane {
             } else if !self.takes(&next.frame) {
                 Sent::Full
             } else {
-                self.setup
-                    .gate
-                    .set_injected_next(self.note(next.origin, noted));
+                let gate = &self.setup.gate;
+                match next.origin {
+                    Origin::Own { number: None, .. } => gate.set_own_next(),
+                    origin => gate.set_injected_next(self.note(origin, noted)),
+                }
                 self.setup.injector.send(&next.frame)
             };
             match sent {
@@ -226,8 +247,13 @@ impl Dataplane {
                     self.tally.log_injected += u64::from(taken);
                     self.injected_seq = seq;
                 }
-                Origin::Own { bucket, .. } => {
+                Origin::Own { bucket, number } => {
                     self.tally.own_injected += u64::from(taken);
+                    if number.is_none() {
+                        // In this order: a note without a packet says nothing, and of a packet with one the bucket is still to be told.
+                        self.setup.landing.clear();
+                        self.setup.gate.forget_own();
+                    }
                     if let Some(bucket) = bucket {
                         self.setup.gate.add_done(bucket);
                     }

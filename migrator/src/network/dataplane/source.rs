@@ -10,9 +10,8 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::super::allowance::OnOverflow;
 use super::super::error::PortError;
 use super::super::log::{InboundLog, LogItem, SourceLog};
-use super::super::marker::is_marker;
 use super::super::sys;
-use super::{DISOWN_LIMIT, Dataplane, END_DELAY, Origin, Pending, Setup, Stage, normalise};
+use super::{DISOWN_LIMIT, Dataplane, END_DELAY, Origin, Pending, Setup, Stage};
 
 impl Setup {
     /// The log of a service that was killed while it held or forwarded. In every other stage, what lies in the spool is
@@ -121,8 +120,12 @@ impl Dataplane {
 
     pub(super) fn residue(&mut self) -> Result<u64, PortError> {
         self.expect("take the residue", &[Stage::Holding])?;
+        if self.left.is_some() {
+            self.read_park(Instant::now());
+        }
         let result = self.read_residue();
         self.commit();
+        self.setup.landing.clear();
         result
     }
 
@@ -136,33 +139,26 @@ impl Dataplane {
         let header = sys::vnet_header_len(self.setup.tap.as_fd()).map_err(tap_error)?;
         let mut count = 0;
         loop {
-            let read = match nix::unistd::read(self.setup.tap.as_fd(), &mut self.buffer) {
-                Ok(read) => read,
+            match self.take_residue(header) {
+                Ok(is_one) => count += u64::from(is_one),
                 Err(Errno::EAGAIN) => break,
-                Err(Errno::EINTR) => continue,
+                Err(Errno::EINTR) => {}
                 Err(errno) => {
                     return Err(PortError::Tap {
                         pod: self.setup.pod.clone(),
                         source: errno.into(),
                     });
                 }
-            };
-            let Some(frame) = normalise(&self.buffer[..read], header) else {
-                continue;
-            };
-            if is_marker(&frame) {
-                continue;
             }
-            self.tally.residue += 1;
-            count += 1;
-            let item = self.log.residue(frame, None);
-            self.emit(item, None);
         }
         // What was still on its way into a full TAP belongs behind it.
         for pending in std::mem::take(&mut self.pending) {
             self.injected += 1;
-            if let Origin::Own { bucket, .. } = pending.origin {
+            if let Origin::Own { bucket, number } = pending.origin {
                 count += 1;
+                if number.is_none() {
+                    self.becomes_residue();
+                }
                 let item = self.log.residue(pending.frame, bucket);
                 self.emit(item, bucket);
             }
@@ -258,6 +254,7 @@ impl Dataplane {
         let given_up = self.tally().held;
         self.tally.removed += given_up;
         self.pending.clear();
+        self.setup.landing.clear();
         self.inbound = InboundLog::new();
         self.sink = None;
         self.set_stage(Stage::Released);

@@ -9,6 +9,9 @@ use migrator_ebpf::{CounterRow, Gate, NO_SLOT_ROW, bucket_index, names};
 use super::{Gates, lock};
 use crate::network::error::GateError;
 
+/// A bit of a slot's word in [`names::INJECTED`], beside a number of the log, none of which has it: see [`SlotGate::own_injected`].
+const OWN_INJECTED: u64 = 1 << 62;
+
 /// The gate of one slot.
 #[derive(Clone, Debug)]
 pub(crate) struct SlotGate {
@@ -89,11 +92,18 @@ impl SlotGate {
         }
     }
 
+    fn noted(&self) -> u64 {
+        let injected = self.gates.injected.get(u32::from(self.slot));
+        injected.map_or(0, |value| value.load(Ordering::Acquire))
+    }
+
     /// How far the log of the pod's arrival was injected; outlives the service. 0: not at all. From a hold on, how far
     /// the log of its departure was: acknowledged, or rolled back; `u64::MAX` if that log is in memory only.
     pub(crate) fn injected(&self) -> u64 {
-        let injected = self.gates.injected.get(u32::from(self.slot));
-        injected.map_or(0, |value| value.load(Ordering::Acquire))
+        match self.noted() {
+            u64::MAX => u64::MAX,
+            noted => noted & !OWN_INJECTED,
+        }
     }
 
     /// See [`injected`](Self::injected).
@@ -109,6 +119,24 @@ impl SlotGate {
         if let Some(next) = self.gates.injected_next.get(u32::from(self.slot)) {
             next.store(seq.unwrap_or(0), Ordering::Release);
         }
+    }
+
+    /// With the next frame that is injected, [`own_injected`](Self::own_injected) becomes true.
+    pub(crate) fn set_own_next(&self) {
+        self.set_injected_next(match self.noted() {
+            u64::MAX => None,
+            noted => Some(noted | OWN_INJECTED),
+        });
+    }
+
+    /// Whether a frame was injected that came out of the park and is in no log, since that was forgotten.
+    pub(crate) fn own_injected(&self) -> bool {
+        !matches!(self.noted(), u64::MAX) && self.noted() & OWN_INJECTED != 0
+    }
+
+    /// See [`own_injected`](Self::own_injected).
+    pub(crate) fn forget_own(&self) {
+        self.set_injected(self.injected());
     }
 
     /// As [`set_injected`](Self::set_injected), but never backwards.

@@ -165,6 +165,7 @@ impl NodeNetwork {
     fn create(&self, slot: u16, gate: &SlotGate) -> Result<ExistingDevices, AttachError> {
         self.inner.gates.detach(slot, None)?;
         gate.clear()?;
+        self.inner.forget_packets(slot);
         let create = |name: String| {
             sys::create_tap(&name).map_err(|source| AttachError::Device {
                 action: "create the TAP",
@@ -224,6 +225,7 @@ impl NodeNetwork {
             mac: pod.mac,
             gate: gate.clone(),
             spool: self.inner.spool(gate.slot()),
+            landing: self.inner.landing(gate.slot()),
             tap: duplicate(&devices.tap)?,
             park: duplicate(&devices.park)?,
             injector,
