@@ -16,11 +16,13 @@
 //! without a frame only tells that its number was given out.
 
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{self, IoSlice, Seek, SeekFrom, Write};
+use std::io::{self, IoSlice};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
+use nix::errno::Errno;
+use nix::sys::uio::pwritev;
 
 use super::log::{LogItem, LogKind};
 use super::sys::FRAME_MAX;
@@ -68,22 +70,22 @@ fn encode(into: &mut Vec<u8>, item: &LogItem, bucket: Option<u8>) {
 }
 
 /// Writes records from `at` on, out of the buffers that they are in: a frame may have 64 KB. Returns their length.
-fn append(mut file: &File, at: u64, records: &[(Head, Bytes)]) -> io::Result<u64> {
-    file.seek(SeekFrom::Start(at))?;
+fn append(file: &File, at: u64, records: &[(Head, Bytes)]) -> io::Result<u64> {
     let mut length = 0;
     for records in records.chunks(RECORDS_AT_A_TIME) {
         let parts = records.iter().flat_map(|(head, frame)| [&head[..], frame]);
         let mut slices: Vec<IoSlice<'_>> = parts.map(IoSlice::new).collect();
         let mut slices = slices.as_mut_slice();
         while !slices.is_empty() {
-            match file.write_vectored(slices) {
+            let to = i64::try_from(at + length).map_err(io::Error::other)?;
+            match pwritev(file, slices, to) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(written) => {
                     length += written as u64;
                     IoSlice::advance_slices(&mut slices, written);
                 }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
             }
         }
     }
