@@ -359,6 +359,10 @@ impl Dataplane {
             self.set_gate(Mode::Local, true);
             self.set_stage(Stage::Local);
             self.setup.spool.remove();
+            if self.setup.gate.injected() == u64::MAX {
+                // That was said of a hold which is over, and leaves no room for a note.
+                self.setup.gate.set_injected(0);
+            }
             if let Some(reply) = self.settle.take() {
                 answer(reply, Ok(()));
             }
