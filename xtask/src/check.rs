@@ -78,6 +78,8 @@ fn documentation(project: &Project) -> Result<()> {
             "doc",
             "--quiet",
             "--workspace",
+            // Nobody reads it, and all of migrator would be checked once more for it.
+            "--exclude=migrator-tests",
             "--no-deps",
             "--document-private-items",
         ],

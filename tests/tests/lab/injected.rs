@@ -45,7 +45,7 @@ fn kill_after_reads(test: &TestLab, node: Node, packets: u32) -> Result<bool> {
 fn a_source_killed_as_it_has_read_a_packet_loses_none() -> Result<()> {
     let mut test = TestLab::with_pod()?;
     let mut from = Node::A;
-    for packets in [1, 2, 5, 9] {
+    for packets in [1, 2, 9] {
         test.begins(from, &[])?;
         let killed = kill_after_reads(&test, from, packets)?;
         ensure!(killed, "fewer than {packets} packets were held");
@@ -59,7 +59,7 @@ fn a_source_killed_as_it_has_read_a_packet_loses_none() -> Result<()> {
 fn a_destination_killed_as_it_has_read_a_packet_loses_and_doubles_none() -> Result<()> {
     let mut test = TestLab::with_pod()?;
     let mut from = Node::A;
-    for packets in [1, 2, 3] {
+    for packets in [1, 3] {
         let mut attempts = 0..ATTEMPTS;
         let mut killed = false;
         while !killed {

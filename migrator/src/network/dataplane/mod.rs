@@ -442,8 +442,7 @@ pub(crate) fn start(setup: Setup) -> io::Result<std::thread::JoinHandle<()>> {
     std::thread::Builder::new()
         .name(format!("port-{}", setup.gate.slot()))
         .spawn(move || {
-            // A packet is in its hands between the park and the guest: the less it is interrupted there, the fewer does a killed service lose. Where it
-            // may not, it works as well.
+            // Packets wait for it, and the guest waits for them. Where it may not, it works as well.
             let _ = vm_runtime::sched::favour_this_thread();
             Dataplane::new(setup).run();
         })
