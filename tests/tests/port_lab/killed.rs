@@ -2,15 +2,49 @@
 //! thread stops where it is.
 
 use anyhow::ensure;
-use migrator::network::{ExistingDevices, FIRST_FRAME_SEQ, LogItem, LogKind, Port, Role, Stage};
+use migrator::network::{
+    ExistingDevices, FIRST_FRAME_SEQ, LogItem, LogKind, Port, Role, Stage, VNET_HEADER,
+};
 use tokio::sync::mpsc;
 
 use super::{Guest, Inbox, Lab, POD_MAC, Sender, check_ledger, connect, pod, probe, say_hello};
 
 /// The service is gone without a release; the next one finds the devices.
 fn restart(lab: &mut Lab, port: Port) -> anyhow::Result<Port> {
+    restart_with(lab, port, None)
+}
+
+/// A packet in the hands of a service that was killed.
+struct Landed {
+    /// 0: it is out of the park. 1: out of the TAP.
+    source: u64,
+    number: u64,
+    frame: Vec<u8>,
+}
+
+impl Landed {
+    /// The file that it is in: migrator/src/network/landing.rs has the format.
+    fn file(&self) -> Vec<u8> {
+        let mut file = b"mland01\n".to_vec();
+        for word in [self.source, VNET_HEADER as u64, self.number] {
+            file.extend(word.to_le_bytes());
+        }
+        file.resize(64, 0);
+        file.extend(&self.frame);
+        file.resize(64 + (64 << 10) + 128 + 64, 0xa5);
+        file
+    }
+}
+
+/// The same, and the service had something in its hands.
+fn restart_with(lab: &mut Lab, port: Port, landed: Option<Landed>) -> anyhow::Result<Port> {
     let (tap, park) = (port.tap_fd()?, port.park_fd()?);
     drop(port);
+    if let Some(landed) = landed {
+        let folder = lab.a.spool.path().join("spool");
+        std::fs::create_dir_all(&folder)?;
+        std::fs::write(folder.join("1.landing"), landed.file())?;
+    }
     lab.a.restart()?;
     let existing = ExistingDevices { tap, park };
     lab.a
@@ -176,4 +210,50 @@ fn a_destination_killed_after_it_settled_takes_what_is_still_relayed() -> anyhow
     ensure!(told, "the source is not told");
     guest.stop();
     check_ledger(&lab.b.settled_ledger(&at_b)?)
+}
+
+#[test]
+fn what_a_killed_service_had_in_its_hands_is_dealt_with_once() -> anyhow::Result<()> {
+    let mut lab = Lab::new()?;
+    let inbox = Inbox::default();
+    let mut at_a = lab
+        .a
+        .attach(&pod("pod", POD_MAC, 10), 1, Role::Local, None)?;
+    let port = at_a.clone();
+    lab.a
+        .call(async move { port.hold(mpsc::unbounded_channel().0).await })??;
+    let landed = |source, number, frame| Landed {
+        source,
+        number,
+        frame,
+    };
+    // Each was in its hands, and then the next service has logged it when it is killed, but not said that its hands are free. What else the network
+    // sends has numbers too, so one that nobody has given out is far off.
+    for (source, numbers) in [(0, [FIRST_FRAME_SEQ << 1, FIRST_FRAME_SEQ]), (1, [1, 1])] {
+        for number in numbers {
+            let in_hands = landed(source, number, probe(source as u8, 0));
+            at_a = restart_with(&mut lab, at_a, Some(in_hands))?;
+            ensure!(at_a.stage() == Stage::Holding);
+            // Between two answers its thread has looked at the park.
+            lab.a.ledger(&at_a)?;
+            ensure!(lab.a.ledger(&at_a)?.held > source, "it is not held");
+        }
+    }
+    let guest = Guest::start(at_a.tap_fd()?, &inbox);
+    let port = at_a.clone();
+    lab.a.call(async move {
+        port.rollback().await?;
+        port.reached(Stage::Local).await
+    })??;
+    inbox.check(&[(0, 1), (1, 1)].into())?;
+    // One that goes to the guest without a number.
+    let at_a = restart_with(&mut lab, at_a, Some(landed(0, 0, probe(2, 0))))?;
+    ensure!(at_a.stage() == Stage::Local);
+    inbox.check(&[(0, 1), (1, 1), (2, 1)].into())?;
+    let at_a = restart(&mut lab, at_a)?;
+    inbox.check(&[(0, 1), (1, 1), (2, 1)].into())?;
+    guest.stop();
+    let kept = std::fs::read_dir(lab.a.spool.path().join("spool"))?;
+    ensure!(kept.count() == 0, "something is left of {:?}", at_a.slot());
+    Ok(())
 }
