@@ -18,43 +18,11 @@ impl Setup {
     /// everything that is in the park.
     pub(super) fn take_landed(&mut self, log: &mut SourceLog) -> Option<Bytes> {
         let injected = self.gate.own_injected();
-        let left = self.landing.left();
-        let left =
-            left.and_then(|(packet, label)| Some((normalise(&packet, label.header)?, label)));
-        let back = match left {
-            Some((frame, Label { number: None, .. })) if injected => {
-                // The former service was about to say so.
-                self.tally.park_read += 1;
-                self.tally.own_injected += 1;
-                self.gate
-                    .add_done(bucket(&FrameBytes(&frame[VNET_HEADER..])));
-                None
-            }
-            Some((frame, Label { number: None, .. })) => Some(frame),
-            Some((
-                _,
-                Label {
-                    number: Some(number),
-                    ..
-                },
-            )) if log.has_given_out(number) => None,
-            Some((frame, _)) if is_marker(&frame) => None,
-            Some((
-                frame,
-                Label {
-                    source: Source::Tap,
-                    ..
-                },
-            )) => {
-                let item = log.residue(frame, None);
-                self.spool.push(&item, None);
-                self.spool.write();
-                None
-            }
-            Some((frame, _)) => Some(frame),
-            None => None,
-        };
-        match &back {
+        let left = self.landing.left().and_then(|(packet, label)| {
+            let frame = normalise(&packet, label.header)?;
+            self.take_back(frame, label, injected, log)
+        });
+        match &left {
             Some(_) => {
                 tracing::info!(pod = %self.pod, "a packet that the former service had just read is taken back");
             }
@@ -63,7 +31,35 @@ impl Setup {
         if injected {
             self.gate.forget_own();
         }
-        back
+        left
+    }
+
+    /// What is still to be done with such a packet, beyond this.
+    fn take_back(
+        &mut self,
+        frame: Bytes,
+        label: Label,
+        injected: bool,
+        log: &mut SourceLog,
+    ) -> Option<Bytes> {
+        match label.number {
+            None if injected => {
+                // The former service was about to say so.
+                self.tally.park_read += 1;
+                self.tally.own_injected += 1;
+                let bucket = bucket(&FrameBytes(&frame[VNET_HEADER..]));
+                self.gate.add_done(bucket);
+                None
+            }
+            Some(number) if log.has_given_out(number) || is_marker(&frame) => None,
+            Some(_) if label.source == Source::Tap => {
+                let item = log.residue(frame, None);
+                self.spool.push(&item, None);
+                self.spool.write();
+                None
+            }
+            Some(_) | None => Some(frame),
+        }
     }
 }
 

@@ -125,7 +125,9 @@ impl Dataplane {
         }
         let result = self.read_residue();
         self.commit();
-        self.setup.landing.clear();
+        if self.left.is_none() {
+            self.setup.landing.clear();
+        }
         result
     }
 
